@@ -1,0 +1,41 @@
+# The few commands that everybody needs. Each installs what it needs, or says the one command that does.
+
+CARGO ?= cargo
+CASE ?=
+FUZZ_SECONDS ?= 60
+# cargo-nextest shows each test alone and in parallel; plain `cargo test` runs the same tests.
+NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
+
+.PHONY: demo test lint bench fuzz peers clean
+
+demo:
+	$(CARGO) build --locked --release -p hub -p agent -p nbd-server
+	scripts/demo.sh
+
+peers:
+	scripts/install-peers.sh
+
+test: peers
+	$(CARGO) build --locked --workspace --bins
+ifeq ($(NEXTEST),yes)
+	$(CARGO) nextest run --locked --workspace
+	$(CARGO) test --locked --workspace --doc
+else
+	$(CARGO) test --locked --workspace
+endif
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
+
+bench: peers
+	$(CARGO) build --locked --release -p nbd-server -p benches
+	target/release/compare $(if $(CASE),--case $(CASE))
+
+fuzz:
+	scripts/fuzz.sh $(FUZZ_SECONDS)
+
+clean:
+	$(CARGO) clean
+	rm -rf demo bench-results

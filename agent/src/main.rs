@@ -1,2 +1,2 @@
-//! Placeholder.
+//! The `sendense-agent` program.
 fn main() {}

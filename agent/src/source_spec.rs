@@ -1,0 +1,288 @@
+//! How a source is spelled on a command line and in a job: `file:PATH` or an NBD URI. Opens nothing.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
+
+use crate::Address;
+
+/// The port that NBD owns.
+const NBD_PORT: u16 = 10809;
+
+/// What may not stand in the path or the query of an NBD URI as it is.
+const RESERVED: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'&')
+    .add(b'+')
+    .add(b'<')
+    .add(b'=')
+    .add(b'>')
+    .add(b'?')
+    .add(b'`');
+
+/// Where a disk is read from.
+///
+/// Spelled `file:PATH`, `nbd://HOST:PORT/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`; the NBD forms take
+/// `bitmap=NAME` in their query. Names in a URI are percent-encoded, a path behind `file:` is taken as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum SourceSpec {
+    /// A raw image in a regular file, or a block device.
+    ///
+    /// The bytes are always the disk itself, whatever they look like: a guest can write the header of an image
+    /// format onto its own disk, and must not be able to choose by that what is read.
+    File(PathBuf),
+    /// An export of an NBD server.
+    Nbd {
+        /// Where the server listens.
+        address: Address,
+        /// The export's name; empty for the default export.
+        export: String,
+        /// The dirty bitmap (`qemu:dirty-bitmap:NAME`) that knows what changed.
+        bitmap: Option<String>,
+    },
+}
+
+/// Why a text is no source.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpecError {
+    /// No known scheme in front.
+    #[error("'{text}' is no source: it must begin with file:, nbd:// or nbd+unix://")]
+    Scheme {
+        /// What was given.
+        text: String,
+    },
+    /// `file:` without a path.
+    #[error("a file source needs a path: file:PATH")]
+    EmptyPath,
+    /// An NBD URI that lacks or garbles something.
+    #[error("'{text}' is no NBD URI: {what}")]
+    Uri {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+impl FromStr for SourceSpec {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        if let Some(path) = text.strip_prefix("file:") {
+            return match path {
+                "" => Err(SpecError::EmptyPath),
+                path => Ok(Self::File(PathBuf::from(path))),
+            };
+        }
+        let (address, export, query) = parse_nbd_uri(text)?;
+        let mut bitmap = None;
+        for (key, value) in query {
+            match key.as_str() {
+                "socket" => {}
+                "bitmap" if bitmap.is_none() && !value.is_empty() => bitmap = Some(value),
+                "bitmap" => return Err(uri(text, "bitmap needs one name")),
+                _ => return Err(uri(text, &format!("unknown parameter '{key}'"))),
+            }
+        }
+        Ok(Self::Nbd { address, export, bitmap })
+    }
+}
+
+impl fmt::Display for SourceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Nbd { address, export, bitmap } => {
+                let separator = write_nbd_uri(f, address, export)?;
+                match bitmap {
+                    Some(name) => write!(f, "{separator}bitmap={}", encode(name)),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+impl TryFrom<String> for SourceSpec {
+    type Error = SpecError;
+
+    fn try_from(text: String) -> Result<Self, SpecError> {
+        text.parse()
+    }
+}
+
+impl From<SourceSpec> for String {
+    fn from(spec: SourceSpec) -> Self {
+        spec.to_string()
+    }
+}
+
+/// Address, export name and query parameters of an NBD URI.
+pub(crate) type NbdUriParts = (Address, String, Vec<(String, String)>);
+
+/// Takes `nbd://HOST[:PORT][/EXPORT][?k=v&…]` or `nbd+unix:///EXPORT?socket=PATH` apart.
+pub(crate) fn parse_nbd_uri(text: &str) -> Result<NbdUriParts, SpecError> {
+    let (unix, rest) = if let Some(rest) = text.strip_prefix("nbd://") {
+        (false, rest)
+    } else if let Some(rest) = text.strip_prefix("nbd+unix://") {
+        (true, rest)
+    } else {
+        return Err(SpecError::Scheme { text: text.to_owned() });
+    };
+    let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
+    let export = decode(text, export)?;
+    let query = query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            Ok((decode(text, key)?, decode(text, value)?))
+        })
+        .collect::<Result<Vec<_>, SpecError>>()?;
+    let socket = query.iter().find(|(key, _)| key == "socket").map(|(_, value)| value.clone());
+    let address = match (unix, socket) {
+        (true, Some(path)) if authority.is_empty() && !path.is_empty() => {
+            Address::Unix(PathBuf::from(path))
+        }
+        (true, _) if !authority.is_empty() => {
+            return Err(uri(text, "nbd+unix takes no host: nbd+unix:///EXPORT?socket=PATH"));
+        }
+        (true, _) => return Err(uri(text, "nbd+unix needs socket=PATH")),
+        (false, Some(_)) => return Err(uri(text, "socket= belongs to nbd+unix://")),
+        (false, None) => tcp_address(text, authority)?,
+    };
+    Ok((address, export, query))
+}
+
+fn tcp_address(text: &str, authority: &str) -> Result<Address, SpecError> {
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(v6) => {
+            let (host, rest) = v6.split_once(']').ok_or_else(|| uri(text, "'[' without ']'"))?;
+            (host, rest.strip_prefix(':').or(if rest.is_empty() { Some("") } else { None }))
+        }
+        None => match authority.rsplit_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (authority, Some("")),
+        },
+    };
+    let port = match port {
+        Some("") => NBD_PORT,
+        Some(digits) => digits.parse().map_err(|_| uri(text, "the port is no number"))?,
+        None => return Err(uri(text, "something other than a port follows the host")),
+    };
+    if host.is_empty() || port == 0 {
+        return Err(uri(text, "it needs a host and a port"));
+    }
+    Ok(Address::Tcp { host: host.to_owned(), port })
+}
+
+/// Writes the URI and returns the character that introduces the next query parameter.
+pub(crate) fn write_nbd_uri(
+    f: &mut fmt::Formatter<'_>,
+    address: &Address,
+    export: &str,
+) -> Result<char, fmt::Error> {
+    let export = encode(export);
+    match address {
+        Address::Tcp { host, port } if host.contains(':') => {
+            write!(f, "nbd://[{host}]:{port}/{export}").map(|()| '?')
+        }
+        Address::Tcp { host, port } => write!(f, "nbd://{host}:{port}/{export}").map(|()| '?'),
+        Address::Unix(path) => {
+            let path = path.to_string_lossy();
+            write!(f, "nbd+unix:///{export}?socket={}", encode(&path)).map(|()| '&')
+        }
+    }
+}
+
+fn encode(text: &str) -> String {
+    utf8_percent_encode(text, RESERVED).to_string()
+}
+
+fn decode(whole: &str, part: &str) -> Result<String, SpecError> {
+    percent_decode_str(part)
+        .decode_utf8()
+        .map(String::from)
+        .map_err(|_| uri(whole, "a name is not UTF-8"))
+}
+
+fn uri(text: &str, what: &str) -> SpecError {
+    SpecError::Uri { text: text.to_owned(), what: what.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn every_documented_spelling_is_understood() {
+        assert_eq!("file:/a b?c".parse(), Ok(SourceSpec::File(PathBuf::from("/a b?c"))));
+        let tcp = |host: &str, port, export: &str, bitmap: Option<&str>| SourceSpec::Nbd {
+            address: Address::Tcp { host: host.into(), port },
+            export: export.into(),
+            bitmap: bitmap.map(Into::into),
+        };
+        assert_eq!("nbd://h:1/e?bitmap=b%200".parse(), Ok(tcp("h", 1, "e", Some("b 0"))));
+        assert_eq!("nbd://h".parse(), Ok(tcp("h", NBD_PORT, "", None)));
+        assert_eq!("nbd://[::1]:7/x/y".parse(), Ok(tcp("::1", 7, "x/y", None)));
+        assert_eq!(
+            "nbd+unix:///e?socket=/run/s&bitmap=b".parse(),
+            Ok(SourceSpec::Nbd {
+                address: Address::Unix("/run/s".into()),
+                export: "e".into(),
+                bitmap: Some("b".into()),
+            })
+        );
+    }
+
+    #[test]
+    fn what_is_garbled_is_refused() {
+        for text in [
+            "",
+            "/dev/sda",
+            "file:",
+            "http://h/",
+            "nbd://",
+            "nbd://:1/e",
+            "nbd://h:0/e",
+            "nbd://h:x/e",
+            "nbd://[::1",
+            "nbd://[::1]x",
+            "nbd+unix:///e",
+            "nbd+unix://h/e?socket=/s",
+            "nbd://h/e?socket=/s",
+            "nbd://h/e?bitmap=",
+            "nbd://h/e?bitmap=a&bitmap=b",
+            "nbd://h/e?color=red",
+            "nbd://h/%ff",
+        ] {
+            assert!(text.parse::<SourceSpec>().is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_spec_is_parsed_back_from_how_it_is_shown(
+            unix in any::<bool>(), name in "\\PC*", bitmap in proptest::option::of("\\PC+"), path in "/\\PC+",
+            port in 1u16..,
+        ) {
+            let address = match unix {
+                true => Address::Unix(PathBuf::from(path)),
+                false => Address::Tcp { host: "host.example".into(), port },
+            };
+            let spec = SourceSpec::Nbd { address, export: name, bitmap };
+            prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+        }
+    }
+}

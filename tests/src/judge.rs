@@ -1,0 +1,34 @@
+//! Outside judges: qemu-img on what we wrote.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::run;
+
+/// Runs `qemu-img` to its end.
+///
+/// # Errors
+/// Where it fails.
+pub fn qemu_img(arguments: &[&str]) -> Result<String> {
+    run("qemu-img", arguments)
+}
+
+/// Checks that `qemu-img check` finds neither errors nor leaks.
+///
+/// # Errors
+/// Where it finds some.
+pub fn assert_clean(image: &Path) -> Result<()> {
+    let image = image.to_str().context("a path in UTF-8")?;
+    qemu_img(&["check", "-q", "-f", "qcow2", image]).map(drop)
+}
+
+/// Checks that a qcow2 point and a raw disk hold the same bytes, by `qemu-img compare`.
+///
+/// # Errors
+/// Where they differ.
+pub fn assert_same(raw: &Path, point: &Path) -> Result<()> {
+    let raw = raw.to_str().context("a path in UTF-8")?;
+    let point = point.to_str().context("a path in UTF-8")?;
+    qemu_img(&["compare", "-q", "-s", "-f", "raw", "-F", "qcow2", raw, point]).map(drop)
+}

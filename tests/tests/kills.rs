@@ -1,0 +1,176 @@
+//! SIGKILL of the agent, of the hub and of both, early, half way and late. Whatever dies, no half layer becomes a
+//! parent, the job ends as failed with its reason, and the next backup completes and restores.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tests::{
+    Disk, Hub, HubOptions, Nbdkit, Running, Vm, assert_clean, assert_same, digest, program,
+};
+
+const MIB: u64 = 1 << 20;
+const DISK_BYTES: u64 = 256 * MIB;
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Victim {
+    Agent,
+    Hub,
+    Both,
+}
+
+/// A hub with one external machine whose source is slow enough to be caught at any point of a backup.
+struct Scene {
+    folder: tempfile::TempDir,
+    hub: Option<Hub>,
+    disk: Disk,
+    _slow: Nbdkit,
+}
+
+impl Scene {
+    fn set() -> Result<Self> {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        std::fs::create_dir(folder.path().join("repository"))?;
+        let mut disk = Disk::create(&folder.path().join("disk.raw"), DISK_BYTES)?;
+        disk.write(0, 128 * MIB)?;
+        let raw = disk.path().to_str().context("a path in UTF-8")?.to_owned();
+        let socket = folder.path().join("source");
+        let slow = Nbdkit::start(&socket, &["--filter=rate", "file", &raw, "rate=512M"])?;
+        let mut scene = Self { folder, hub: None, disk, _slow: slow };
+        scene.start_hub()?;
+        scene.hub()?.add_repository("main", &scene.repository())?;
+        let disks = vec![(scene._slow.source(), DISK_BYTES)];
+        scene.hub()?.add_vm(&Vm { name: "victim", agent: "external", disks })?;
+        Ok(scene)
+    }
+
+    fn start_hub(&mut self) -> Result<()> {
+        let arguments = vec!["--agent-timeout".to_owned(), "3".to_owned()];
+        let options = HubOptions { arguments, ..HubOptions::default() };
+        self.hub = Some(Hub::start(&self.folder.path().join("hub"), &options)?);
+        Ok(())
+    }
+
+    fn hub(&self) -> Result<&Hub> {
+        self.hub.as_ref().context("the hub runs")
+    }
+
+    fn repository(&self) -> PathBuf {
+        self.folder.path().join("repository")
+    }
+
+    fn start_agent(&self, job: &str) -> Result<Running> {
+        let hub = self.hub()?;
+        let mut command = Command::new(program("sendense-agent"));
+        command.args(["migrate", "--progress", "none", "--job-id", job, "--hub", hub.url()]);
+        command.arg("--token-file").arg(hub.token_file());
+        command.arg("--state").arg(self.folder.path().join("agent"));
+        Running::start(&mut command)
+    }
+
+    /// Starts a backup, kills at `percent`, and answers what the hub says of the job afterwards.
+    fn killed(&mut self, kind: &str, victim: Victim, percent: u64) -> Result<Value> {
+        let job = self.hub()?.start_backup("victim", "main", kind)?;
+        let agent = self.start_agent(&job)?;
+        self.hub()?.reached(&job, percent)?;
+        if matches!(victim, Victim::Agent | Victim::Both) {
+            agent.kill()?;
+        }
+        if matches!(victim, Victim::Hub | Victim::Both) {
+            self.hub.take().context("the hub runs")?.kill()?;
+            self.start_hub()?;
+        }
+        self.hub()?.ended(&job)
+    }
+
+    /// A backup that must complete, with the agent that it needs.
+    fn completes(&self, kind: &str) -> Result<Value> {
+        let job = self.hub()?.start_backup("victim", "main", kind)?;
+        let mut agent = self.start_agent(&job)?;
+        let backup = self.hub()?.ended(&job)?;
+        anyhow::ensure!(backup["status"] == "completed", "{backup:#}");
+        anyhow::ensure!(matches!(agent.wait()?, 0 | 3), "the agent failed");
+        Ok(backup)
+    }
+
+    /// The point equals the disk, by qemu-img and by a restore.
+    fn equals_the_disk(&self, backup: &Value) -> Result<()> {
+        let layer = PathBuf::from(backup["disks"][0]["path"].as_str().context("a path")?);
+        assert_clean(&layer)?;
+        assert_same(self.disk.path(), &layer)?;
+        let target = self.folder.path().join("restored.raw");
+        self.hub()?.restore(backup["backup_id"].as_str().context("an id")?, 0, &target)?;
+        anyhow::ensure!(digest(&target)? == self.disk.digest()?, "restored to something else");
+        Ok(std::fs::remove_file(target)?)
+    }
+
+    /// Every image in the repository belongs to a completed backup, and nothing is still exported.
+    fn holds_completed_layers_only(&self) -> Result<()> {
+        let backups = self.hub()?.ok("GET", "/backups?vm_name=victim", None)?;
+        let mut known = BTreeSet::new();
+        for backup in backups["backups"].as_array().context("a list")? {
+            let id = backup["backup_id"].as_str().context("an id")?;
+            if backup["status"] == "completed" {
+                let path = self.hub()?.backup(id)?["disks"][0]["path"].clone();
+                known.insert(PathBuf::from(path.as_str().context("a path")?));
+            }
+        }
+        let mut found = BTreeSet::new();
+        images(&self.repository(), &mut found)?;
+        anyhow::ensure!(found == known, "images {found:?}, completed {known:?}");
+        Ok(())
+    }
+}
+
+fn images(folder: &Path, found: &mut BTreeSet<PathBuf>) -> Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            images(&path, found)?;
+        } else if path.extension().is_some_and(|extension| extension == "qcow2") {
+            found.insert(path);
+        }
+    }
+    Ok(())
+}
+
+fn survives_the_death_of(victim: Victim) -> Result<()> {
+    let mut scene = Scene::set()?;
+    for percent in [10, 50, 90] {
+        let killed = scene.killed("full", victim, percent)?;
+        assert_eq!(killed["status"], "failed", "{victim:?} at {percent} %: {killed:#}");
+        let reason = killed["error_message"].as_str().unwrap_or_default();
+        assert!(!reason.is_empty(), "{victim:?} at {percent} %: no reason in {killed:#}");
+        scene.holds_completed_layers_only()?;
+    }
+    let full = scene.completes("full")?;
+    scene.equals_the_disk(&full)?;
+
+    for percent in [10, 50, 90] {
+        scene.disk.write(percent * MIB, 32 * MIB)?;
+        let killed = scene.killed("incremental", victim, percent)?;
+        assert_eq!(killed["status"], "failed", "{victim:?} at {percent} %: {killed:#}");
+        scene.holds_completed_layers_only()?;
+    }
+    let incremental = scene.completes("incremental")?;
+    scene.equals_the_disk(&incremental)?;
+    scene.holds_completed_layers_only()
+}
+
+#[test]
+fn a_killed_agent_fails_its_job_and_nothing_else() -> Result<()> {
+    survives_the_death_of(Victim::Agent)
+}
+
+#[test]
+fn a_killed_hub_fails_its_jobs_when_it_returns() -> Result<()> {
+    survives_the_death_of(Victim::Hub)
+}
+
+#[test]
+fn hub_and_agent_killed_together_leave_no_half_layer() -> Result<()> {
+    survives_the_death_of(Victim::Both)
+}

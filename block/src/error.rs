@@ -3,7 +3,7 @@
 
 use std::error::Error as StdError;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::ByteRange;
 
@@ -143,6 +143,11 @@ pub struct HostError {
 }
 
 impl HostError {
+    /// An error that concerns the whole file.
+    pub(crate) fn whole(path: &Path, op: HostOp, source: io::Error) -> Self {
+        Self { path: path.to_owned(), op, range: ByteRange::between(0, 0), source }
+    }
+
     /// The class of this error.
     pub fn kind(&self) -> ErrorKind {
         match self.source.kind() {

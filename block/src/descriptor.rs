@@ -1,0 +1,203 @@
+//! An open host file as a descriptor with known demands, and the system calls that carry out one operation on it.
+//! Which thread makes them is decided by the engines.
+
+use std::fs::{File, OpenOptions as StdOpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::io::Errno;
+
+use crate::storage::{Op, Outcome, StorageFacts};
+use crate::{BUFFER_ALIGN_BYTES, Buffer, ByteRange, Create, OpenOptions};
+
+/// What `O_DIRECT` is assumed to demand where the kernel does not tell.
+const ASSUMED_ALIGN_BYTES: u32 = 4096;
+/// The largest offset alignment that is served with direct I/O; beyond it, read-modify-write would cost too much.
+const MAX_OFFSET_ALIGN_BYTES: u32 = 64 << 10;
+/// Magic numbers of file systems that live in memory, where `O_DIRECT` has nothing to bypass.
+const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58F6];
+
+/// An open file and what it demands.
+#[derive(Debug)]
+pub(crate) struct Descriptor {
+    pub(crate) file: File,
+    pub(crate) facts: StorageFacts,
+}
+
+impl Descriptor {
+    /// Opens a regular file or a block device. Makes system calls that can block.
+    pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<Self> {
+        let mut open = StdOpenOptions::new();
+        open.read(true).write(!options.read_only);
+        if options.create == Create::New {
+            open.create_new(true);
+        }
+        // A FIFO or a busy device must not hang us; the flag is cleared again below.
+        let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+        let file = open.custom_flags(nonblock).open(path)?;
+        let metadata = file.metadata()?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is neither a regular file nor a block device",
+            ));
+        }
+        let fixed_len = kind.is_block_device();
+        // Rounding the odd tail of an existing file up and cutting it again could, in a power cut, leave it longer.
+        let odd_tail = |align: u64| !options.read_only && !metadata.len().is_multiple_of(align);
+        let align = match direct_alignment(&file, fixed_len) {
+            Some((memory, offset)) if options.direct && !odd_tail(offset) => {
+                match rustix::fs::fcntl_setfl(&file, OFlags::DIRECT) {
+                    Ok(()) => Some((memory, offset)),
+                    Err(_) => None,
+                }
+            }
+            _ => None,
+        };
+        if align.is_none() {
+            rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
+        }
+        let (memory_align, offset_align) = align.unwrap_or((1, 1));
+        let facts = StorageFacts {
+            memory_align,
+            offset_align,
+            read_only: options.read_only,
+            fixed_len,
+            id: Some((metadata.dev(), metadata.ino())),
+        };
+        Ok(Self { file, facts })
+    }
+
+    /// The length now.
+    pub(crate) fn len(&self) -> io::Result<u64> {
+        if self.facts.fixed_len {
+            return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    /// Carries out an operation on the calling thread, which it blocks.
+    pub(crate) fn execute(&self, op: Op) -> io::Result<Outcome> {
+        match op {
+            Op::Read { at, mut buffer } => {
+                self.read_from(at, &mut buffer, 0)?;
+                Ok(Outcome::Read(buffer))
+            }
+            Op::Write { at, data } => self.write_from(at, &data, 0).map(|()| Outcome::Done),
+            Op::Sync => done(|| rustix::fs::fdatasync(&self.file)),
+            Op::Allocate { range } => self.fallocate(FallocateFlags::empty(), range),
+            Op::Punch { range } => {
+                self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range)
+            }
+            Op::ZeroRange { range } => self.fallocate(FallocateFlags::ZERO_RANGE, range),
+            Op::SetLen { len } => done(|| rustix::fs::ftruncate(&self.file, len)),
+            Op::Map { range, max } => self.map(range, max).map(Outcome::Ranges),
+        }
+    }
+
+    /// Reads what is missing behind the first `done` bytes of `buffer`.
+    fn read_from(&self, at: u64, buffer: &mut Buffer, mut done: usize) -> io::Result<()> {
+        while done < buffer.len() {
+            let offset = at + done as u64;
+            match rustix::io::pread(&self.file, &mut buffer[done..], offset) {
+                Ok(read) => {
+                    done += read;
+                    if self.is_end(read, at + done as u64) {
+                        buffer[done..].fill(0);
+                        return Ok(());
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a read that ended at `end` after `read` bytes met the end of the file: direct I/O ends off the
+    /// alignment only there, and could not be continued.
+    pub(crate) fn is_end(&self, read: usize, end: u64) -> bool {
+        read == 0 || !end.is_multiple_of(self.facts.offset_align)
+    }
+
+    fn write_from(&self, at: u64, data: &[u8], mut done: usize) -> io::Result<()> {
+        while done < data.len() {
+            match rustix::io::pwrite(&self.file, &data[done..], at + done as u64) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => done += written,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, range: ByteRange) -> io::Result<Outcome> {
+        if range.is_empty() {
+            return Ok(Outcome::Done);
+        }
+        done(|| rustix::fs::fallocate(&self.file, flags, range.start(), range.len()))
+    }
+
+    fn map(&self, range: ByteRange, max: usize) -> io::Result<Vec<ByteRange>> {
+        let mut found = Vec::new();
+        let mut at = range.start();
+        while at < range.end() && found.len() < max {
+            let start = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                Err(Errno::NXIO) => break,
+                Err(error) => return Err(error.into()),
+            };
+            if start >= range.end() {
+                break;
+            }
+            let end = match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
+                Ok(end) => end,
+                Err(Errno::NXIO) => break, // Cut by somebody meanwhile.
+                Err(error) => return Err(error.into()),
+            };
+            found.push(ByteRange::between(start, end.min(range.end())));
+            at = end.max(at + 1);
+        }
+        Ok(found)
+    }
+}
+
+fn done(mut call: impl FnMut() -> rustix::io::Result<()>) -> io::Result<Outcome> {
+    loop {
+        match call() {
+            Ok(()) => return Ok(Outcome::Done),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// What direct I/O on this file demands of memory and of offsets; `None` where it cannot, or should not, be done.
+fn direct_alignment(file: &File, is_device: bool) -> Option<(usize, u64)> {
+    let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+    let told = stat.filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    let (memory, offset) = match told {
+        Some(stat) => (stat.stx_dio_mem_align, stat.stx_dio_offset_align),
+        None if is_device => {
+            let sector = rustix::fs::ioctl_blksszget(file).unwrap_or(ASSUMED_ALIGN_BYTES);
+            (sector, sector)
+        }
+        None => {
+            let system = rustix::fs::fstatfs(file).ok()?;
+            let magic = i64::try_from(system.f_type).ok()?;
+            if MEMORY_FILE_SYSTEMS.contains(&magic) {
+                return None;
+            }
+            (ASSUMED_ALIGN_BYTES, ASSUMED_ALIGN_BYTES)
+        }
+    };
+    let usable = memory.is_power_of_two()
+        && offset.is_power_of_two()
+        && usize::try_from(memory).is_ok_and(|memory| memory <= BUFFER_ALIGN_BYTES)
+        && offset <= MAX_OFFSET_ALIGN_BYTES;
+    usable.then(|| (usize::try_from(memory).unwrap_or(BUFFER_ALIGN_BYTES), u64::from(offset)))
+}

@@ -1,0 +1,687 @@
+//! A host file at any alignment: direct I/O where it fits, bounce buffers and read-modify-write where it does not,
+//! lengths and growth. What the bytes mean is the formats' business.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bytes::Bytes;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+
+use crate::buffer::{Buffer, BufferPool, ZEROS_BYTES, zeros};
+use crate::storage::{Effect, Hold, Keep, Lengths, Op, Outcome, Request, Storage, StorageFacts};
+use crate::{ByteRange, Engine, HostError, HostOp, RangeGuard, RangeLock};
+
+/// The largest piece, in bytes, that goes through a bounce buffer at once.
+const BOUNCE_BYTES: u64 = 1 << 20;
+/// The unit, in bytes, in which ranges are punched and zeroed on the host; the edges are written.
+const HOLE_BYTES: u64 = 4096;
+/// The least and the most that [`HostFile::ensure_capacity`] grows ahead, in bytes.
+const GROW_AHEAD_BYTES: (u64, u64) = (8 << 20, 256 << 20);
+/// Where growing ahead stops halving its step on a full file system, in bytes.
+const GROW_LEAST_BYTES: u64 = 64 << 10;
+/// How many data ranges are asked for at once.
+const MAP_RANGES: usize = 1024;
+
+/// Whether opening makes the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Create {
+    /// It must exist.
+    #[default]
+    No,
+    /// It must not exist.
+    New,
+}
+
+/// How to open a [`HostFile`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Refuse every change.
+    pub read_only: bool,
+    /// Whether to make the file.
+    pub create: Create,
+    /// Bypass the page cache where the host can; otherwise go through it.
+    pub direct: bool,
+    /// Take the locks by which QEMU recognises an image in use.
+    pub lock: bool,
+}
+
+impl OpenOptions {
+    /// For reading, direct and locked.
+    pub fn reading() -> Self {
+        Self { read_only: true, create: Create::No, direct: true, lock: true }
+    }
+
+    /// For reading and writing, direct and locked.
+    pub fn writing() -> Self {
+        Self { read_only: false, ..Self::reading() }
+    }
+
+    /// For writing a file that must not exist yet, direct and locked.
+    pub fn creating() -> Self {
+        Self { create: Create::New, ..Self::writing() }
+    }
+}
+
+/// An open host file, or block device, that takes requests of any alignment. Clones are the same open file, which is
+/// closed (and unlocked) when the last clone and the last operation are gone.
+///
+/// **Alignment.** Aligned writes go straight from the caller's memory to the device. Others are bounced, and device
+/// blocks that they share with bytes which are not theirs are read first and written back whole, under a lock on
+/// these blocks that also keeps aligned writes out: no neighbour is ever lost. Reads take no lock.
+///
+/// **End of the file.** [`HostFile::len`] is the end of what was written or set, a byte number of any alignment. The
+/// file on the host may be longer while space is allocated ahead ([`HostFile::ensure_capacity`]) until
+/// [`HostFile::give_back`]. With direct I/O a write whose last, partial block passes the end of the host's file is
+/// rounded up with zeros and the file is cut to its true length before the write returns, while every other write
+/// and resize behind that block waits; a power cut in between leaves the file longer by less than one block of
+/// zeros. (An existing file whose length is odd is written through the page cache instead, without that window.)
+///
+/// **Dropped futures.** An operation that was handed to the host goes on; its buffers, the lock and the caller's
+/// [`Hold`] stay with it until the host has finished, and lengths count it. What was not yet handed over (the second
+/// half of a read-modify-write) does not happen.
+#[derive(Clone)]
+pub struct HostFile {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    path: PathBuf,
+    storage: Arc<dyn Storage>,
+    facts: StorageFacts,
+    lengths: Arc<Lengths>,
+    locks: RangeLock,
+    /// Held by whatever changes the length on the host, except plain writes.
+    resize: Arc<AsyncMutex<()>>,
+    pool: Arc<BufferPool>,
+    can_allocate: AtomicBool,
+    can_zero: AtomicBool,
+    can_punch: AtomicBool,
+}
+
+impl HostFile {
+    /// Opens a file with the engine of this process.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Open`] or [`HostOp::Lock`].
+    pub async fn open(path: &Path, options: OpenOptions) -> Result<Self, HostError> {
+        Self::open_with(Engine::shared(), path, options).await
+    }
+
+    /// Opens a file with a certain engine.
+    ///
+    /// # Errors
+    /// As [`HostFile::open`].
+    pub async fn open_with(
+        engine: &Engine,
+        path: &Path,
+        options: OpenOptions,
+    ) -> Result<Self, HostError> {
+        let storage = engine.open(path, &options).await?;
+        Self::from_storage(path, storage)
+    }
+
+    /// A file over any storage; the path is for messages only.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Stat`] if the storage cannot tell its length.
+    pub fn from_storage(path: &Path, storage: Arc<dyn Storage>) -> Result<Self, HostError> {
+        let len = storage.len().map_err(|source| HostError::whole(path, HostOp::Stat, source))?;
+        let lengths = Lengths { logical: AtomicU64::new(len), physical: AtomicU64::new(len) };
+        Ok(Self {
+            inner: Arc::new(Inner {
+                path: path.to_owned(),
+                facts: storage.facts(),
+                storage,
+                lengths: Arc::new(lengths),
+                locks: RangeLock::new(),
+                resize: Arc::new(AsyncMutex::new(())),
+                pool: Arc::clone(BufferPool::shared()),
+                can_allocate: AtomicBool::new(true),
+                can_zero: AtomicBool::new(true),
+                can_punch: AtomicBool::new(true),
+            }),
+        })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// Whether every change is refused.
+    pub fn is_read_only(&self) -> bool {
+        self.inner.facts.read_only
+    }
+
+    /// The end of what was written or set, in bytes; the size of a block device.
+    pub fn len(&self) -> u64 {
+        self.inner.lengths.logical.load(Ordering::Acquire)
+    }
+
+    /// Whether it has no byte.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Device and inode number, by which two paths to one file are recognised; `None` where there is no real file.
+    pub fn id(&self) -> Option<(u64, u64)> {
+        self.inner.facts.id
+    }
+
+    /// What offsets and lengths should be multiples of to avoid copies, in bytes; 1 where it does not matter.
+    pub fn alignment_bytes(&self) -> u64 {
+        self.inner.facts.offset_align
+    }
+
+    /// Whether it is a block device, whose length never changes.
+    pub fn is_fixed_len(&self) -> bool {
+        self.inner.facts.fixed_len
+    }
+
+    /// Reads `range`; bytes behind the end of the file are zeros. The result is one piece of memory: ask for large
+    /// ranges in pieces.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Read`].
+    pub async fn read(&self, range: ByteRange) -> Result<Bytes, HostError> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let inner = &self.inner;
+        let wide = inner.widen(range, HostOp::Read)?;
+        let bytes = inner.read_block(wide).await?.freeze();
+        if wide == range {
+            return Ok(bytes);
+        }
+        let skip =
+            inner.memory_len(ByteRange::between(wide.start(), range.start()), HostOp::Read)?;
+        let len = inner.memory_len(range, HostOp::Read)?;
+        Ok(bytes.slice(skip..skip + len))
+    }
+
+    /// Writes all of `data`, of any alignment; the file grows where needed. `hold` is kept until the host has finished.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Write`]; then any part of the range may hold old or new bytes. A full host is
+    /// [`crate::ErrorKind::NoSpace`].
+    pub async fn write(&self, at: u64, data: Bytes, hold: Hold) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let Some(range) = ByteRange::new(at, data.len() as u64) else {
+            let at = ByteRange::between(at, at);
+            return Err(inner.error(HostOp::Write, at, io::ErrorKind::FileTooLarge.into()));
+        };
+        if range.is_empty() {
+            return Ok(());
+        }
+        inner.check_change(HostOp::Write, range)?;
+        let wide = inner.widen(range, HostOp::Write)?;
+        if wide != range {
+            return inner.write_unaligned(range, wide, data, hold).await;
+        }
+        let guard = Some(Arc::new(inner.locks.lock_shared(range).await));
+        let locks = Locks { guard, resize: None };
+        if inner.is_memory_aligned(&data) {
+            let keep = inner.keep(&hold, &locks, range.end(), range.end());
+            return inner.run(Op::Write { at, data }, HostOp::Write, keep).await.map(drop);
+        }
+        inner.write_pieces(range, wide, &data, &hold, &locks).await
+    }
+
+    /// Makes `range` read as zeros and stay, or become, allocated; the file grows where needed. Writes zeros where
+    /// the host has no faster way ([`HostFile::has_fast_zeroes`]).
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Punch`] or [`HostOp::Write`].
+    pub async fn write_zeroes(&self, range: ByteRange, hold: Hold) -> Result<(), HostError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let inner = &self.inner;
+        inner.check_change(HostOp::Punch, range)?;
+        let (head, middle, tail) = inner.hole_parts(range);
+        if !middle.is_empty() && self.has_fast_zeroes() {
+            let keep = inner.shared_keep(middle, &hold, Some(middle.end())).await;
+            match inner.run(Op::ZeroRange { range: middle }, HostOp::Punch, keep).await {
+                Ok(_) => {
+                    self.write_plain_zeros(head, &hold).await?;
+                    return self.write_plain_zeros(tail, &hold).await;
+                }
+                Err(error) if is_unsupported(&error.source) => {
+                    inner.can_zero.store(false, Ordering::Relaxed);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.write_plain_zeros(range, &hold).await
+    }
+
+    /// Whether [`HostFile::write_zeroes`] is, as far as is known, cheaper than writing.
+    pub fn has_fast_zeroes(&self) -> bool {
+        self.inner.can_zero.load(Ordering::Relaxed) && !self.is_read_only()
+    }
+
+    /// Whether [`HostFile::punch`] works, as far as is known.
+    pub fn can_punch(&self) -> bool {
+        self.inner.can_punch.load(Ordering::Relaxed) && !self.is_read_only()
+    }
+
+    /// Deallocates `range`, which then reads as zeros; the length stays. `false` if the host cannot: nothing changed.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Punch`], or with [`HostOp::Write`] for the parts of blocks at the edges.
+    pub async fn punch(&self, range: ByteRange, hold: Hold) -> Result<bool, HostError> {
+        let inner = &self.inner;
+        inner.check_change(HostOp::Punch, range)?;
+        let range = range.intersection(ByteRange::between(0, self.len()));
+        if range.is_empty() {
+            return Ok(true);
+        }
+        if !self.can_punch() {
+            return Ok(false);
+        }
+        let (head, middle, tail) = inner.hole_parts(range);
+        if !middle.is_empty() {
+            let keep = inner.shared_keep(middle, &hold, None).await;
+            match inner.run(Op::Punch { range: middle }, HostOp::Punch, keep).await {
+                Ok(_) => {}
+                Err(error) if is_unsupported(&error.source) => {
+                    inner.can_punch.store(false, Ordering::Relaxed);
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.write_plain_zeros(head, &hold).await?;
+        self.write_plain_zeros(tail, &hold).await?;
+        Ok(true)
+    }
+
+    async fn write_plain_zeros(&self, range: ByteRange, hold: &Hold) -> Result<(), HostError> {
+        for piece in range.pieces(ZEROS_BYTES) {
+            self.write(piece.start(), zeros(piece.len()), hold.clone()).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the file at least `len` bytes long, with space behind its present end allocated and reading as zeros.
+    /// Never shrinks; [`HostFile::len`] counts it. Where the host cannot allocate, the file gets a hole instead.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Allocate`] or [`HostOp::Resize`].
+    pub async fn grow(&self, len: u64) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let range = ByteRange::between(self.len(), len);
+        if range.is_empty() {
+            return Ok(());
+        }
+        inner.check_change(HostOp::Allocate, range)?;
+        let resize = inner.lock_resize().await;
+        let effect = Effect::Grows { logical: len, physical: len };
+        let keep = inner.resize_keep(&resize, effect);
+        let start = inner.physical_len().min(self.len());
+        let op = Op::Allocate { range: ByteRange::between(start, len) };
+        match inner.run(op, HostOp::Allocate, keep).await {
+            Err(error) if is_unsupported(&error.source) => {
+                inner.can_allocate.store(false, Ordering::Relaxed);
+            }
+            other => return other.map(drop),
+        }
+        if inner.physical_len() >= len {
+            inner.lengths.logical.fetch_max(len, Ordering::AcqRel);
+            return Ok(());
+        }
+        let keep = inner.resize_keep(&resize, Effect::Grows { logical: len, physical: len });
+        inner.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop)
+    }
+
+    /// Allocates ahead so that a write up to `end` does not have to lengthen the file: cheap if it need not, otherwise
+    /// an eighth of the file (8 to 256 MiB) at once, less where the host is nearly full. [`HostFile::len`] does not
+    /// count it; [`HostFile::give_back`] returns what was not used. Does nothing where the host cannot.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Allocate`] if not even `end` can be reached: [`crate::ErrorKind::NoSpace`].
+    pub async fn ensure_capacity(&self, end: u64) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let enough = || {
+            end <= inner.physical_len()
+                || inner.facts.fixed_len
+                || !inner.can_allocate.load(Ordering::Relaxed)
+        };
+        if enough() {
+            return Ok(());
+        }
+        inner.check_change(HostOp::Allocate, ByteRange::between(end, end))?;
+        let resize = inner.lock_resize().await;
+        let mut step = (end / 8).clamp(GROW_AHEAD_BYTES.0, GROW_AHEAD_BYTES.1);
+        while !enough() {
+            let target = end.saturating_add(step);
+            let effect = Effect::Grows { logical: 0, physical: target };
+            let range = ByteRange::between(inner.physical_len(), target);
+            let keep = inner.resize_keep(&resize, effect);
+            match inner.run(Op::Allocate { range }, HostOp::Allocate, keep).await {
+                Ok(_) => return Ok(()),
+                Err(error) if is_unsupported(&error.source) => {
+                    inner.can_allocate.store(false, Ordering::Relaxed);
+                }
+                Err(error) if step > 0 && error.kind() == crate::ErrorKind::NoSpace => {
+                    step = if step > GROW_LEAST_BYTES { step / 4 } else { 0 };
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts off what was allocated ahead and not written: the host's length becomes [`HostFile::len`].
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Resize`] or [`HostOp::Stat`].
+    pub async fn give_back(&self) -> Result<(), HostError> {
+        let inner = &self.inner;
+        if inner.facts.fixed_len || inner.facts.read_only {
+            return Ok(());
+        }
+        let resize = inner.lock_resize().await;
+        let guard = inner.lock_from(self.len()).await;
+        let len = self.len();
+        let host = inner.storage.len();
+        if host.map_err(|e| HostError::whole(self.path(), HostOp::Stat, e))? == len {
+            inner.lengths.physical.store(len, Ordering::Release);
+            return Ok(());
+        }
+        let mut keep = inner.resize_keep(&resize, Effect::Physical(len));
+        keep.guard = Some(guard);
+        inner.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop)
+    }
+
+    /// Sets the length: cuts the file, or lengthens it by a hole that reads as zeros. Waits for writes behind the cut.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Resize`]; a block device refuses any length but its own.
+    pub async fn set_len(&self, len: u64) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let range = ByteRange::between(len, len);
+        inner.check_change(HostOp::Resize, range)?;
+        if inner.facts.fixed_len {
+            let same = len == self.len();
+            let refused = || inner.error(HostOp::Resize, range, io::ErrorKind::Unsupported.into());
+            return if same { Ok(()) } else { Err(refused()) };
+        }
+        let resize = inner.lock_resize().await;
+        let guard = inner.lock_from(len.min(self.len())).await;
+        let old = self.len();
+        // What lies between the logical and the host's end may be left of a failed write: it must not become visible.
+        let steps = if len > old && inner.physical_len() > old { &[old, len][..] } else { &[len] };
+        for len in steps.iter().copied() {
+            let mut keep = inner.resize_keep(&resize, Effect::Sets(len));
+            keep.guard = Some(Arc::clone(&guard));
+            inner.run(Op::SetLen { len }, HostOp::Resize, keep).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes durable every write whose call had returned before this one began, and the lengths to find them.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Sync`]: nothing may be assumed durable since the last good one.
+    pub async fn sync(&self) -> Result<(), HostError> {
+        self.inner.run(Op::Sync, HostOp::Sync, Keep::default()).await.map(drop)
+    }
+
+    /// The parts of `range` that hold data, in order; what is left out reads as zeros. All of it (up to the end of
+    /// the file) where the host cannot tell.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Stat`].
+    pub async fn data_ranges(&self, range: ByteRange) -> Result<Vec<ByteRange>, HostError> {
+        let mut found = Vec::new();
+        let mut rest = range.intersection(ByteRange::between(0, self.len()));
+        while !rest.is_empty() {
+            let (more, end) = self.some_data_ranges(rest, MAP_RANGES).await?;
+            found.extend(more);
+            rest = ByteRange::between(end, rest.end());
+        }
+        Ok(found)
+    }
+
+    /// At most `max` data ranges, and up to where the answer holds.
+    pub(crate) async fn some_data_ranges(
+        &self,
+        range: ByteRange,
+        max: usize,
+    ) -> Result<(Vec<ByteRange>, u64), HostError> {
+        let op = Op::Map { range, max };
+        match self.inner.run(op, HostOp::Stat, Keep::default()).await {
+            Ok(Outcome::Ranges(found)) if found.len() < max => Ok((found, range.end())),
+            Ok(Outcome::Ranges(found)) => {
+                let end = found.last().map_or(range.end(), |last| last.end());
+                Ok((found, end))
+            }
+            Ok(_) => Ok((vec![range], range.end())),
+            Err(error) if is_unsupported(&error.source) => Ok((vec![range], range.end())),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What an operation that must not meet others holds.
+#[derive(Default)]
+struct Locks {
+    guard: Option<Arc<RangeGuard>>,
+    resize: Option<Arc<OwnedMutexGuard<()>>>,
+}
+
+impl Inner {
+    fn error(&self, op: HostOp, range: ByteRange, source: io::Error) -> HostError {
+        HostError { path: self.path.clone(), op, range, source }
+    }
+
+    fn physical_len(&self) -> u64 {
+        self.lengths.physical.load(Ordering::Acquire)
+    }
+
+    fn check_change(&self, op: HostOp, range: ByteRange) -> Result<(), HostError> {
+        if self.facts.read_only {
+            return Err(self.error(op, range, io::ErrorKind::ReadOnlyFilesystem.into()));
+        }
+        if self.facts.fixed_len && range.end() > self.lengths.logical.load(Ordering::Acquire) {
+            return Err(self.error(op, range, io::ErrorKind::StorageFull.into()));
+        }
+        Ok(())
+    }
+
+    /// The blocks that cover `range`; refuses what no file can hold.
+    fn widen(&self, range: ByteRange, op: HostOp) -> Result<ByteRange, HostError> {
+        let wide = range.widen(self.facts.offset_align);
+        if i64::try_from(wide.end()).is_err() || !wide.contains(range) {
+            return Err(self.error(op, range, io::ErrorKind::FileTooLarge.into()));
+        }
+        Ok(wide)
+    }
+
+    fn memory_len(&self, range: ByteRange, op: HostOp) -> Result<usize, HostError> {
+        usize::try_from(range.len())
+            .map_err(|_| self.error(op, range, io::ErrorKind::OutOfMemory.into()))
+    }
+
+    fn is_memory_aligned(&self, data: &Bytes) -> bool {
+        (data.as_ptr() as usize).is_multiple_of(self.facts.memory_align)
+    }
+
+    /// Cuts a range into what is written and what the host's own holes can cover.
+    fn hole_parts(&self, range: ByteRange) -> (ByteRange, ByteRange, ByteRange) {
+        let unit = HOLE_BYTES.max(self.facts.offset_align);
+        let start = range.start().next_multiple_of(unit).min(range.end());
+        let end = (range.end() - range.end() % unit).max(start);
+        (
+            ByteRange::between(range.start(), start),
+            ByteRange::between(start, end),
+            ByteRange::between(end, range.end()),
+        )
+    }
+
+    async fn lock_resize(&self) -> Arc<OwnedMutexGuard<()>> {
+        Arc::new(Arc::clone(&self.resize).lock_owned().await)
+    }
+
+    /// Keeps every write out that touches the block of `offset` or a later one.
+    async fn lock_from(&self, offset: u64) -> Arc<RangeGuard> {
+        let start = offset - offset % self.facts.offset_align;
+        Arc::new(self.locks.lock_exclusive(ByteRange::between(start, u64::MAX)).await)
+    }
+
+    fn resize_keep(&self, resize: &Arc<OwnedMutexGuard<()>>, effect: Effect) -> Keep {
+        Keep {
+            resize: Some(Arc::clone(resize)),
+            effect: Some((Arc::clone(&self.lengths), effect)),
+            ..Keep::default()
+        }
+    }
+
+    fn keep(&self, hold: &Hold, locks: &Locks, logical: u64, physical: u64) -> Keep {
+        Keep {
+            hold: hold.clone(),
+            guard: locks.guard.clone(),
+            resize: locks.resize.clone(),
+            effect: Some((Arc::clone(&self.lengths), Effect::Grows { logical, physical })),
+            slot: None,
+        }
+    }
+
+    async fn shared_keep(&self, range: ByteRange, hold: &Hold, grows_to: Option<u64>) -> Keep {
+        let guard = Some(Arc::new(self.locks.lock_shared(range).await));
+        let mut keep = self.keep(hold, &Locks { guard, resize: None }, 0, 0);
+        keep.effect = grows_to
+            .map(|end| (Arc::clone(&self.lengths), Effect::Grows { logical: end, physical: end }));
+        keep
+    }
+
+    /// Hands an operation to the engine, once there is a slot for it, and waits for its end.
+    async fn run(&self, op: Op, what: HostOp, keep: Keep) -> Result<Outcome, HostError> {
+        let range = op.range();
+        // A closed semaphore would only mean that nothing bounds the queue any more.
+        let slot = Arc::clone(self.storage.slots()).acquire_owned().await.ok();
+        let (request, answer) = Request::keeping(op, Keep { slot, ..keep });
+        self.storage.submit(request);
+        let result = answer.await.unwrap_or_else(|_| {
+            Err(io::Error::new(io::ErrorKind::Interrupted, "the I/O engine has stopped"))
+        });
+        result.map_err(|source| self.error(what, range, source))
+    }
+
+    async fn write_unaligned(
+        &self,
+        range: ByteRange,
+        wide: ByteRange,
+        data: Bytes,
+        hold: Hold,
+    ) -> Result<(), HostError> {
+        if range.end() == wide.end() || wide.end() <= self.physical_len() {
+            let guard = Some(Arc::new(self.locks.lock_exclusive(wide).await));
+            // Only a cut of the file, which waits for this lock or has gone before it, makes it shorter.
+            if range.end() == wide.end() || wide.end() <= self.physical_len() {
+                let locks = Locks { guard, resize: None };
+                return self.write_pieces(range, wide, &data, &hold, &locks).await;
+            }
+        }
+        let resize = self.lock_resize().await;
+        let guard = self.lock_from(wide.start()).await;
+        let host_len = self.physical_len();
+        let locks = Locks { guard: Some(Arc::clone(&guard)), resize: Some(Arc::clone(&resize)) };
+        let written = self.write_pieces(range, wide, &data, &hold, &locks).await;
+        if wide.end() <= host_len {
+            return written;
+        }
+        let len = host_len.max(range.end());
+        let mut keep = self.resize_keep(&resize, Effect::Physical(len));
+        keep.guard = Some(guard);
+        keep.hold = hold;
+        let cut = self.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop);
+        written.and(cut)
+    }
+
+    /// Writes in pieces, copying what has to be aligned. The locks are the caller's and cover all of `wide`.
+    async fn write_pieces(
+        &self,
+        range: ByteRange,
+        wide: ByteRange,
+        data: &Bytes,
+        hold: &Hold,
+        locks: &Locks,
+    ) -> Result<(), HostError> {
+        for piece in wide.pieces(BOUNCE_BYTES.max(self.facts.offset_align)) {
+            let inside = piece.intersection(range);
+            let skip = ByteRange::between(range.start(), inside.start());
+            let skip = self.memory_len(skip, HostOp::Write)?;
+            let len = self.memory_len(inside, HostOp::Write)?;
+            let part = data.slice(skip..skip + len);
+            let block = if inside == piece && self.is_memory_aligned(&part) {
+                part
+            } else {
+                self.bounce(piece, inside, &part).await?
+            };
+            let keep = self.keep(hold, locks, inside.end(), piece.end());
+            let op = Op::Write { at: piece.start(), data: block };
+            self.run(op, HostOp::Write, keep).await?;
+        }
+        Ok(())
+    }
+
+    /// Copies `part` into aligned memory for all of `piece`, with what the file holds around it.
+    async fn bounce(
+        &self,
+        piece: ByteRange,
+        inside: ByteRange,
+        part: &Bytes,
+    ) -> Result<Bytes, HostError> {
+        let align = self.facts.offset_align;
+        let len = self.memory_len(piece, HostOp::Write)?;
+        let mut whole = self.pool.get_now(len);
+        let first = ByteRange::between(piece.start(), piece.start() + align);
+        let last = ByteRange::between(piece.end() - align, piece.end());
+        let needs_first = inside.start() > piece.start() || inside.end() < first.end();
+        if needs_first {
+            let block = self.read_block(first).await?;
+            whole[..block.len()].copy_from_slice(&block);
+        }
+        if inside.end() < piece.end() && !(needs_first && first == last) {
+            let block = self.read_block(last).await?;
+            whole[len - block.len()..].copy_from_slice(&block);
+        }
+        let skip =
+            self.memory_len(ByteRange::between(piece.start(), inside.start()), HostOp::Write)?;
+        whole[skip..skip + part.len()].copy_from_slice(part);
+        Ok(whole.freeze())
+    }
+
+    /// Reads whole blocks.
+    async fn read_block(&self, block: ByteRange) -> Result<Buffer, HostError> {
+        let buffer = self.pool.get_now(self.memory_len(block, HostOp::Read)?);
+        let op = Op::Read { at: block.start(), buffer };
+        match self.run(op, HostOp::Read, Keep::default()).await? {
+            Outcome::Read(buffer) => Ok(buffer),
+            _ => Err(self.error(HostOp::Read, block, io::ErrorKind::InvalidData.into())),
+        }
+    }
+}
+
+/// Whether the host says that it cannot do such a thing at all, in any of the ways in which it says so.
+fn is_unsupported(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    error.kind() == io::ErrorKind::Unsupported
+        || [Errno::OPNOTSUPP, Errno::NOSYS, Errno::NODEV, Errno::NOTTY]
+            .iter()
+            .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+impl std::fmt::Debug for HostFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostFile")
+            .field("path", &self.inner.path)
+            .field("len", &self.len())
+            .field("facts", &self.inner.facts)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,553 @@
+//! [`NbdDevice`]: an export as a [`BlockDevice`], over one connection or several. Cuts requests to what the server
+//! accepts and spells what it lacks by what it has; knows nothing of sockets.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use async_trait::async_trait;
+use block::{
+    BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, MAX_EXTENTS, Segment,
+    Segments, ZeroMode,
+};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+
+use super::address::Address;
+use super::connection::{self, Call, Connection};
+use super::error::{ClientError, LostCause};
+use super::export::{ExportInfo, ExportListing, StatusExtent};
+use super::memory::Destination;
+use super::options::ClientOptions;
+use super::reply::{Answer, Wants};
+use super::stream::Counters;
+use crate::wire::{allocation, command, command_flag, transmission_flag};
+
+/// The context that [`BlockDevice::extents`] stands on.
+const ALLOCATION: &str = "base:allocation";
+/// The longest WRITE_ZEROES or TRIM, in bytes: few enough requests for any disk, and each short enough to be answered
+/// in time by a server that really writes the zeros.
+const MAX_ZEROES_BYTES: u64 = 1 << 30;
+/// The longest BLOCK_STATUS, in bytes: the most that the header holds in whole blocks of any size.
+const MAX_STATUS_BYTES: u64 = (1 << 32) - (1 << 25);
+/// The zeros written at once to a server without WRITE_ZEROES, in bytes.
+const ZEROS_BYTES: u32 = 1 << 20;
+
+/// An NBD export, opened.
+///
+/// Requests of any length may be in flight at once. They are spread over the connections, and a connection that dies
+/// fails what it has in flight; the others go on. Without FLUSH on the server's side [`BlockDevice::flush`] succeeds
+/// at once: such a server promises that what it has answered is durable.
+pub struct NbdDevice {
+    export: ExportInfo,
+    connections: Vec<Connection>,
+    /// Where the search for a free connection begins.
+    turn: AtomicUsize,
+    options: ClientOptions,
+    counters: Arc<Counters>,
+    closed: AtomicBool,
+}
+
+impl NbdDevice {
+    /// Connects to the export; further connections are opened where the server promises that they agree.
+    ///
+    /// # Errors
+    /// What the first connection failed at. Where a further one does not come about, those that did must do; one that
+    /// sees another export is [`ClientError::Inconsistent`].
+    pub async fn connect(
+        address: &Address,
+        export: &str,
+        options: ClientOptions,
+    ) -> Result<Arc<Self>, ClientError> {
+        let counters = Arc::default();
+        let (first, negotiated) = Connection::open(address, export, &options, &counters).await?;
+        let info = negotiated.export;
+        let more = match options.connections.clamp(1, ClientOptions::MAX_CONNECTIONS) {
+            wanted if info.has(transmission_flag::CAN_MULTI_CONN) => wanted - 1,
+            _ => 0,
+        };
+        let opening = (0..more).map(|_| Connection::open(address, export, &options, &counters));
+        let mut connections = vec![first];
+        for (index, opened) in (1..).zip(join_all(opening).await) {
+            match opened {
+                Ok((connection, negotiated)) => {
+                    agree(index, &info, &negotiated.export)?;
+                    connections.push(connection);
+                }
+                Err(error) => tracing::warn!(%error, %address, "one NBD connection fewer"),
+            }
+        }
+        Ok(Arc::new(Self::new(info, connections, options, counters)))
+    }
+
+    fn new(
+        export: ExportInfo,
+        connections: Vec<Connection>,
+        options: ClientOptions,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let (turn, closed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { export, connections, turn, options, counters, closed }
+    }
+
+    /// What was negotiated.
+    pub fn export(&self) -> &ExportInfo {
+        &self.export
+    }
+
+    /// The names of the meta contexts that [`NbdDevice::block_status`] answers.
+    pub fn contexts(&self) -> &[String] {
+        &self.export.contexts
+    }
+
+    /// The number of connections that were opened.
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Everything on the sockets so far, headers and negotiation too: sent and received, in bytes.
+    pub fn wire_bytes(&self) -> (u64, u64) {
+        self.counters.get()
+    }
+
+    /// The exports of the server at `address`.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] where the server keeps the list to itself.
+    pub async fn list(address: &Address) -> Result<Vec<ExportListing>, ClientError> {
+        connection::list(address, &ClientOptions::default()).await
+    }
+
+    /// The extents of `range` in a negotiated context, in order, without gaps, from its start. May end early: ask again
+    /// from the end of the last.
+    ///
+    /// # Errors
+    /// [`ClientError::NoContext`]; [`ClientError::Device`] where the range leaves the export; and what the server or
+    /// the connection failed at.
+    pub async fn block_status(
+        &self,
+        context: &str,
+        range: ByteRange,
+    ) -> Result<Vec<StatusExtent>, ClientError> {
+        self.limits().check_read(range)?;
+        if !self.export.contexts.iter().any(|known| known == context) {
+            return Err(ClientError::NoContext { context: context.to_owned() });
+        }
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let wide = self.widen(range);
+        let asked =
+            ByteRange::between(wide.start(), wide.end().min(wide.start() + MAX_STATUS_BYTES));
+        let connection = self.pick()?;
+        let id = connection
+            .context_id(context)
+            .ok_or_else(|| ClientError::NoContext { context: context.to_owned() })?;
+        let wants = Wants::Status { context: id };
+        let mut extents =
+            match connection.call(simple(command::BLOCK_STATUS, 0, asked, wants)).await? {
+                Answer::Status(extents) => extents,
+                Answer::Success | Answer::Data(_) => Vec::new(),
+            };
+        // What was asked for only because of the block size is cut off again.
+        for extent in &mut extents {
+            extent.range = extent.range.intersection(range);
+        }
+        extents.retain(|extent| !extent.range.is_empty());
+        Ok(extents)
+    }
+
+    /// Waits for what is in flight, then disconnects; later requests fail with [`ClientError::Closed`]. Does not flush.
+    pub async fn disconnect(&self) {
+        join_all(self.connections.iter().map(Connection::disconnect)).await;
+    }
+
+    /// The live connection with the most room.
+    fn pick(&self) -> Result<&Connection, ClientError> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.connections.len().max(1);
+        let (before, from) = self.connections.split_at_checked(turn).unwrap_or((&[], &[]));
+        let mut best: Option<(usize, &Connection)> = None;
+        for connection in from.iter().chain(before) {
+            if let Some(free) = connection.free_slots()
+                && best.is_none_or(|(most, _)| free > most)
+            {
+                best = Some((free, connection));
+            }
+        }
+        match best {
+            Some((_, connection)) => Ok(connection),
+            // All are dead: the first one says what of.
+            None => self.connections.first().ok_or(ClientError::Closed),
+        }
+    }
+
+    /// Sends one request.
+    async fn call(&self, call: Call) -> Result<Answer, ClientError> {
+        self.pick()?.call(call).await
+    }
+
+    /// The whole blocks around `range`, as far as the export goes.
+    fn widen(&self, range: ByteRange) -> ByteRange {
+        let wide = range.widen(u64::from(self.export.block_sizes.minimum));
+        ByteRange::between(wide.start(), wide.end().min(self.export.size_bytes.max(range.end())))
+    }
+
+    /// The longest payload in bytes: a power of two.
+    fn payload_bytes(&self) -> u64 {
+        let sizes = self.export.block_sizes;
+        let most = self.options.max_payload_bytes.min(sizes.maximum).max(sizes.minimum).max(1);
+        1 << most.ilog2()
+    }
+
+    /// How many pieces of one request may be in flight.
+    fn window(&self) -> usize {
+        self.connections.len() * self.options.in_flight.clamp(1, ClientOptions::MAX_IN_FLIGHT)
+    }
+
+    fn check_aligned(&self, range: ByteRange) -> Result<(), ClientError> {
+        let minimum = self.export.block_sizes.minimum;
+        if range.is_aligned(u64::from(minimum)) {
+            return Ok(());
+        }
+        Err(ClientError::Unaligned { range, minimum })
+    }
+
+    /// The flag for `durability`, where the server has one.
+    fn durability_flag(&self, durability: Durability) -> u16 {
+        match durability {
+            Durability::Durable if self.export.has(transmission_flag::SEND_FUA) => {
+                command_flag::FUA
+            }
+            Durability::Durable | Durability::Deferred => 0,
+        }
+    }
+
+    /// After a change: what FUA would have done, where the server lacks it.
+    async fn settle(&self, durability: Durability) -> Result<(), ClientError> {
+        match durability {
+            Durability::Durable if !self.export.has(transmission_flag::SEND_FUA) => {
+                self.flush_all().await
+            }
+            Durability::Durable | Durability::Deferred => Ok(()),
+        }
+    }
+
+    async fn read_range(&self, range: ByteRange) -> Result<Segments, ClientError> {
+        let wide = self.widen(range);
+        let pieces: Vec<_> = wide.pieces(self.payload_bytes()).enumerate().collect();
+        let read = |(index, piece): (usize, ByteRange)| async move {
+            let len = usize::try_from(piece.len())
+                .map_err(|_| ClientError::NotSupported { what: "reads of this length" })?;
+            let mut call = simple(command::READ, 0, piece, Wants::Data);
+            call.destination = Destination::wait(len).await;
+            let _ = index;
+            match self.call(call).await? {
+                Answer::Data(segments) => Ok(segments),
+                Answer::Success | Answer::Status(_) => Ok(Segments::default()),
+            }
+        };
+        let mut all = Segments::default();
+        for segments in self.each(pieces, read).await? {
+            all.extend(segments);
+        }
+        if wide == range { Ok(all) } else { Ok(cut(all, wide.start(), range)) }
+    }
+
+    async fn write_range(
+        &self,
+        range: ByteRange,
+        data: Bytes,
+        durability: Durability,
+    ) -> Result<(), ClientError> {
+        self.check_aligned(range)?;
+        let flags = self.durability_flag(durability);
+        let mut rest = data;
+        let pieces: Vec<_> = range
+            .pieces(self.payload_bytes())
+            .map(|piece| {
+                let len = usize::try_from(piece.len()).unwrap_or(usize::MAX).min(rest.len());
+                (piece, rest.split_to(len))
+            })
+            .collect();
+        let write = |(piece, payload): (ByteRange, Bytes)| {
+            let mut call = simple(command::WRITE, flags, piece, Wants::Success);
+            call.payload = payload;
+            self.call(call)
+        };
+        self.each(pieces, write).await?;
+        self.settle(durability).await
+    }
+
+    async fn zero_range(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+        durability: Durability,
+    ) -> Result<(), ClientError> {
+        self.check_aligned(range)?;
+        if mode.fast_only && !self.export.has(transmission_flag::SEND_FAST_ZERO) {
+            return Err(ClientError::NotSupported { what: "fast zeroes" });
+        }
+        let mut flags = self.durability_flag(durability);
+        if !self.export.has(transmission_flag::SEND_WRITE_ZEROES) {
+            self.write_zeros(range, flags).await?;
+            return self.settle(durability).await;
+        }
+        if mode.keep_allocated {
+            flags |= command_flag::NO_HOLE;
+        }
+        let mut pieces = range.pieces(MAX_ZEROES_BYTES);
+        if mode.fast_only
+            && let Some(first) = pieces.next()
+        {
+            // The first piece decides for all: a refusal after it would come when something has changed.
+            let flags = flags | command_flag::FAST_ZERO;
+            self.call(simple(command::WRITE_ZEROES, flags, first, Wants::Success)).await?;
+        }
+        let zero = |piece| self.call(simple(command::WRITE_ZEROES, flags, piece, Wants::Success));
+        self.each(pieces.collect(), zero).await?;
+        self.settle(durability).await
+    }
+
+    /// Zeros by WRITE, for servers without WRITE_ZEROES.
+    async fn write_zeros(&self, range: ByteRange, flags: u16) -> Result<(), ClientError> {
+        let most = u64::from(ZEROS_BYTES).min(self.payload_bytes());
+        let most = most.max(u64::from(self.export.block_sizes.minimum));
+        let zeros = Bytes::from(vec![0; usize::try_from(most).unwrap_or_default()]);
+        let write = |piece: ByteRange| {
+            let mut call = simple(command::WRITE, flags, piece, Wants::Success);
+            let len = usize::try_from(piece.len()).unwrap_or_default();
+            call.payload = zeros.slice(..len.min(zeros.len()));
+            self.call(call)
+        };
+        // A round at a time: a list of all the pieces of a large disk would be long.
+        for round in range.pieces(MAX_ZEROES_BYTES) {
+            self.each(round.pieces(most).collect(), write).await?;
+        }
+        Ok(())
+    }
+
+    async fn trim_range(
+        &self,
+        range: ByteRange,
+        durability: Durability,
+    ) -> Result<(), ClientError> {
+        if !self.export.has(transmission_flag::SEND_TRIM) {
+            return Ok(());
+        }
+        // A hint loses nothing where its edges are left out.
+        let minimum = u64::from(self.export.block_sizes.minimum);
+        let start = range.start().next_multiple_of(minimum);
+        let inner = ByteRange::between(start, range.end() - range.end() % minimum);
+        let flags = self.durability_flag(durability);
+        let trim = |piece| self.call(simple(command::TRIM, flags, piece, Wants::Success));
+        self.each(inner.pieces(MAX_ZEROES_BYTES).collect(), trim).await?;
+        self.settle(durability).await
+    }
+
+    /// One FLUSH is enough: with several connections the server has promised that it covers all of them.
+    async fn flush_all(&self) -> Result<(), ClientError> {
+        if self.export.is_read_only() || !self.export.has(transmission_flag::SEND_FLUSH) {
+            return Ok(());
+        }
+        let nothing = ByteRange::between(0, 0);
+        self.call(simple(command::FLUSH, 0, nothing, Wants::Success)).await.map(|_| ())
+    }
+
+    /// Runs `call` on every piece, as many at once as there is room for, and returns the answers in order. After a
+    /// failure no more pieces are begun, but those that were are waited for: nothing of this request is in flight when
+    /// it has failed.
+    async fn each<P, T, F>(
+        &self,
+        pieces: Vec<P>,
+        call: impl Fn(P) -> F + Send,
+    ) -> Result<Vec<T>, ClientError>
+    where
+        P: Send,
+        T: Send,
+        F: Future<Output = Result<T, ClientError>> + Send,
+    {
+        let mut answers = Vec::with_capacity(pieces.len());
+        let mut pieces = pieces.into_iter();
+        let mut running = futures_util::stream::FuturesOrdered::new();
+        let mut failure = None;
+        loop {
+            while failure.is_none() && running.len() < self.window() {
+                let Some(piece) = pieces.next() else { break };
+                running.push_back(call(piece));
+            }
+            match running.next().await {
+                Some(Ok(answer)) => answers.push(answer),
+                Some(Err(error)) => failure = failure.or(Some(error)),
+                None => break,
+            }
+        }
+        failure.map_or(Ok(answers), Err)
+    }
+}
+
+#[async_trait]
+impl BlockDevice for NbdDevice {
+    fn limits(&self) -> Limits {
+        Limits {
+            size_bytes: self.export.size_bytes,
+            read_only: self.export.is_read_only(),
+            preferred_bytes: self.export.block_sizes.preferred.max(512),
+            can_discard: self.export.has(transmission_flag::SEND_TRIM),
+            fast_zeroes: self.export.has(transmission_flag::SEND_WRITE_ZEROES),
+        }
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<Segments, DeviceError> {
+        self.limits().check_read(range)?;
+        if range.is_empty() {
+            return Ok(Segments::default());
+        }
+        Ok(self.read_range(range).await?)
+    }
+
+    async fn write(
+        &self,
+        offset: u64,
+        data: Bytes,
+        durability: Durability,
+    ) -> Result<(), DeviceError> {
+        let range = ByteRange::new(offset, data.len() as u64)
+            .unwrap_or_else(|| ByteRange::between(offset, u64::MAX));
+        self.limits().check_write(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        Ok(self.write_range(range, data, durability).await?)
+    }
+
+    async fn write_zeroes(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+        durability: Durability,
+    ) -> Result<(), DeviceError> {
+        self.limits().check_write(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let zeroed = self.zero_range(range, mode, durability).await;
+        zeroed.map_err(|error| match error {
+            ClientError::NotSupported { what } => DeviceError::NotSupported { what },
+            error => error.into(),
+        })
+    }
+
+    async fn discard(&self, range: ByteRange, durability: Durability) -> Result<(), DeviceError> {
+        self.limits().check_write(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        Ok(self.trim_range(range, durability).await?)
+    }
+
+    async fn flush(&self) -> Result<(), DeviceError> {
+        Ok(self.flush_all().await?)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
+        self.limits().check_read(range)?;
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        if !self.export.contexts.iter().any(|context| context == ALLOCATION) {
+            return Ok(vec![Extent { range, allocated: true, zero: false }]);
+        }
+        Ok(allocated(&self.block_status(ALLOCATION, range).await?))
+    }
+
+    async fn close(&self) -> Result<(), DeviceError> {
+        if self.closed.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let flushed = self.flush_all().await;
+        self.disconnect().await;
+        match flushed {
+            Ok(()) | Err(ClientError::Closed) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl std::fmt::Debug for NbdDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let lost: Vec<Arc<LostCause>> =
+            self.connections.iter().filter_map(Connection::lost).collect();
+        f.debug_struct("NbdDevice")
+            .field("export", &self.export)
+            .field("connections", &self.connections.len())
+            .field("lost", &lost)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A request without payload and without memory for one.
+fn simple(command: u16, flags: u16, range: ByteRange, wants: Wants) -> Call {
+    let destination = Destination::none();
+    Call { command, flags, range, payload: Bytes::new(), wants, destination }
+}
+
+/// Whether a further connection sees what the first one sees.
+fn agree(index: usize, first: &ExportInfo, other: &ExportInfo) -> Result<(), ClientError> {
+    let what = if first.size_bytes != other.size_bytes {
+        "size"
+    } else if first.flags != other.flags {
+        "set of flags"
+    } else if first.block_sizes != other.block_sizes {
+        "block size"
+    } else if first.contexts != other.contexts {
+        "set of meta contexts"
+    } else if first.structured_replies != other.structured_replies {
+        "kind of replies"
+    } else {
+        return Ok(());
+    };
+    Err(ClientError::Inconsistent { index, what })
+}
+
+/// Of segments that begin at `start`, those bytes that lie in `range`.
+fn cut(segments: Segments, start: u64, range: ByteRange) -> Segments {
+    let mut kept = Segments::default();
+    let mut at = start;
+    for segment in segments.0 {
+        let here = ByteRange::between(at, at + segment.len());
+        at = here.end();
+        let wanted = here.intersection(range);
+        kept.push(match segment {
+            _ if wanted.is_empty() => continue,
+            Segment::Zero(_) => Segment::Zero(wanted.len()),
+            Segment::Data(bytes) => {
+                let from = usize::try_from(wanted.start() - here.start()).unwrap_or(bytes.len());
+                let to = usize::try_from(wanted.end() - here.start()).unwrap_or(bytes.len());
+                Segment::Data(bytes.slice(from..to))
+            }
+        });
+    }
+    kept
+}
+
+/// `base:allocation` in our words; equal neighbours become one. The bits that the protocol reserves are ignored.
+fn allocated(extents: &[StatusExtent]) -> Vec<Extent> {
+    let mut joined: Vec<Extent> = Vec::new();
+    for extent in extents {
+        let full = joined.len() == MAX_EXTENTS;
+        let allocated = extent.flags & allocation::HOLE == 0;
+        let zero = extent.flags & allocation::ZERO != 0;
+        match joined.last_mut() {
+            Some(last) if (last.allocated, last.zero) == (allocated, zero) => {
+                last.range = ByteRange::between(last.range.start(), extent.range.end());
+            }
+            _ if full => break,
+            _ => joined.push(Extent { range: extent.range, allocated, zero }),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests;

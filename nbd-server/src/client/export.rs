@@ -1,0 +1,70 @@
+//! What a client knows of an export, as the negotiation left it. Plain data: nothing here asks the server.
+
+use block::ByteRange;
+
+use crate::wire::{MAX_PAYLOAD_BYTES, transmission_flag};
+
+/// An export as [`super::NbdDevice::list`] finds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportListing {
+    /// Its name; the default export's is empty.
+    pub name: String,
+    /// What the server says about it to people; often empty.
+    pub description: String,
+}
+
+/// Block size constraints in bytes ("Block size constraints"); all are powers of two here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockSizes {
+    /// Requests are multiples of this.
+    pub minimum: u32,
+    /// Requests that are multiples of this are fast.
+    pub preferred: u32,
+    /// The longest payload.
+    pub maximum: u32,
+}
+
+impl Default for BlockSizes {
+    /// What holds for a server that says nothing.
+    fn default() -> Self {
+        Self { minimum: 1, preferred: 4096, maximum: MAX_PAYLOAD_BYTES }
+    }
+}
+
+/// What was negotiated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// The name that was asked for.
+    pub name: String,
+    /// The size in bytes.
+    pub size_bytes: u64,
+    /// [`transmission_flag`] bits.
+    pub flags: u16,
+    /// The server's block sizes, or the defaults.
+    pub block_sizes: BlockSizes,
+    /// Whether replies are structured.
+    pub structured_replies: bool,
+    /// The names of the meta contexts that the server granted.
+    pub contexts: Vec<String>,
+}
+
+impl ExportInfo {
+    /// Whether every bit of `flag` is set.
+    pub fn has(&self, flag: u16) -> bool {
+        self.flags & flag == flag
+    }
+
+    /// Whether the export refuses writes.
+    pub fn is_read_only(&self) -> bool {
+        self.has(transmission_flag::READ_ONLY)
+    }
+}
+
+/// A run of bytes with the same flags in one meta context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatusExtent {
+    /// Where it lies on the export.
+    pub range: ByteRange,
+    /// The context's flags.
+    pub flags: u32,
+}

@@ -1,0 +1,21 @@
+//! The client side of NBD: a pipelined [`NbdDevice`] over one connection or several. What the server says is decoded by
+//! two machines without I/O (`handshake`, `reply`); `connection` moves the bytes for them.
+
+mod address;
+mod connection;
+mod device;
+mod error;
+mod export;
+mod handshake;
+mod memory;
+mod options;
+mod reply;
+mod stream;
+mod uri;
+
+pub use address::Address;
+pub use device::NbdDevice;
+pub use error::{ClientError, HandshakeFault, LostCause, ReplyFault};
+pub use export::{BlockSizes, ExportInfo, ExportListing, StatusExtent};
+pub use options::ClientOptions;
+pub use uri::{NbdUri, UriError};

@@ -63,6 +63,14 @@ pub enum Error {
         /// The layer's file.
         file: PathBuf,
     },
+    /// A layer whose manifest is gone, but on which a sealed one stands: it was sealed, and is not discarded.
+    #[error("the layer {} has lost its manifest: {child:?} stands on it", file.display())]
+    HasChild {
+        /// The layer's file.
+        file: PathBuf,
+        /// The name of a layer on it.
+        child: String,
+    },
     /// A layer that this process has open for writing.
     #[error("the layer {} is being written", file.display())]
     InUse {

@@ -7,7 +7,12 @@ mod layout;
 mod lease;
 mod manifest;
 mod names;
+mod plan;
+mod repository;
 mod storage;
+mod verify;
+mod walk;
+mod writing;
 
 pub use error::{Error, FileOp, LayerRule, ManifestRule, PathRule, RequestRule};
 pub use fingerprint::Fingerprint;
@@ -17,4 +22,7 @@ pub use names::{
     LayerKind, MAX_COMPONENT_BYTES, MAX_EXPORT_NAME_BYTES, compact_timestamp, decode_component,
     encode_component, export_name, parse_timestamp,
 };
+pub use plan::{LayerPlan, LayerRef, LayerRequest, MAX_CHAIN_LAYERS, MAX_TEXT_BYTES, SealFacts};
+pub use repository::{Repository, chain_bytes};
 pub use storage::{FileSystem, Storage};
+pub use walk::{Found, MAX_LAYERS, State};

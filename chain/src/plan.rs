@@ -260,7 +260,10 @@ mod tests {
         };
         let child = LayerPlan::new(&request).unwrap();
         assert_eq!(child.path.parent(), plan.path.parent());
-        assert_eq!(child.backing_name.as_deref(), Some("backup-web%2F01-20251007T143022-full.qcow2"));
+        assert_eq!(
+            child.backing_name.as_deref(),
+            Some("backup-web%2F01-20251007T143022-full.qcow2")
+        );
         assert_eq!(child.sequence, 1);
         assert_eq!(child.parent_link().unwrap().layer_uuid, Uuid::from_u128(1));
     }
@@ -282,8 +285,12 @@ mod tests {
     #[test]
     fn requests_that_contradict_themselves_are_refused() {
         let parent = parent_of(&LayerPlan::new(&full()).unwrap());
-        let incremental = || LayerRequest { kind: LayerKind::Incremental, parent: Some(&parent), ..full() };
-        assert_eq!(rule(&LayerRequest { parent: Some(&parent), ..full() }), RequestRule::ParentOfFull);
+        let incremental =
+            || LayerRequest { kind: LayerKind::Incremental, parent: Some(&parent), ..full() };
+        assert_eq!(
+            rule(&LayerRequest { parent: Some(&parent), ..full() }),
+            RequestRule::ParentOfFull
+        );
         assert_eq!(rule(&LayerRequest { parent: None, ..incremental() }), RequestRule::NoParent);
         assert_eq!(rule(&LayerRequest { size_bytes: 0, ..full() }), RequestRule::NoBytes);
         assert_eq!(

@@ -124,13 +124,14 @@ pub(crate) fn chain(root: &Directory, path: &LayerPath, look: Look) -> Result<Ve
             check_link(&directory, &child.manifest, &manifest)?;
         }
         check_file(&directory, &manifest, look)?;
-        next = match &manifest.parent {
-            Some(link) => Some(path.sibling(&link.file).map_err(|rule| Error::Path {
-                path: directory.path().join(&link.file),
-                rule,
-            })?),
-            None => None,
-        };
+        next =
+            match &manifest.parent {
+                Some(link) => Some(path.sibling(&link.file).map_err(|rule| Error::Path {
+                    path: directory.path().join(&link.file),
+                    rule,
+                })?),
+                None => None,
+            };
         layers.push(Sealed { path, manifest });
         // The sequence falls with every step, so that this ends in any case; a long way is refused early.
         if layers.len() > usize::try_from(MAX_CHAIN_LAYERS).unwrap_or(usize::MAX) {

@@ -5,9 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use crate::durable::Directory;
 use crate::error::{Error, LayerRule};
-use crate::layout::{
-    LayerPath, MANIFEST_SUFFIX, is_context_name, is_disk_name, is_layer_name,
-};
+use crate::layout::{LayerPath, MANIFEST_SUFFIX, is_context_name, is_disk_name, is_layer_name};
 use crate::manifest::Manifest;
 use crate::verify::{Look, check_file, check_link, read_manifest};
 use crate::writing::Writing;

@@ -188,8 +188,7 @@ fn direct_alignment(file: &File, is_device: bool) -> Option<(usize, u64)> {
         }
         None => {
             let system = rustix::fs::fstatfs(file).ok()?;
-            let magic = i64::try_from(system.f_type).ok()?;
-            if MEMORY_FILE_SYSTEMS.contains(&magic) {
+            if MEMORY_FILE_SYSTEMS.contains(&system.f_type) {
                 return None;
             }
             (ASSUMED_ALIGN_BYTES, ASSUMED_ALIGN_BYTES)

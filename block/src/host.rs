@@ -238,23 +238,38 @@ impl HostFile {
         if range.is_empty() {
             return Ok(());
         }
+        if self.try_zero_fast(range, hold.clone()).await? {
+            return Ok(());
+        }
+        self.write_plain_zeros(range, &hold).await
+    }
+
+    /// As [`HostFile::write_zeroes`], but only if the host has a faster way than writing: otherwise `false`, and
+    /// nothing changed. Where no whole block of 4 KiB lies inside, writing is the fast way.
+    ///
+    /// # Errors
+    /// As [`HostFile::write_zeroes`].
+    pub async fn try_zero_fast(&self, range: ByteRange, hold: Hold) -> Result<bool, HostError> {
         let inner = &self.inner;
         inner.check_change(HostOp::Punch, range)?;
+        if !self.has_fast_zeroes() {
+            return Ok(false);
+        }
         let (head, middle, tail) = inner.hole_parts(range);
-        if !middle.is_empty() && self.has_fast_zeroes() {
+        if !middle.is_empty() {
             let keep = inner.shared_keep(middle, &hold, Some(middle.end())).await;
             match inner.run(Op::ZeroRange { range: middle }, HostOp::Punch, keep).await {
-                Ok(_) => {
-                    self.write_plain_zeros(head, &hold).await?;
-                    return self.write_plain_zeros(tail, &hold).await;
-                }
+                Ok(_) => {}
                 Err(error) if is_unsupported(&error.source) => {
                     inner.can_zero.store(false, Ordering::Relaxed);
+                    return Ok(false);
                 }
                 Err(error) => return Err(error),
             }
         }
-        self.write_plain_zeros(range, &hold).await
+        self.write_plain_zeros(head, &hold).await?;
+        self.write_plain_zeros(tail, &hold).await?;
+        Ok(true)
     }
 
     /// Whether [`HostFile::write_zeroes`] is, as far as is known, cheaper than writing.
@@ -685,3 +700,6 @@ impl std::fmt::Debug for HostFile {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,9 +8,11 @@ mod device;
 mod engine;
 mod error;
 mod host;
+mod memory;
 mod memory_storage;
 mod range;
 mod range_lock;
+mod raw;
 mod storage;
 
 pub use blocking::{BLOCKING_THREADS, ENGINE_SLOTS};
@@ -23,7 +25,9 @@ pub use device::{
 pub use engine::{ENGINE_VARIABLE, Engine};
 pub use error::{DeviceError, ErrorKind, HostError, HostOp};
 pub use host::{Create, HostFile, OpenOptions};
+pub use memory::MemoryDevice;
 pub use memory_storage::{CrashChoice, HeldOps, LoggedOp, MemoryStorage, OpView, TEAR_BYTES};
 pub use range::ByteRange;
 pub use range_lock::{RangeGuard, RangeLock};
+pub use raw::RawDevice;
 pub use storage::{Finish, Hold, Op, OpKind, Outcome, Request, Storage, StorageFacts};

@@ -1,0 +1,326 @@
+//! A raw image or block device as a `BlockDevice`: guest bytes are host bytes. Alignment and bouncing are the host
+//! file's business.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::sync::{OwnedRwLockReadGuard, RwLock};
+
+use crate::{
+    BlockDevice, ByteRange, DeviceError, Durability, Extent, HostFile, Limits, MAX_EXTENTS,
+    OpenOptions, Segment, Segments, ZeroMode,
+};
+
+/// The largest piece, in bytes, of a read that is one operation on the host.
+const READ_PIECE_BYTES: u64 = 1 << 20;
+/// How many pieces of one read are in flight at once.
+const READ_PIECES: usize = 16;
+/// The least that a raw device likes to be asked for, in bytes.
+const PREFERRED_BYTES: u32 = 4096;
+
+/// A raw image file or a block device of the host. Its size is fixed when it is opened.
+#[derive(Debug)]
+pub struct RawDevice {
+    file: HostFile,
+    limits: Limits,
+    /// Requests read it, closing writes it: so closing waits for what is in flight.
+    open: Arc<RwLock<bool>>,
+}
+
+impl RawDevice {
+    /// Opens an image, direct and locked.
+    ///
+    /// # Errors
+    /// [`DeviceError::Host`].
+    pub async fn open(path: &Path, read_only: bool) -> Result<Arc<Self>, DeviceError> {
+        let options = OpenOptions { read_only, ..OpenOptions::writing() };
+        Ok(Self::new(HostFile::open(path, options).await?))
+    }
+
+    /// Makes a new, sparse image of zeros; refuses to overwrite. Durable with its length, but not its directory entry.
+    ///
+    /// # Errors
+    /// [`DeviceError::Host`].
+    pub async fn create(path: &Path, size_bytes: u64) -> Result<Arc<Self>, DeviceError> {
+        let file = HostFile::open(path, OpenOptions::creating()).await?;
+        file.set_len(size_bytes).await?;
+        file.sync().await?;
+        Ok(Self::new(file))
+    }
+
+    /// The device that an open file is.
+    pub fn new(file: HostFile) -> Arc<Self> {
+        let align = u32::try_from(file.alignment_bytes()).unwrap_or(PREFERRED_BYTES);
+        let limits = Limits {
+            size_bytes: file.len(),
+            read_only: file.is_read_only(),
+            preferred_bytes: PREFERRED_BYTES.max(align),
+            can_discard: !file.is_read_only(),
+            fast_zeroes: file.has_fast_zeroes(),
+        };
+        Arc::new(Self { file, limits, open: Arc::new(RwLock::new(true)) })
+    }
+
+    /// The file underneath.
+    pub fn file(&self) -> &HostFile {
+        &self.file
+    }
+
+    /// Registers a request; the answer goes with its operations, so that closing waits for them even if the future
+    /// that asked for them is dropped.
+    async fn enter(&self) -> Result<Arc<OwnedRwLockReadGuard<bool>>, DeviceError> {
+        let open = Arc::clone(&self.open).read_owned().await;
+        if *open { Ok(Arc::new(open)) } else { Err(DeviceError::Closed) }
+    }
+
+    async fn settle(&self, durability: Durability) -> Result<(), DeviceError> {
+        match durability {
+            Durability::Deferred => Ok(()),
+            Durability::Durable => Ok(self.file.sync().await?),
+        }
+    }
+}
+
+#[async_trait]
+impl BlockDevice for RawDevice {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<Segments, DeviceError> {
+        let _open = self.enter().await?;
+        self.limits.check_read(range)?;
+        let mut segments = Segments::default();
+        if range.len() <= READ_PIECE_BYTES {
+            segments.push(Segment::Data(self.file.read(range).await?));
+            return Ok(segments);
+        }
+        // Owned, so that the futures borrow nothing of a closure's argument.
+        let pieces: Vec<_> = range.pieces(READ_PIECE_BYTES).collect();
+        let reads = pieces.into_iter().map(|piece| {
+            let file = self.file.clone();
+            async move { file.read(piece).await }
+        });
+        let mut reads = stream::iter(reads).buffered(READ_PIECES);
+        while let Some(bytes) = reads.try_next().await? {
+            segments.push(Segment::Data(bytes));
+        }
+        Ok(segments)
+    }
+
+    async fn write(
+        &self,
+        offset: u64,
+        data: Bytes,
+        durability: Durability,
+    ) -> Result<(), DeviceError> {
+        let open = self.enter().await?;
+        let range = ByteRange::new(offset, data.len() as u64)
+            .unwrap_or_else(|| ByteRange::between(offset, u64::MAX));
+        self.limits.check_write(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.file.write(offset, data, Some(open)).await?;
+        self.settle(durability).await
+    }
+
+    async fn write_zeroes(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+        durability: Durability,
+    ) -> Result<(), DeviceError> {
+        let open = self.enter().await?;
+        self.limits.check_write(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let slow = DeviceError::NotSupported { what: "zeroing faster than writing zeros" };
+        let punched = !mode.keep_allocated && self.file.punch(range, Some(open.clone())).await?;
+        if !punched {
+            if mode.fast_only && !self.file.try_zero_fast(range, Some(open.clone())).await? {
+                return Err(slow);
+            }
+            if !mode.fast_only {
+                self.file.write_zeroes(range, Some(open)).await?;
+            }
+        }
+        self.settle(durability).await
+    }
+
+    async fn discard(&self, range: ByteRange, durability: Durability) -> Result<(), DeviceError> {
+        let open = self.enter().await?;
+        self.limits.check_write(range)?;
+        self.file.punch(range, Some(open)).await?;
+        self.settle(durability).await
+    }
+
+    async fn flush(&self) -> Result<(), DeviceError> {
+        let _open = self.enter().await?;
+        if self.limits.read_only {
+            return Ok(());
+        }
+        Ok(self.file.sync().await?)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
+        let _open = self.enter().await?;
+        self.limits.check_read(range)?;
+        let (data, end) = self.file.some_data_ranges(range, MAX_EXTENTS / 2 - 1).await?;
+        let mut extents = Vec::with_capacity(data.len() * 2 + 1);
+        let mut at = range.start();
+        for data in data {
+            push_extent(&mut extents, ByteRange::between(at, data.start()), false);
+            push_extent(&mut extents, data, true);
+            at = data.end();
+        }
+        push_extent(&mut extents, ByteRange::between(at, end), false);
+        Ok(extents)
+    }
+
+    async fn close(&self) -> Result<(), DeviceError> {
+        let mut open = self.open.write().await;
+        if !std::mem::replace(&mut *open, false) || self.limits.read_only {
+            return Ok(());
+        }
+        self.file.give_back().await?;
+        Ok(self.file.sync().await?)
+    }
+}
+
+/// Appends an extent; neighbours that are stored alike become one.
+fn push_extent(extents: &mut Vec<Extent>, range: ByteRange, allocated: bool) {
+    if range.is_empty() {
+        return;
+    }
+    match extents.last_mut() {
+        Some(last) if last.allocated == allocated => {
+            last.range = ByteRange::between(last.range.start(), range.end());
+        }
+        _ => extents.push(Extent { range, allocated, zero: !allocated }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{LoggedOp, MemoryStorage, OpKind, is_zero};
+
+    fn over(storage: &MemoryStorage) -> Arc<RawDevice> {
+        let file = HostFile::from_storage("memory".as_ref(), storage.clone().into_dyn());
+        RawDevice::new(file.expect("a host file"))
+    }
+
+    fn range(start: u64, end: u64) -> ByteRange {
+        ByteRange::between(start, end)
+    }
+
+    #[tokio::test]
+    async fn a_durable_write_is_synced_before_it_returns() {
+        let storage = MemoryStorage::from_bytes(vec![0; 8192], 512);
+        let device = over(&storage);
+        device.write(100, Bytes::from_static(b"now"), Durability::Durable).await.unwrap();
+        assert_eq!(storage.log().last(), Some(&LoggedOp::Sync));
+        let image = storage.crash_image(usize::MAX, |_| false).snapshot();
+        assert_eq!(&image[100..103], b"now");
+    }
+
+    #[tokio::test]
+    async fn zeroes_punch_or_stay_allocated_as_asked() {
+        let storage = MemoryStorage::from_bytes(vec![7; 65_536], 512);
+        let device = over(&storage);
+        let keep = ZeroMode { keep_allocated: true, fast_only: false };
+        let zeroed = range(4096, 8192);
+        device.write_zeroes(zeroed, keep, Durability::Deferred).await.unwrap();
+        assert_eq!(storage.log(), [LoggedOp::Zero { range: zeroed, grows: true }]);
+        let unmap = ZeroMode::default();
+        device.write_zeroes(range(10_000, 20_000), unmap, Durability::Deferred).await.unwrap();
+        let punched = LoggedOp::Zero { range: range(12_288, 16_384), grows: false };
+        assert!(storage.log().contains(&punched));
+        let bytes = storage.snapshot();
+        assert!(is_zero(&bytes[10_000..20_000]) && bytes[9_999] == 7 && bytes[20_000] == 7);
+    }
+
+    #[tokio::test]
+    async fn fast_zeroes_are_refused_where_they_would_be_slow() {
+        let storage = MemoryStorage::from_bytes(vec![7; 65_536], 512);
+        storage.without_fallocate();
+        let device = over(&storage);
+        let mode = ZeroMode { keep_allocated: false, fast_only: true };
+        let error = device.write_zeroes(range(0, 65_536), mode, Durability::Deferred).await;
+        assert!(matches!(error, Err(DeviceError::NotSupported { .. })));
+        assert_eq!(storage.snapshot(), vec![7; 65_536], "nothing changed");
+        let mode = ZeroMode { fast_only: false, ..mode };
+        device.write_zeroes(range(1, 65_536), mode, Durability::Deferred).await.unwrap();
+        assert!(is_zero(&storage.snapshot()[1..]));
+    }
+
+    #[tokio::test]
+    async fn extents_follow_the_holes_of_the_file() {
+        let storage = MemoryStorage::with_alignment(512);
+        let file = HostFile::from_storage("memory".as_ref(), storage.into_dyn()).unwrap();
+        file.set_len(100_000).await.unwrap();
+        let device = RawDevice::new(file);
+        device.write(40_960, Bytes::from(vec![1; 4096]), Durability::Deferred).await.unwrap();
+        let extents = device.extents(range(1000, 100_000)).await.unwrap();
+        let found: Vec<_> =
+            extents.iter().map(|e| (e.range.start(), e.range.end(), e.allocated, e.zero)).collect();
+        let expected = [
+            (1000, 40_960, false, true),
+            (40_960, 45_056, true, false),
+            (45_056, 100_000, false, true),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[tokio::test]
+    async fn long_reads_arrive_whole_and_in_order() {
+        let bytes: Vec<u8> = (0..5_000_000_u32).map(|n| n.to_le_bytes()[n as usize % 3]).collect();
+        let storage = MemoryStorage::from_bytes(bytes.clone(), 512);
+        let device = over(&storage);
+        let read = device.read(range(3, 4_999_999)).await.unwrap();
+        assert!(read.to_vec() == bytes[3..4_999_999]);
+    }
+
+    #[tokio::test]
+    async fn limits_are_kept() {
+        let storage = MemoryStorage::from_bytes(vec![0; 1000], 1);
+        let device = over(&storage);
+        let write = device.write(999, Bytes::from_static(b"xy"), Durability::Deferred).await;
+        assert!(matches!(write, Err(DeviceError::WritePastEnd { .. })));
+        assert!(matches!(device.read(range(0, 1001)).await, Err(DeviceError::PastEnd { .. })));
+        assert!(storage.log().is_empty());
+    }
+
+    #[tokio::test]
+    async fn closing_waits_for_dropped_writes_flushes_and_then_refuses() {
+        let storage = MemoryStorage::from_bytes(vec![0; 4096], 512);
+        let device = over(&storage);
+        let held = storage.hold(|op| op.kind == OpKind::Write);
+        let writing = tokio::spawn({
+            let device = Arc::clone(&device);
+            async move { device.write(0, Bytes::from(vec![1; 512]), Durability::Deferred).await }
+        });
+        while held.count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        writing.abort();
+        assert!(writing.await.is_err_and(|error| error.is_cancelled()));
+        let closing = tokio::spawn({
+            let device = Arc::clone(&device);
+            async move { device.close().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!closing.is_finished(), "a write is in flight");
+        drop(held);
+        closing.await.unwrap().unwrap();
+        assert_eq!(storage.log().last(), Some(&LoggedOp::Sync));
+        assert!(matches!(device.flush().await, Err(DeviceError::Closed)));
+        assert!(matches!(device.read(range(0, 1)).await, Err(DeviceError::Closed)));
+        device.close().await.unwrap();
+    }
+}

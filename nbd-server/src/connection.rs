@@ -1,0 +1,273 @@
+//! A connection in transmission: one side reads requests and hands each to the device as a task of its own, the other
+//! writes replies as they come, and a budget keeps what lies between them bounded.
+//!
+//! Every request holds a [`Ticket`] from before its payload is read until its reply is on the wire. A client that
+//! sends more than it reads runs out of tickets, and only its own reading stops.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use block::Extent;
+use bytes::Bytes;
+use futures_util::FutureExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::execute::{broken, execute};
+use crate::export::Attachment;
+use crate::gauge::Gauge;
+use crate::handshake::Agreement;
+use crate::intake::Intake;
+use crate::negotiate::Entered;
+use crate::outlet::{Outgoing, write_replies};
+use crate::reply::Answer;
+use crate::request::{Command, Refusal, Verdict, judge, payload_bytes};
+use crate::server::Shared;
+use crate::wire::Request;
+
+/// Why no more requests are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The client sent DISC.
+    Disconnected,
+    /// The client closed or broke its end.
+    Gone,
+    /// The client sent something that is no request.
+    NoRequest,
+    /// The export is leaving, and everything that was in flight is answered.
+    Closed,
+}
+
+/// A request's share of the connection's budget; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    _request: OwnedSemaphorePermit,
+    _bytes: OwnedSemaphorePermit,
+}
+
+/// What bounds the requests between reading and replying.
+struct Budget {
+    requests: Arc<Semaphore>,
+    bytes: Arc<Semaphore>,
+    max_bytes: u32,
+}
+
+impl Budget {
+    fn new(requests: u32, max_bytes: u32) -> Self {
+        let semaphore = |permits: u32| {
+            let permits = usize::try_from(permits).unwrap_or(Semaphore::MAX_PERMITS);
+            Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)))
+        };
+        Self { requests: semaphore(requests), bytes: semaphore(max_bytes), max_bytes }
+    }
+
+    /// Waits for room. A request that alone is over the budget takes all of it. `None` never happens: nobody closes
+    /// the semaphores.
+    async fn admit(&self, bytes: u32) -> Option<Ticket> {
+        let request = Arc::clone(&self.requests).acquire_owned().await.ok()?;
+        let bytes = bytes.min(self.max_bytes);
+        let bytes = Arc::clone(&self.bytes).acquire_many_owned(bytes).await.ok()?;
+        Some(Ticket { _request: request, _bytes: bytes })
+    }
+}
+
+/// What the requests of one connection share.
+struct Session {
+    agreement: Agreement,
+    attachment: Attachment,
+    budget: Budget,
+    /// Requests that the device has not finished, or whose answer is not handed on.
+    executing: Arc<Gauge>,
+    status_extents: usize,
+}
+
+/// Ends a task with its owner.
+struct Abort<T>(JoinHandle<T>);
+
+impl<T> Drop for Abort<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Serves requests until the client leaves, or the export does.
+pub(crate) async fn transmit<R, W>(shared: &Shared, entered: Entered, reader: R, writer: W)
+where
+    R: AsyncRead + Send + Unpin,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    let Entered { agreement, attachment, input } = entered;
+    let limits = &shared.limits;
+    let structured = agreement.structured;
+    let session = Arc::new(Session {
+        agreement,
+        attachment,
+        budget: Budget::new(limits.in_flight_requests, limits.in_flight_bytes),
+        executing: Arc::default(),
+        status_extents: limits.status_extents,
+    });
+    let closing = &session.attachment.export.closing;
+    // As many places as tickets: handing a reply on never waits.
+    let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
+    let (replies, outgoing) = mpsc::channel(places.min(Semaphore::MAX_PERMITS));
+    let mut writing = Abort(tokio::spawn(write_replies(writer, outgoing, structured)));
+    let mut intake = Intake::new(reader, input);
+    let end = tokio::select! {
+        end = take_requests(&session, &mut intake, &replies) => end,
+        () = async { closing.raised().await; session.executing.idle().await } => End::Closed,
+        () = replies.closed() => End::Gone,
+    };
+    tracing::debug!(?end, export = session.agreement.facts.name, "no more requests");
+    drop(replies);
+    let finish = async {
+        session.executing.idle().await;
+        (&mut writing.0).await
+    };
+    let overdue = async {
+        closing.raised().await;
+        session.executing.idle().await;
+        sleep(limits.close_timeout).await;
+    };
+    let writer = tokio::select! {
+        written = finish => written,
+        () = overdue => return,
+    };
+    if let (End::Closed | End::NoRequest, Ok(Ok(mut writer))) = (end, writer) {
+        linger(intake.get_mut(), &mut writer, limits.close_timeout).await;
+    }
+}
+
+/// Says that no more will be sent, then reads what the client still sends, for a while: closing a TCP socket with
+/// unread input would take the last replies away from the client.
+pub(crate) async fn linger<R, W>(reader: &mut R, writer: &mut W, at_most: Duration)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let draining = async {
+        writer.shutdown().await?;
+        tokio::io::copy(reader, &mut tokio::io::sink()).await
+    };
+    // Whatever goes wrong here, the connection is closed next.
+    let _: Result<io::Result<u64>, _> = timeout(at_most, draining).await;
+}
+
+/// Reads and starts requests until there is a reason to end.
+async fn take_requests<R: AsyncRead + Unpin>(
+    session: &Arc<Session>,
+    intake: &mut Intake<R>,
+    replies: &mpsc::Sender<Outgoing>,
+) -> End {
+    loop {
+        let Ok(Some(header)) = intake.header().await else { return End::Gone };
+        let Some(request) = Request::decode(&header) else {
+            tracing::info!("a request does not begin with its magic number");
+            return End::NoRequest;
+        };
+        let taken = match judge(&request, &session.agreement) {
+            Verdict::Disconnect => return End::Disconnected,
+            Verdict::Refuse(refusal) => refuse(session, intake, replies, &request, refusal).await,
+            Verdict::Execute(command) => start(session, intake, replies, &request, command).await,
+        };
+        if taken.is_err() {
+            return End::Gone;
+        }
+    }
+}
+
+/// Consumes the payload of a refused request, and answers it.
+async fn refuse<R: AsyncRead + Unpin>(
+    session: &Session,
+    intake: &mut Intake<R>,
+    replies: &mpsc::Sender<Outgoing>,
+    request: &Request,
+    refusal: Refusal,
+) -> io::Result<()> {
+    let ticket = session.admit(0).await?;
+    intake.discard(payload_bytes(request)).await?;
+    session.answer_refusal(replies, request.cookie, refusal, ticket).await
+}
+
+/// Reads the payload and lets the device work on the request, without waiting for it.
+async fn start<R: AsyncRead + Unpin>(
+    session: &Arc<Session>,
+    intake: &mut Intake<R>,
+    replies: &mpsc::Sender<Outgoing>,
+    request: &Request,
+    command: Command,
+) -> io::Result<()> {
+    let ticket = session.admit(cost(command, session.status_extents)).await?;
+    let payload = match command {
+        Command::Write { .. } => intake.payload(request.len).await?,
+        _ => Bytes::new(),
+    };
+    // From here to the hold nothing waits, so that a closing connection cannot miss this request.
+    if session.attachment.export.closing.is_raised() {
+        let refusal = Refusal::ShuttingDown;
+        return session.answer_refusal(replies, request.cookie, refusal, ticket).await;
+    }
+    let executing = session.executing.hold();
+    let (session, replies, cookie) = (Arc::clone(session), replies.clone(), request.cookie);
+    tokio::spawn(async move {
+        let answer = session.answer(command, payload).await;
+        // An error means that the client is gone; the work is done all the same.
+        let _ = replies.send(Outgoing { cookie, answer, ticket }).await;
+        drop(executing);
+    });
+    Ok(())
+}
+
+/// The bytes that a request can hold in memory.
+fn cost(command: Command, status_extents: usize) -> u32 {
+    let bytes = match command {
+        Command::Read { range, .. } | Command::Write { range, .. } => range.len(),
+        Command::BlockStatus { one: false, .. } => (status_extents * size_of::<Extent>()) as u64,
+        _ => 0,
+    };
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+impl Session {
+    async fn admit(&self, bytes: u32) -> io::Result<Ticket> {
+        self.budget.admit(bytes).await.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+    }
+
+    async fn answer_refusal(
+        &self,
+        replies: &mpsc::Sender<Outgoing>,
+        cookie: u64,
+        refusal: Refusal,
+        ticket: Ticket,
+    ) -> io::Result<()> {
+        let tally = &self.attachment.export.tally;
+        tally.requests.fetch_add(1, Ordering::Relaxed);
+        tally.errors.fetch_add(1, Ordering::Relaxed);
+        let answer = Answer::Failed { error: refusal.error(), text: refusal.to_string() };
+        let sent = replies.send(Outgoing { cookie, answer, ticket }).await;
+        sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    /// Executes a command. A device that panics fails this one request.
+    async fn answer(&self, command: Command, payload: Bytes) -> Answer {
+        let export = &self.attachment.export;
+        let work = execute(
+            &*export.device,
+            &export.tally,
+            command,
+            payload,
+            &self.agreement.contexts,
+            self.status_extents,
+        );
+        let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
+        let answer = done.unwrap_or_else(|_| broken("the device broke down"));
+        export.tally.requests.fetch_add(1, Ordering::Relaxed);
+        if matches!(answer, Answer::Failed { .. }) {
+            export.tally.errors.fetch_add(1, Ordering::Relaxed);
+        }
+        answer
+    }
+}

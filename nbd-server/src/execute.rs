@@ -1,0 +1,115 @@
+//! Executing a judged command on a device and wording the answer. When and where it runs is decided by the connection.
+
+use std::sync::atomic::Ordering;
+
+use block::{BlockDevice, ByteRange, DeviceError, ErrorKind};
+use bytes::Bytes;
+
+use crate::block_status::Descriptors;
+use crate::export::Tally;
+use crate::handshake::{MetaContext, SelectedContext};
+use crate::reply::Answer;
+use crate::request::Command;
+use crate::wire::error;
+
+/// Executes `command`; `payload` is that of a WRITE and empty otherwise.
+pub(crate) async fn execute(
+    device: &dyn BlockDevice,
+    tally: &Tally,
+    command: Command,
+    payload: Bytes,
+    contexts: &[SelectedContext],
+    status_extents: usize,
+) -> Answer {
+    let add = |counter: &std::sync::atomic::AtomicU64, range: ByteRange| {
+        counter.fetch_add(range.len(), Ordering::Relaxed);
+    };
+    let done = match command {
+        Command::Read { range, whole } => match device.read(range).await {
+            Ok(segments) if segments.len() == range.len() => {
+                add(&tally.bytes_read, range);
+                return Answer::Data { offset: range.start(), segments, whole };
+            }
+            Ok(_) => return broken("the device read another length than it was asked for"),
+            Err(error) => Err(error),
+        },
+        Command::Write { range, durability } => {
+            let done = device.write(range.start(), payload, durability).await;
+            done.map(|()| add(&tally.bytes_written, range))
+        }
+        Command::Flush => device.flush().await,
+        Command::Trim { range, durability } => {
+            let done = device.discard(range, durability).await;
+            done.map(|()| add(&tally.bytes_trimmed, range))
+        }
+        // Data is not cached above the device; what can be fetched ahead is the map of where it lies.
+        Command::Cache { range } if range.is_empty() => Ok(()),
+        Command::Cache { range } => device.extents(range).await.map(drop),
+        Command::WriteZeroes { range, mode, durability } => {
+            let done = device.write_zeroes(range, mode, durability).await;
+            done.map(|()| add(&tally.bytes_zeroed, range))
+        }
+        Command::BlockStatus { range, one } => {
+            let limit = if one { 1 } else { status_extents };
+            return block_status(device, range, limit, contexts).await;
+        }
+    };
+    match done {
+        Ok(()) => Answer::Done,
+        Err(error) => failed(&error, command),
+    }
+}
+
+/// Asks the device until the range is covered or the reply is full. Every context is told the same way.
+async fn block_status(
+    device: &dyn BlockDevice,
+    range: ByteRange,
+    limit: usize,
+    contexts: &[SelectedContext],
+) -> Answer {
+    let mut replies = Vec::with_capacity(contexts.len());
+    for selected in contexts {
+        let MetaContext::Allocation = selected.context;
+        let mut status = Descriptors::new(range, limit);
+        while let Some(rest) = status.rest() {
+            let extents = match device.extents(rest).await {
+                Ok(extents) => extents,
+                Err(error) => return failed(&error, Command::BlockStatus { range, one: false }),
+            };
+            if let Err(error) = status.push(&extents) {
+                tracing::error!(%error, %range);
+                return broken("the device does not know its extents");
+            }
+        }
+        replies.push((selected.id, status.into_vec()));
+    }
+    Answer::Status(replies)
+}
+
+/// A failure of ours.
+pub(crate) fn broken(text: &'static str) -> Answer {
+    Answer::Failed { error: error::EIO, text: text.to_owned() }
+}
+
+/// The answer for a device's error. Its own words may name files of the host, so they go to the log only.
+fn failed(error: &DeviceError, command: Command) -> Answer {
+    let fast_only = matches!(command, Command::WriteZeroes { mode, .. } if mode.fast_only);
+    let (value, text) = match error.kind() {
+        ErrorKind::Invalid => (error::EINVAL, "the device finds the request invalid"),
+        ErrorKind::ReadOnly => (error::EPERM, "the device is read-only"),
+        ErrorKind::NoSpace => (error::ENOSPC, "no space is left for the write"),
+        ErrorKind::NoMemory => (error::ENOMEM, "the server has no memory for the request"),
+        ErrorKind::NotSupported if fast_only => {
+            (error::ENOTSUP, "zeros would take as long as writing them")
+        }
+        ErrorKind::NotSupported => (error::EINVAL, "the device does not support the request"),
+        ErrorKind::ShuttingDown => (error::ESHUTDOWN, "the device is closing"),
+        _ => (error::EIO, "the device failed"),
+    };
+    if value == error::ENOTSUP {
+        tracing::debug!(%error, ?command, "a request was refused");
+    } else {
+        tracing::warn!(%error, ?command, "a request failed");
+    }
+    Answer::Failed { error: value, text: text.to_owned() }
+}

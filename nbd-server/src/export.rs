@@ -1,0 +1,243 @@
+//! An export: a device under a name, its counters and the connections that hold it. Which names are taken is known to
+//! the server's table.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use block::BlockDevice;
+
+use crate::gauge::{Gauge, Held};
+use crate::handshake::{ExportFacts, MetaContext};
+use crate::limits::Limits;
+use crate::signal::Signal;
+use crate::wire::MAX_STRING_BYTES;
+
+/// A device to be served under a name.
+#[derive(Clone)]
+pub struct Export {
+    name: String,
+    description: String,
+    device: Arc<dyn BlockDevice>,
+    read_only: bool,
+    default_export: bool,
+}
+
+impl std::fmt::Debug for Export {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Export").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Export {
+    /// Serves `device` as `name`: UTF-8 without NUL, at most 4096 bytes. The empty name is the default export.
+    pub fn new(name: impl Into<String>, device: Arc<dyn BlockDevice>) -> Self {
+        Self {
+            name: name.into(),
+            description: String::new(),
+            device,
+            read_only: false,
+            default_export: false,
+        }
+    }
+
+    /// A text for people, shown in lists: at most 4096 bytes.
+    #[must_use]
+    pub fn description(mut self, text: impl Into<String>) -> Self {
+        self.description = text.into();
+        self
+    }
+
+    /// Refuses every change, even where the device would take it.
+    #[must_use]
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Also serves it to clients that name no export.
+    #[must_use]
+    pub fn default_export(mut self, default_export: bool) -> Self {
+        self.default_export = default_export;
+        self
+    }
+
+    pub(crate) fn is_default(&self) -> bool {
+        self.default_export
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// Why an export cannot be added or removed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExportError {
+    /// The name is in use.
+    #[error("there is already an export named {0:?}")]
+    Duplicate(String),
+    /// Another export is the default one.
+    #[error("the export {0:?} is already the default one")]
+    DefaultTaken(String),
+    /// The name or the description breaks the protocol's rules for strings.
+    #[error("a name or description holds a NUL byte or is longer than {MAX_STRING_BYTES} bytes")]
+    BadString,
+    /// There is no export of that name.
+    #[error("there is no export named {0:?}")]
+    Unknown(String),
+    /// The server is stopping.
+    #[error("the server is stopping")]
+    ShuttingDown,
+}
+
+/// What becomes of the connections of an export that is removed. In both cases it is at once unknown to new ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// They go on until their clients leave.
+    Drain,
+    /// What they have in flight is finished and answered, later requests get `ESHUTDOWN`, then they are closed: at
+    /// the latest [`Limits::close_timeout`] after the device finished the last request.
+    Cut,
+}
+
+/// An export as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExportStatus {
+    /// Its name.
+    pub name: String,
+    /// Its text for people.
+    pub description: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Whether every change is refused.
+    pub read_only: bool,
+    /// Whether it is the default export.
+    pub is_default: bool,
+    /// Connections that hold it now.
+    pub connections: usize,
+    /// What was done through it so far.
+    pub counters: Counters,
+}
+
+/// What was done through an export since it was added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counters {
+    /// Connections that entered transmission.
+    pub connections: u64,
+    /// Requests of every kind, refused ones included.
+    pub requests: u64,
+    /// Requests that were answered with an error.
+    pub errors: u64,
+    /// Bytes that READ answered with, holes included.
+    pub bytes_read: u64,
+    /// Bytes that WRITE stored.
+    pub bytes_written: u64,
+    /// Bytes that WRITE_ZEROES made zero.
+    pub bytes_zeroed: u64,
+    /// Bytes that TRIM discarded.
+    pub bytes_trimmed: u64,
+}
+
+/// The living form of [`Counters`].
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) connections: AtomicU64,
+    pub(crate) requests: AtomicU64,
+    pub(crate) errors: AtomicU64,
+    pub(crate) bytes_read: AtomicU64,
+    pub(crate) bytes_written: AtomicU64,
+    pub(crate) bytes_zeroed: AtomicU64,
+    pub(crate) bytes_trimmed: AtomicU64,
+}
+
+impl Tally {
+    fn snapshot(&self) -> Counters {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters {
+            connections: of(&self.connections),
+            requests: of(&self.requests),
+            errors: of(&self.errors),
+            bytes_read: of(&self.bytes_read),
+            bytes_written: of(&self.bytes_written),
+            bytes_zeroed: of(&self.bytes_zeroed),
+            bytes_trimmed: of(&self.bytes_trimmed),
+        }
+    }
+}
+
+/// An export in the server's table.
+pub(crate) struct Served {
+    pub(crate) facts: ExportFacts,
+    pub(crate) device: Arc<dyn BlockDevice>,
+    pub(crate) tally: Tally,
+    /// Connections that are to leave see this raised.
+    pub(crate) closing: Signal,
+    connections: Arc<Gauge>,
+}
+
+impl std::fmt::Debug for Served {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Served").field("facts", &self.facts).finish_non_exhaustive()
+    }
+}
+
+/// A connection's hold on an export: until the last clone is dropped, by the connection and by every request that is
+/// still in the device, the export is not gone.
+#[derive(Clone, Debug)]
+pub(crate) struct Attachment {
+    pub(crate) export: Arc<Served>,
+    _held: Arc<Held>,
+}
+
+impl Served {
+    /// Asks the device for its limits, once.
+    pub(crate) fn new(export: Export, limits: &Limits) -> Result<Self, ExportError> {
+        let is_bad = |text: &str| text.len() > MAX_STRING_BYTES || text.contains('\0');
+        if is_bad(&export.name) || is_bad(&export.description) {
+            return Err(ExportError::BadString);
+        }
+        let device = export.device.limits();
+        let facts = ExportFacts {
+            name: export.name,
+            description: export.description,
+            size_bytes: device.size_bytes,
+            read_only: export.read_only || device.read_only,
+            preferred_bytes: device.preferred_bytes,
+            max_payload_bytes: limits.max_payload_bytes,
+            contexts: vec![MetaContext::Allocation],
+        };
+        Ok(Self {
+            facts,
+            device: export.device,
+            tally: Tally::default(),
+            closing: Signal::default(),
+            connections: Arc::default(),
+        })
+    }
+
+    /// Holds the export for one connection.
+    pub(crate) fn attach(self: &Arc<Self>) -> Attachment {
+        self.tally.connections.fetch_add(1, Ordering::Relaxed);
+        Attachment { export: Arc::clone(self), _held: Arc::new(self.connections.hold()) }
+    }
+
+    /// Waits until no connection holds it.
+    pub(crate) async fn unheld(&self) {
+        self.connections.idle().await;
+    }
+
+    pub(crate) fn status(&self, is_default: bool) -> ExportStatus {
+        ExportStatus {
+            name: self.facts.name.clone(),
+            description: self.facts.description.clone(),
+            size_bytes: self.facts.size_bytes,
+            read_only: self.facts.read_only,
+            is_default,
+            connections: self.connections.count(),
+            counters: self.tally.snapshot(),
+        }
+    }
+}

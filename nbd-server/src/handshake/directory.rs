@@ -1,0 +1,162 @@
+//! What the handshake asks about exports, and the facts it hands on. Where exports live and how they come and go is
+//! told by [`crate::Server`].
+
+use crate::wire::{self, transmission_flag as flag};
+
+/// A metadata context that an export offers to BLOCK_STATUS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MetaContext {
+    /// `base:allocation`: holes and zeros.
+    Allocation,
+}
+
+impl MetaContext {
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Allocation => "base:allocation",
+        }
+    }
+}
+
+/// A context chosen by a client, with the number by which replies name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SelectedContext {
+    /// Unique within the connection.
+    pub id: u32,
+    /// Which.
+    pub context: MetaContext,
+}
+
+/// What a client may know of an export. Constant while the export exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportFacts {
+    /// The canonical name.
+    pub name: String,
+    /// A text for people; may be empty.
+    pub description: String,
+    /// The size in bytes.
+    pub size_bytes: u64,
+    /// Whether every change is refused.
+    pub read_only: bool,
+    /// The unit in which the device likes to be asked, in bytes.
+    pub preferred_bytes: u32,
+    /// The longest READ or WRITE, in bytes: a power of two.
+    pub max_payload_bytes: u32,
+    /// What BLOCK_STATUS can tell.
+    pub contexts: Vec<MetaContext>,
+}
+
+impl ExportFacts {
+    /// The transmission flags, given whether structured replies were negotiated.
+    ///
+    /// Source: "Transmission flags".
+    pub fn transmission_flags(&self, structured: bool) -> u16 {
+        let mut flags = flag::HAS_FLAGS
+            | flag::SEND_FLUSH
+            | flag::SEND_FUA
+            | flag::SEND_CACHE
+            | flag::CAN_MULTI_CONN;
+        if self.read_only {
+            flags |= flag::READ_ONLY;
+        } else {
+            flags |= flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
+        }
+        if structured {
+            flags |= flag::SEND_DF;
+        }
+        flags
+    }
+
+    /// Minimum, preferred and maximum block size, in bytes.
+    ///
+    /// Source: "Block size constraints".
+    pub fn block_sizes(&self) -> (u32, u32, u32) {
+        let wanted = self.preferred_bytes.clamp(512, self.max_payload_bytes.max(512));
+        (1, 1 << wanted.ilog2(), self.max_payload_bytes)
+    }
+}
+
+/// Why an export cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Unavailable {
+    /// There is none of that name.
+    Unknown,
+    /// The server is stopping.
+    ShuttingDown,
+}
+
+impl Unavailable {
+    /// The option reply that says so, and its text.
+    pub(super) fn reply(self) -> (u32, &'static str) {
+        match self {
+            Self::Unknown => (wire::reply::ERR_UNKNOWN, "there is no export of that name"),
+            Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
+        }
+    }
+}
+
+/// The exports as one client sees them while it negotiates.
+pub trait ExportDirectory {
+    /// Name and description of every export, in the order to show them.
+    fn list(&mut self) -> Vec<(String, String)>;
+
+    /// Looks an export up; the empty name means the default one.
+    ///
+    /// # Errors
+    /// [`Unavailable`].
+    fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable>;
+
+    /// Looks an export up and holds on to it for the connection, so that it cannot go away between the reply and the
+    /// first request.
+    ///
+    /// # Errors
+    /// [`Unavailable`].
+    fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable>;
+
+    /// Whether every further option is to be refused.
+    fn is_shutting_down(&self) -> bool;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(read_only: bool, preferred_bytes: u32) -> ExportFacts {
+        ExportFacts {
+            name: "disk".into(),
+            description: String::new(),
+            size_bytes: 1 << 20,
+            read_only,
+            preferred_bytes,
+            max_payload_bytes: wire::MAX_PAYLOAD_BYTES,
+            contexts: vec![MetaContext::Allocation],
+        }
+    }
+
+    #[test]
+    fn df_is_offered_only_with_structured_replies() {
+        let facts = facts(false, 4096);
+        assert_eq!(facts.transmission_flags(false) & flag::SEND_DF, 0);
+        assert_ne!(facts.transmission_flags(true) & flag::SEND_DF, 0);
+    }
+
+    #[test]
+    fn a_read_only_export_offers_no_change() {
+        let flags = facts(true, 4096).transmission_flags(true);
+        assert_ne!(flags & flag::READ_ONLY, 0);
+        let changes = flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
+        assert_eq!(flags & changes, 0);
+    }
+
+    #[test]
+    fn block_sizes_are_powers_of_two_in_order_whatever_the_device_prefers() {
+        for preferred in [0, 1, 511, 513, 4096, 65_537, u32::MAX] {
+            let (min, preferred, max) = facts(false, preferred).block_sizes();
+            assert!([min, preferred, max].iter().all(|size| size.is_power_of_two()));
+            assert!(min <= preferred && 512 <= preferred && preferred <= max);
+        }
+    }
+}

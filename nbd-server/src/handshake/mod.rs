@@ -1,0 +1,434 @@
+//! The newstyle handshake of the server as a machine: bytes in, replies and at last an outcome out. No I/O and no
+//! clock; an option's own rules live in the file of that option.
+//!
+//! Source: `doc/proto.md`, "Newstyle negotiation", "Fixed newstyle negotiation", "Option types".
+
+mod answer;
+mod directory;
+mod info;
+mod meta_context;
+mod name;
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use self::answer::Answer;
+use self::name::Malformed;
+use crate::limits::Limits;
+use crate::wire::{
+    self, Fields, MAX_STRING_BYTES, OPTION_BYTES, client_flag, handshake_flag, option, reply,
+};
+
+pub use self::directory::{
+    ExportDirectory, ExportFacts, MetaContext, SelectedContext, Unavailable,
+};
+
+/// The zeroes behind the answer to EXPORT_NAME.
+const EXPORT_NAME_ZEROES: usize = 124;
+
+/// What the client and the server agreed on when the handshake ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Agreement {
+    /// The export.
+    pub facts: ExportFacts,
+    /// Whether READ and BLOCK_STATUS are answered in chunks.
+    pub structured: bool,
+    /// What BLOCK_STATUS answers with; empty where it is not allowed.
+    pub contexts: Vec<SelectedContext>,
+}
+
+/// Why the server closes a connection during the handshake. All but [`Close::Aborted`] break the protocol or a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Close {
+    /// The client asked to end.
+    #[error("the client aborted the negotiation")]
+    Aborted,
+    /// A client flag that was not offered.
+    #[error("unknown client flags {0:#x}")]
+    ClientFlags(u32),
+    /// Something else than an option.
+    #[error("an option does not begin with its magic number")]
+    Magic,
+    /// A client without fixed newstyle sent anything but EXPORT_NAME.
+    #[error("option {0} from a client without fixed newstyle")]
+    NotFixed(u32),
+    /// EXPORT_NAME cannot be refused politely: no such export, or no valid name.
+    #[error("EXPORT_NAME for an export that cannot be had")]
+    ExportName,
+    /// More options than [`Limits::options`].
+    #[error("too many options")]
+    TooManyOptions,
+}
+
+/// What the driver does next. Replies, if there are any, are in the output and must be sent first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Call again with at least this many more bytes of input.
+    Need(usize),
+    /// A step was taken; send what is in the output and call again.
+    Again,
+    /// Transmission begins. Input that is left belongs to it.
+    Transmission(Box<Agreement>),
+    /// Close the connection.
+    Close(Close),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    ClientFlags,
+    OptionHeader,
+    Data { option: u32, len: usize },
+    Discard { option: u32, left: usize, reply: (u32, &'static str) },
+    Done,
+}
+
+/// The handshake of one connection.
+#[derive(Debug)]
+pub struct Handshake {
+    state: State,
+    max_option_bytes: usize,
+    options_left: u32,
+    fixed: bool,
+    no_zeroes: bool,
+    structured: bool,
+    /// The export for which contexts were selected, as the client spelt it, and the contexts.
+    selection: Option<(String, Vec<SelectedContext>)>,
+}
+
+impl Handshake {
+    /// A handshake at its beginning.
+    pub fn new(limits: &Limits) -> Self {
+        Self {
+            state: State::ClientFlags,
+            max_option_bytes: usize::try_from(limits.option_bytes).unwrap_or(usize::MAX),
+            options_left: limits.options,
+            fixed: false,
+            no_zeroes: false,
+            structured: false,
+            selection: None,
+        }
+    }
+
+    /// Appends what the server says first.
+    pub fn greet(out: &mut BytesMut) {
+        out.put_u64(wire::INIT_PASSWD);
+        out.put_u64(wire::IHAVEOPT);
+        out.put_u16(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
+    }
+
+    /// Takes one step: consumes from the front of `input` at most what the step is about, appends replies to `out`.
+    ///
+    /// After [`Progress::Transmission`] or [`Progress::Close`] it consumes nothing and answers `Close` for ever.
+    pub fn step(
+        &mut self,
+        input: &mut BytesMut,
+        exports: &mut dyn ExportDirectory,
+        out: &mut BytesMut,
+    ) -> Progress {
+        let wanted = match self.state {
+            State::ClientFlags => 4,
+            State::OptionHeader => OPTION_BYTES,
+            State::Data { len, .. } => len,
+            State::Discard { option, left, reply } => {
+                return self.discard(option, left, reply, input, out);
+            }
+            State::Done => return Progress::Close(Close::Aborted),
+        };
+        if input.len() < wanted {
+            return Progress::Need(wanted - input.len());
+        }
+        let taken = input.split_to(wanted);
+        let progress = match self.state {
+            State::ClientFlags => self.client_flags(&taken),
+            State::OptionHeader => self.option_header(&taken),
+            State::Data { option, .. } => {
+                self.state = State::OptionHeader;
+                self.option(option, &taken, exports, out)
+            }
+            State::Discard { .. } | State::Done => Progress::Close(Close::Aborted),
+        };
+        if matches!(progress, Progress::Transmission(_) | Progress::Close(_)) {
+            self.state = State::Done;
+        }
+        progress
+    }
+
+    fn client_flags(&mut self, taken: &[u8]) -> Progress {
+        let flags = Fields(taken).u32().unwrap_or(u32::MAX);
+        if flags & !(client_flag::FIXED_NEWSTYLE | client_flag::NO_ZEROES) != 0 {
+            return Progress::Close(Close::ClientFlags(flags));
+        }
+        self.fixed = flags & client_flag::FIXED_NEWSTYLE != 0;
+        self.no_zeroes = flags & client_flag::NO_ZEROES != 0;
+        self.state = State::OptionHeader;
+        Progress::Again
+    }
+
+    /// Looks at an option's header. Whatever the option, exactly its data is consumed.
+    fn option_header(&mut self, taken: &[u8]) -> Progress {
+        let mut fields = Fields(taken);
+        let (Some(wire::IHAVEOPT), Some(option), Some(len)) =
+            (fields.u64(), fields.u32(), fields.u32())
+        else {
+            return Progress::Close(Close::Magic);
+        };
+        let Some(options_left) = self.options_left.checked_sub(1) else {
+            return Progress::Close(Close::TooManyOptions);
+        };
+        self.options_left = options_left;
+        if !self.fixed && option != option::EXPORT_NAME {
+            return Progress::Close(Close::NotFixed(option));
+        }
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        if option == option::EXPORT_NAME && len > MAX_STRING_BYTES {
+            return Progress::Close(Close::ExportName);
+        }
+        self.state = if !takes_data(option) && len > 0 {
+            State::Discard { option, left: len, reply: with_unwanted_data(option) }
+        } else if len > self.max_option_bytes.max(MAX_STRING_BYTES) {
+            // A new selection replaces the old one even where it fails.
+            if option == option::SET_META_CONTEXT {
+                self.selection = None;
+            }
+            let reply = (reply::ERR_TOO_BIG, "the option is longer than this server reads");
+            State::Discard { option, left: len, reply }
+        } else {
+            State::Data { option, len }
+        };
+        Progress::Again
+    }
+
+    /// Throws data away as it comes, so that its length costs no memory.
+    fn discard(
+        &mut self,
+        option: u32,
+        left: usize,
+        reply: (u32, &'static str),
+        input: &mut BytesMut,
+        out: &mut BytesMut,
+    ) -> Progress {
+        let now = left.min(input.len());
+        input.advance(now);
+        if now < left {
+            self.state = State::Discard { option, left: left - now, reply };
+            return Progress::Need(1);
+        }
+        if option == option::ABORT {
+            Answer::new(option, out).ack();
+            self.state = State::Done;
+            return Progress::Close(Close::Aborted);
+        }
+        Answer::new(option, out).error(reply.0, reply.1);
+        self.state = State::OptionHeader;
+        Progress::Again
+    }
+
+    /// Answers one option with all its data at hand.
+    fn option(
+        &mut self,
+        option: u32,
+        data: &[u8],
+        exports: &mut dyn ExportDirectory,
+        out: &mut BytesMut,
+    ) -> Progress {
+        if option == option::EXPORT_NAME {
+            return self.export_name(data, exports, out);
+        }
+        let mut answer = Answer::new(option, out);
+        if option == option::ABORT {
+            answer.ack();
+            return Progress::Close(Close::Aborted);
+        }
+        if exports.is_shutting_down() {
+            refuse(Unavailable::ShuttingDown, &mut answer);
+            return Progress::Again;
+        }
+        let done = match option {
+            option::LIST => {
+                list(exports, &mut answer);
+                Ok(())
+            }
+            option::INFO => self.info(data, exports, &mut answer),
+            option::GO => match self.go(data, exports, &mut answer) {
+                Ok(Some(agreement)) => return Progress::Transmission(Box::new(agreement)),
+                Ok(None) => Ok(()),
+                Err(malformed) => Err(malformed),
+            },
+            option::STRUCTURED_REPLY => {
+                self.structured = true;
+                answer.ack();
+                Ok(())
+            }
+            option::LIST_META_CONTEXT => self.list_contexts(data, exports, &mut answer),
+            option::SET_META_CONTEXT => self.set_contexts(data, exports, &mut answer),
+            option::STARTTLS => {
+                answer.error(reply::ERR_UNSUP, "this server is not configured for TLS");
+                Ok(())
+            }
+            _ => {
+                answer.error(reply::ERR_UNSUP, "this server does not know the option");
+                Ok(())
+            }
+        };
+        if let Err(malformed) = done {
+            answer.error(reply::ERR_INVALID, malformed.text());
+        }
+        Progress::Again
+    }
+
+    /// EXPORT_NAME: the one option without a way to say no.
+    fn export_name(
+        &mut self,
+        data: &[u8],
+        exports: &mut dyn ExportDirectory,
+        out: &mut BytesMut,
+    ) -> Progress {
+        let Ok(name) = name::text(data) else { return Progress::Close(Close::ExportName) };
+        let Ok(facts) = exports.enter(name) else { return Progress::Close(Close::ExportName) };
+        out.put_u64(facts.size_bytes);
+        out.put_u16(facts.transmission_flags(self.structured));
+        if !self.no_zeroes {
+            out.put_bytes(0, EXPORT_NAME_ZEROES);
+        }
+        Progress::Transmission(Box::new(self.agree(name, facts)))
+    }
+
+    fn info(
+        &self,
+        data: &[u8],
+        exports: &mut dyn ExportDirectory,
+        answer: &mut Answer<'_>,
+    ) -> Result<(), Malformed> {
+        let question = info::parse(data)?;
+        match exports.look_up(question.name) {
+            Ok(facts) => {
+                info::tell(&question, &facts, self.structured, answer);
+                answer.ack();
+            }
+            Err(why) => refuse(why, answer),
+        }
+        Ok(())
+    }
+
+    fn go(
+        &mut self,
+        data: &[u8],
+        exports: &mut dyn ExportDirectory,
+        answer: &mut Answer<'_>,
+    ) -> Result<Option<Agreement>, Malformed> {
+        let question = info::parse(data)?;
+        match exports.enter(question.name) {
+            Ok(facts) => {
+                info::tell(&question, &facts, self.structured, answer);
+                answer.ack();
+                Ok(Some(self.agree(question.name, facts)))
+            }
+            Err(why) => {
+                refuse(why, answer);
+                Ok(None)
+            }
+        }
+    }
+
+    fn list_contexts(
+        &self,
+        data: &[u8],
+        exports: &mut dyn ExportDirectory,
+        answer: &mut Answer<'_>,
+    ) -> Result<(), Malformed> {
+        if !self.structured {
+            answer.error(reply::ERR_INVALID, NEEDS_STRUCTURED);
+            return Ok(());
+        }
+        let queries = meta_context::parse(data)?;
+        match exports.look_up(queries.export) {
+            Ok(facts) => {
+                for context in queries.list(&facts.contexts) {
+                    meta_context::tell(0, context, answer);
+                }
+                answer.ack();
+            }
+            Err(why) => refuse(why, answer),
+        }
+        Ok(())
+    }
+
+    fn set_contexts(
+        &mut self,
+        data: &[u8],
+        exports: &mut dyn ExportDirectory,
+        answer: &mut Answer<'_>,
+    ) -> Result<(), Malformed> {
+        self.selection = None;
+        if !self.structured {
+            answer.error(reply::ERR_INVALID, NEEDS_STRUCTURED);
+            return Ok(());
+        }
+        let queries = meta_context::parse(data)?;
+        match exports.look_up(queries.export) {
+            Ok(facts) => {
+                let selected = queries.select(&facts.contexts);
+                for one in &selected {
+                    meta_context::tell(one.id, one.context, answer);
+                }
+                self.selection = Some((queries.export.to_owned(), selected));
+                answer.ack();
+            }
+            Err(why) => refuse(why, answer),
+        }
+        Ok(())
+    }
+
+    /// Contexts hold only for the export name for which they were selected.
+    fn agree(&mut self, name: &str, facts: ExportFacts) -> Agreement {
+        let contexts = match self.selection.take() {
+            Some((export, selected)) if export == name => selected,
+            _ => Vec::new(),
+        };
+        Agreement { facts, structured: self.structured, contexts }
+    }
+}
+
+const NEEDS_STRUCTURED: &str = "meta contexts need structured replies first";
+
+/// Whether data may follow the option's header. An option that is not known may have any.
+fn takes_data(option: u32) -> bool {
+    matches!(
+        option,
+        option::EXPORT_NAME
+            | option::INFO
+            | option::GO
+            | option::LIST_META_CONTEXT
+            | option::SET_META_CONTEXT
+    )
+}
+
+/// The answer where data follows the header of an option that takes none, or of one that is not known.
+fn with_unwanted_data(option: u32) -> (u32, &'static str) {
+    match option {
+        option::LIST | option::STARTTLS | option::STRUCTURED_REPLY => {
+            (reply::ERR_INVALID, "the option takes no data")
+        }
+        _ => (reply::ERR_UNSUP, "this server does not know the option"),
+    }
+}
+
+fn refuse(why: Unavailable, answer: &mut Answer<'_>) {
+    let (kind, text) = why.reply();
+    answer.error(kind, text);
+}
+
+/// LIST: every export with its description.
+fn list(exports: &mut dyn ExportDirectory, answer: &mut Answer<'_>) {
+    for (name, description) in exports.list() {
+        answer.reply(reply::SERVER, |out| {
+            out.put_u32(u32::try_from(name.len()).unwrap_or(u32::MAX));
+            out.put_slice(name.as_bytes());
+            out.put_slice(description.as_bytes());
+        });
+    }
+    answer.ack();
+}
+
+#[cfg(test)]
+mod tests;

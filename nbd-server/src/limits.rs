@@ -1,0 +1,78 @@
+//! Every bound of the server, named, with its unit and default. Nothing here enforces them: each is enforced in one
+//! place, which names it.
+
+use std::time::Duration;
+
+use crate::wire;
+
+/// What one server allows its clients. Construct by [`Limits::default`] and change fields.
+///
+/// Memory for payloads is at most `connections * (in_flight_bytes + option_bytes)` in the worst case; a client that
+/// is idle holds a few tens of KiB.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Connections at once over all listeners; one more is closed as soon as it is accepted. Default 1024.
+    pub connections: usize,
+    /// From the first byte of the greeting until the export is chosen. Default 30 s.
+    pub handshake_timeout: Duration,
+    /// Options that one client may send before it chooses an export. Default 8192: `qemu-nbd --list` sends two for
+    /// each export.
+    pub options: u32,
+    /// The data of one option in bytes; longer data is discarded and answered `ERR_TOO_BIG`. Default 256 KiB: room
+    /// for GO with every information type there can be.
+    pub option_bytes: u32,
+    /// Requests of one connection that are read but whose reply is not yet written. Default 128.
+    pub in_flight_requests: u32,
+    /// Payload bytes of those requests, in either direction. Default 64 MiB. One request is always let in.
+    pub in_flight_bytes: u32,
+    /// The longest READ or WRITE in bytes, also told to clients. Default and maximum 32 MiB, minimum 64 KiB.
+    pub max_payload_bytes: u32,
+    /// Extents in one reply to BLOCK_STATUS, for each context. Default 8192.
+    pub status_extents: usize,
+    /// How long a connection that the server closes may take to accept its last replies. Default 2 s.
+    pub close_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 1024,
+            handshake_timeout: Duration::from_secs(30),
+            options: 8192,
+            option_bytes: 256 << 10,
+            in_flight_requests: 128,
+            in_flight_bytes: 64 << 20,
+            max_payload_bytes: wire::MAX_PAYLOAD_BYTES,
+            status_extents: block::MAX_EXTENTS,
+            close_timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Limits {
+    /// These limits with impossible values replaced by the nearest that works.
+    pub(crate) fn clamped(mut self) -> Self {
+        self.max_payload_bytes = self.max_payload_bytes.clamp(64 << 10, wire::MAX_PAYLOAD_BYTES);
+        // A power of two, so that it is a multiple of every block size in force.
+        self.max_payload_bytes = 1 << self.max_payload_bytes.ilog2();
+        self.in_flight_requests = self.in_flight_requests.max(1);
+        self.in_flight_bytes = self.in_flight_bytes.max(1);
+        self.status_extents = self.status_extents.max(1);
+        self.connections = self.connections.max(1);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_payload_limit_stays_a_power_of_two_that_the_protocol_allows() {
+        let of = |bytes| Limits { max_payload_bytes: bytes, ..Limits::default() }.clamped();
+        assert_eq!(of(0).max_payload_bytes, 64 << 10);
+        assert_eq!(of(u32::MAX).max_payload_bytes, 32 << 20);
+        assert_eq!(of(100_000).max_payload_bytes, 65_536);
+    }
+}

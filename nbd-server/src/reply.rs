@@ -1,0 +1,196 @@
+//! Encoding replies of the transmission phase: headers into one growing buffer, payload segments passed on untouched,
+//! ready for a vectored write. When a reply is due is told in the connection.
+//!
+//! Source: `doc/proto.md`, "Simple reply message", "Structured reply chunk message".
+
+use std::collections::VecDeque;
+
+use block::{Segment, Segments};
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::block_status::Descriptor;
+use crate::wire::{ChunkHeader, SIMPLE_REPLY_MAGIC, chunk, chunk_flag};
+
+/// The longest text in an error chunk, in bytes; longer ones are cut at a character.
+const MAX_TEXT_BYTES: usize = 1024;
+
+/// Zeros to send where a hole must be spelt out.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// What a request is answered with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Success without a payload.
+    Done,
+    /// A failure; READ keeps its form of reply even so.
+    Failed {
+        /// One of [`crate::wire::error`].
+        error: u32,
+        /// For people; told only in structured replies.
+        text: String,
+    },
+    /// What was read at `offset`.
+    Data {
+        /// The request's offset.
+        offset: u64,
+        /// What the device gave, of the request's length.
+        segments: Segments,
+        /// At most one chunk of content.
+        whole: bool,
+    },
+    /// Extents of each context.
+    Status(Vec<(u32, Vec<Descriptor>)>),
+}
+
+/// Turns answers into buffers to send, in order.
+#[derive(Debug, Default)]
+pub struct Encoder {
+    structured: bool,
+    head: BytesMut,
+    queue: VecDeque<Bytes>,
+}
+
+impl Encoder {
+    /// An encoder for a connection, given whether structured replies were negotiated.
+    pub fn new(structured: bool) -> Self {
+        Self { structured, ..Self::default() }
+    }
+
+    /// Appends the reply to the request with `cookie`.
+    pub fn push(&mut self, cookie: u64, answer: Answer) {
+        match answer {
+            Answer::Done => self.simple(cookie, 0),
+            Answer::Failed { error, text } if self.structured => self.failed(cookie, error, &text),
+            Answer::Failed { error, .. } => self.simple(cookie, error),
+            Answer::Data { segments, .. } if !self.structured => {
+                self.simple(cookie, 0);
+                self.spell_out(segments);
+            }
+            Answer::Data { segments, .. } if segments.is_empty() => {
+                self.chunk(cookie, chunk::NONE, true, 0);
+            }
+            Answer::Data { offset, segments, whole: true } => {
+                self.data_header(cookie, true, offset, segments.len());
+                self.spell_out(segments);
+            }
+            Answer::Data { offset, segments, whole: false } => {
+                self.pieces(cookie, offset, segments);
+            }
+            Answer::Status(contexts) => self.status(cookie, &contexts),
+        }
+    }
+
+    /// The buffers so far, none of them empty. Leaves nothing behind.
+    pub fn take(&mut self) -> VecDeque<Bytes> {
+        self.seal();
+        std::mem::take(&mut self.queue)
+    }
+
+    /// Gives an emptied queue back, to save its allocation.
+    pub fn reuse(&mut self, mut queue: VecDeque<Bytes>) {
+        if self.queue.is_empty() {
+            queue.clear();
+            self.queue = queue;
+        }
+    }
+
+    /// Ends the current run of headers, so that payload can follow it.
+    fn seal(&mut self) {
+        if !self.head.is_empty() {
+            self.queue.push_back(self.head.split().freeze());
+        }
+    }
+
+    fn simple(&mut self, cookie: u64, error: u32) {
+        self.head.put_u32(SIMPLE_REPLY_MAGIC);
+        self.head.put_u32(error);
+        self.head.put_u64(cookie);
+    }
+
+    fn chunk(&mut self, cookie: u64, kind: u16, last: bool, len: u32) {
+        let flags = if last { chunk_flag::DONE } else { 0 };
+        ChunkHeader { flags, kind, cookie, len }.encode(&mut self.head);
+    }
+
+    fn failed(&mut self, cookie: u64, error: u32, text: &str) {
+        let text = text.get(..text.floor_char_boundary(MAX_TEXT_BYTES)).unwrap_or_default();
+        let len = u16::try_from(text.len()).unwrap_or(0);
+        self.chunk(cookie, chunk::ERROR, true, 6 + u32::from(len));
+        self.head.put_u32(error);
+        self.head.put_u16(len);
+        self.head.put_slice(text.as_bytes());
+    }
+
+    /// The head of a chunk of `len` bytes at `offset`; `len` is bounded by the length of a request.
+    fn data_header(&mut self, cookie: u64, last: bool, offset: u64, len: u64) {
+        let payload = u32::try_from(len + 8).unwrap_or(u32::MAX);
+        self.chunk(cookie, chunk::OFFSET_DATA, last, payload);
+        self.head.put_u64(offset);
+    }
+
+    /// Sends segments as bytes, zeros included.
+    fn spell_out(&mut self, segments: Segments) {
+        self.seal();
+        for segment in segments.0 {
+            match segment {
+                Segment::Data(bytes) if bytes.is_empty() => {}
+                Segment::Data(bytes) => self.queue.push_back(bytes),
+                Segment::Zero(mut left) => {
+                    while left > 0 {
+                        let now = left.min(ZEROS.len() as u64);
+                        let piece = usize::try_from(now).unwrap_or(ZEROS.len());
+                        self.queue.push_back(Bytes::from_static(&ZEROS).slice(..piece));
+                        left -= now;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Data and holes as chunks of their own; neighbouring data shares one.
+    fn pieces(&mut self, cookie: u64, mut offset: u64, segments: Segments) {
+        let mut rest = segments.0.into_iter().filter(|segment| !segment.is_empty()).peekable();
+        while let Some(segment) = rest.next() {
+            match segment {
+                Segment::Zero(mut len) => {
+                    while let Some(Segment::Zero(more)) = rest.peek() {
+                        len += more;
+                        rest.next();
+                    }
+                    self.chunk(cookie, chunk::OFFSET_HOLE, rest.peek().is_none(), 12);
+                    self.head.put_u64(offset);
+                    self.head.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
+                    offset += len;
+                }
+                Segment::Data(first) => {
+                    let mut run = vec![first];
+                    while let Some(Segment::Data(more)) = rest.peek() {
+                        run.push(more.clone());
+                        rest.next();
+                    }
+                    let len = run.iter().map(|bytes| bytes.len() as u64).sum();
+                    self.data_header(cookie, rest.peek().is_none(), offset, len);
+                    self.seal();
+                    self.queue.extend(run);
+                    offset += len;
+                }
+            }
+        }
+    }
+
+    /// One chunk for each context, the last of them DONE.
+    fn status(&mut self, cookie: u64, contexts: &[(u32, Vec<Descriptor>)]) {
+        for (index, (id, descriptors)) in contexts.iter().enumerate() {
+            let len = u32::try_from(4 + 8 * descriptors.len()).unwrap_or(u32::MAX);
+            self.chunk(cookie, chunk::BLOCK_STATUS, index + 1 == contexts.len(), len);
+            self.head.put_u32(*id);
+            for one in descriptors {
+                self.head.put_u32(one.len);
+                self.head.put_u32(one.flags);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

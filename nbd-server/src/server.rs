@@ -1,0 +1,324 @@
+//! The server: the table of exports, what is listening, and the way down. What is said on a connection is told in
+//! `negotiate` and `connection`.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::{BlockDevice, DeviceError};
+use futures_util::future::join_all;
+use parking_lot::{Mutex, RwLock};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+
+use crate::connection;
+use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
+use crate::gauge::{Gauge, Held};
+use crate::handshake::{ExportDirectory, ExportFacts, Unavailable};
+use crate::limits::Limits;
+use crate::listener;
+use crate::negotiate::negotiate;
+use crate::signal::Signal;
+
+/// How a server is set up.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct ServerConfig {
+    /// What clients may ask for.
+    pub limits: Limits,
+}
+
+impl ServerConfig {
+    /// A configuration with these limits.
+    pub fn with_limits(limits: Limits) -> Self {
+        Self { limits }
+    }
+}
+
+/// An NBD server in this process. Clones are the same server.
+///
+/// It needs a tokio runtime around it; devices do their I/O where they like. Dropping the last clone does not stop it:
+/// [`Server::shutdown`] does.
+#[derive(Clone, Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+/// How a shutdown went.
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct ShutdownReport {
+    /// Connections that did not close in time and were dropped.
+    pub dropped_connections: usize,
+    /// Exports whose device could not be flushed; no error where the flush was not over in time.
+    pub unflushed: Vec<(String, Option<DeviceError>)>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) limits: Limits,
+    table: RwLock<Table>,
+    /// Nothing new is accepted, what is open comes to its end.
+    pub(crate) stopping: Signal,
+    /// Whatever is still open is dropped.
+    forced: Signal,
+    connections: Arc<Gauge>,
+    listeners: Mutex<Vec<JoinHandle<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    exports: BTreeMap<String, Arc<Served>>,
+    /// The name of the export that the empty name stands for.
+    default: Option<String>,
+}
+
+impl Table {
+    fn find(&self, name: &str) -> Option<&Arc<Served>> {
+        match (&self.default, name) {
+            (Some(default), "") => self.exports.get(default),
+            _ => self.exports.get(name),
+        }
+    }
+}
+
+impl Server {
+    /// A server without exports that listens nowhere.
+    pub fn new(config: ServerConfig) -> Self {
+        let shared = Shared {
+            limits: config.limits.clamped(),
+            table: RwLock::default(),
+            stopping: Signal::default(),
+            forced: Signal::default(),
+            connections: Arc::default(),
+            listeners: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Listens on a TCP address and accepts in the background. Returns the actual address, which matters for port 0.
+    ///
+    /// # Errors
+    /// What the host says, for instance that the address is in use.
+    pub async fn listen_tcp(&self, addr: SocketAddr) -> io::Result<SocketAddr> {
+        let listener = listener::Tcp::bind(addr)?;
+        let actual = listener.address()?;
+        self.accept(listener);
+        Ok(actual)
+    }
+
+    /// Listens on a Unix socket and accepts in the background. A socket file on which nobody listens is replaced;
+    /// the file is removed when the server stops.
+    ///
+    /// # Errors
+    /// What the host says; `AddrInUse` where another process listens there, or where the file is no socket.
+    pub async fn listen_unix(&self, path: &Path) -> io::Result<()> {
+        let listener = listener::Unix::bind(path).await?;
+        self.accept(listener);
+        Ok(())
+    }
+
+    fn accept<L: listener::Listener>(&self, listener: L) {
+        let task = tokio::spawn(listener::accept(self.clone(), listener));
+        self.shared.listeners.lock().push(task);
+    }
+
+    /// Serves one client on a stream that somebody else accepted. The same limits hold.
+    pub fn serve_stream<S>(&self, stream: S)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let (reader, writer) = tokio::io::split(stream);
+        self.serve_halves(reader, writer);
+    }
+
+    /// Waits until the server is told to stop.
+    pub(crate) async fn stopping(&self) {
+        self.shared.stopping.raised().await;
+    }
+
+    /// Serves one client, or closes the connection where there are too many.
+    pub(crate) fn serve_halves<R, W>(&self, reader: R, writer: W)
+    where
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
+        let Some(held) = self.shared.connections.try_hold(self.shared.limits.connections) else {
+            tracing::warn!(limit = self.shared.limits.connections, "too many connections");
+            return;
+        };
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            let _held: Held = held;
+            tokio::select! {
+                () = serve(&shared, reader, writer) => {}
+                () = shared.forced.raised() => {}
+            }
+        });
+    }
+
+    /// Adds an export; clients can choose it at once.
+    ///
+    /// # Errors
+    /// [`ExportError`].
+    pub fn add_export(&self, export: Export) -> Result<(), ExportError> {
+        let default = export.is_default() || export.name().is_empty();
+        let served = Served::new(export, &self.shared.limits)?;
+        let name = served.facts.name.clone();
+        let mut table = self.shared.table.write();
+        if self.shared.stopping.is_raised() {
+            return Err(ExportError::ShuttingDown);
+        }
+        if table.exports.contains_key(&name) {
+            return Err(ExportError::Duplicate(name));
+        }
+        if default {
+            if let Some(taken) = &table.default {
+                return Err(ExportError::DefaultTaken(taken.clone()));
+            }
+            table.default = Some(name.clone());
+        }
+        table.exports.insert(name, Arc::new(served));
+        Ok(())
+    }
+
+    /// Removes an export and returns its device once no connection and no request uses it; the caller closes it.
+    ///
+    /// New clients do not find it from the first poll on, even where the future is dropped before it is done. What
+    /// happens to connections that are open is told by [`Removal`].
+    ///
+    /// # Errors
+    /// [`ExportError::Unknown`].
+    pub async fn remove_export(
+        &self,
+        name: &str,
+        how: Removal,
+    ) -> Result<Arc<dyn BlockDevice>, ExportError> {
+        let served = {
+            let mut table = self.shared.table.write();
+            let served = table.exports.remove(name);
+            if served.is_some() && table.default.as_deref() == Some(name) {
+                table.default = None;
+            }
+            served.ok_or_else(|| ExportError::Unknown(name.to_owned()))?
+        };
+        if how == Removal::Cut || self.shared.stopping.is_raised() {
+            served.closing.raise();
+        }
+        served.unheld().await;
+        Ok(Arc::clone(&served.device))
+    }
+
+    /// The exports, by name.
+    pub fn exports(&self) -> Vec<ExportStatus> {
+        let table = self.shared.table.read();
+        let is_default = |name: &String| table.default.as_ref() == Some(name);
+        table.exports.iter().map(|(name, served)| served.status(is_default(name))).collect()
+    }
+
+    /// Connections that are open now, those in the handshake included.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.count()
+    }
+
+    /// Stops: accepts nothing more, finishes and answers what is in flight, answers later requests with `ESHUTDOWN`,
+    /// closes the connections, flushes every device. Exports stay in the table; the caller closes their devices.
+    ///
+    /// Returns within `grace`, whatever clients and devices do: after three quarters of it, connections that are still
+    /// open are dropped, and the rest is left for flushing.
+    pub async fn shutdown(&self, grace: Duration) -> ShutdownReport {
+        let now = Instant::now();
+        let deadline = |share| now.checked_add(share).unwrap_or(now);
+        let exports: Vec<_> = {
+            // Under the lock, so that no export is added between the signal and the list.
+            let table = self.shared.table.write();
+            self.shared.stopping.raise();
+            table.exports.values().map(Arc::clone).collect()
+        };
+        for export in &exports {
+            export.closing.raise();
+        }
+        let listeners = std::mem::take(&mut *self.shared.listeners.lock());
+        let closed = async {
+            join_all(listeners).await;
+            self.shared.connections.idle().await;
+        };
+        let mut report = ShutdownReport::default();
+        if timeout_at(deadline(grace / 4 * 3), closed).await.is_err() {
+            report.dropped_connections = self.shared.connections.count();
+            self.shared.forced.raise();
+        }
+        let flushes = exports.iter().map(|export| async {
+            match timeout_at(deadline(grace), export.device.flush()).await {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some((export.facts.name.clone(), Some(error))),
+                Err(_) => Some((export.facts.name.clone(), None)),
+            }
+        });
+        report.unflushed = join_all(flushes).await.into_iter().flatten().collect();
+        report
+    }
+}
+
+/// One client from its first byte to its last.
+async fn serve<R, W>(shared: &Arc<Shared>, mut reader: R, mut writer: W)
+where
+    R: AsyncRead + Send + Unpin,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    match negotiate(shared, &mut reader, &mut writer).await {
+        Ok(Some(entered)) => connection::transmit(shared, entered, reader, writer).await,
+        Ok(None) => connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await,
+        Err(error) => tracing::debug!(%error, "a client left during the handshake"),
+    }
+}
+
+/// The table as one negotiating client sees it.
+pub(crate) struct Visitor {
+    shared: Arc<Shared>,
+    /// The export that was entered last.
+    pub(crate) entered: Option<Attachment>,
+}
+
+impl Visitor {
+    pub(crate) fn new(shared: &Arc<Shared>) -> Self {
+        Self { shared: Arc::clone(shared), entered: None }
+    }
+
+    fn find<T>(&self, name: &str, then: impl FnOnce(&Arc<Served>) -> T) -> Result<T, Unavailable> {
+        let table = self.shared.table.read();
+        if self.shared.stopping.is_raised() {
+            return Err(Unavailable::ShuttingDown);
+        }
+        // Still under the lock: an export that was found cannot be removed before it is held.
+        table.find(name).map(then).ok_or(Unavailable::Unknown)
+    }
+}
+
+impl ExportDirectory for Visitor {
+    fn list(&mut self) -> Vec<(String, String)> {
+        let table = self.shared.table.read();
+        let entry =
+            |served: &Arc<Served>| (served.facts.name.clone(), served.facts.description.clone());
+        table.exports.values().map(entry).collect()
+    }
+
+    fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
+        self.find(name, |served| served.facts.clone())
+    }
+
+    fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
+        let attachment = self.find(name, Served::attach)?;
+        let facts = attachment.export.facts.clone();
+        self.entered = Some(attachment);
+        Ok(facts)
+    }
+
+    fn is_shutting_down(&self) -> bool {
+        self.shared.stopping.is_raised()
+    }
+}

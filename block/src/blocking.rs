@@ -79,6 +79,10 @@ impl BlockingEngine {
         answer.await.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
     }
 
+    pub(crate) fn slots(&self) -> &Arc<Semaphore> {
+        &self.slots
+    }
+
     pub(crate) fn submit(&self, descriptor: &Arc<Descriptor>, request: Request) {
         self.queue.push(Job::Io(Arc::clone(descriptor), request));
     }

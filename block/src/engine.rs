@@ -1,38 +1,87 @@
 //! Which engine carries out the I/O of this process: chosen once, at first use. What an operation is, and what
 //! alignment it needs, is not decided here.
 
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
+use std::thread;
 
 use crate::blocking::{BLOCKING_THREADS, BlockingEngine};
 use crate::descriptor::Descriptor;
 use crate::storage::Storage;
+use crate::uring::{URING_THREADS, UringEngine};
 use crate::{HostError, HostOp, OpenOptions};
 
 /// The environment variable that forces an engine: `blocking` or `uring`.
 pub const ENGINE_VARIABLE: &str = "SENDENSE_IO";
 
 /// What carries out operations on host files. Clones are the same engine.
+///
+/// Two kinds: rings of io_uring on their own threads, and a pool of threads that make plain system calls. Both need
+/// no runtime: the futures of [`crate::HostFile`] can be awaited anywhere.
 #[derive(Clone, Debug)]
 pub struct Engine {
     pool: Arc<BlockingEngine>,
+    rings: Option<Arc<UringEngine>>,
 }
 
 impl Engine {
-    /// The engine of this process, set up at the first call.
+    /// The engine of this process, chosen and set up at the first call: io_uring, unless [`ENGINE_VARIABLE`] says
+    /// `blocking` or the machine refuses it, as containers often do.
     pub fn shared() -> &'static Self {
-        static SHARED: LazyLock<Engine> = LazyLock::new(|| Engine::blocking(BLOCKING_THREADS));
+        static SHARED: LazyLock<Engine> = LazyLock::new(|| {
+            let wish = std::env::var(ENGINE_VARIABLE).ok();
+            Engine::choose(wish.as_deref(), Engine::uring)
+        });
         &SHARED
     }
 
     /// A pool of up to `threads` threads that make blocking calls.
     pub fn blocking(threads: usize) -> Self {
-        Self { pool: BlockingEngine::new(threads) }
+        Self { pool: BlockingEngine::new(threads), rings: None }
     }
 
-    /// What it is, for logs and benchmarks.
+    /// Up to [`URING_THREADS`] rings, with a pool for what they do not do.
+    ///
+    /// # Errors
+    /// What the kernel says to the set-up: it is missing, forbidden, or short of memory.
+    pub fn uring() -> io::Result<Self> {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let pool = BlockingEngine::new(BLOCKING_THREADS);
+        let rings = UringEngine::new(processors.min(URING_THREADS), &pool)?;
+        Ok(Self { pool, rings: Some(Arc::new(rings)) })
+    }
+
+    /// What it is, for logs and benchmarks: `uring` or `blocking`.
     pub fn name(&self) -> &'static str {
-        "blocking"
+        if self.rings.is_some() { "uring" } else { "blocking" }
+    }
+
+    fn choose(wish: Option<&str>, uring: impl FnOnce() -> io::Result<Self>) -> Self {
+        if wish == Some("blocking") {
+            tracing::info!(
+                engine = "blocking",
+                "disk I/O by a thread pool, as {ENGINE_VARIABLE} asks"
+            );
+            return Self::blocking(BLOCKING_THREADS);
+        }
+        if let Some(other) = wish.filter(|wish| *wish != "uring") {
+            tracing::warn!(value = other, "{ENGINE_VARIABLE} is neither `blocking` nor `uring`");
+        }
+        match uring() {
+            Ok(engine) => {
+                tracing::info!(engine = engine.name(), "disk I/O by io_uring");
+                engine
+            }
+            Err(error) => {
+                tracing::warn!(
+                    engine = "blocking",
+                    %error,
+                    "io_uring cannot be used here; disk I/O by a thread pool"
+                );
+                Self::blocking(BLOCKING_THREADS)
+            }
+        }
     }
 
     pub(crate) async fn open(
@@ -44,6 +93,32 @@ impl Engine {
         let descriptor = self.pool.call(move || Descriptor::open(&owned, &options)).await;
         let descriptor =
             descriptor.map_err(|source| HostError::whole(path, HostOp::Open, source))?;
-        Ok(self.pool.attach(descriptor))
+        Ok(match &self.rings {
+            Some(rings) => rings.attach(descriptor, &self.pool),
+            None => self.pool.attach(descriptor),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_that_refuses_io_uring_gets_the_pool() {
+        let refuse = || Err(io::Error::from_raw_os_error(1));
+        assert_eq!(Engine::choose(None, refuse).name(), "blocking");
+        assert_eq!(Engine::choose(Some("uring"), refuse).name(), "blocking");
+    }
+
+    #[test]
+    fn the_variable_forces_the_pool_without_trying_a_ring() {
+        let engine = Engine::choose(Some("blocking"), || unreachable!("nobody asked for a ring"));
+        assert_eq!(engine.name(), "blocking");
+    }
+
+    #[test]
+    fn this_machine_has_io_uring() {
+        assert_eq!(Engine::choose(Some("no such engine"), Engine::uring).name(), "uring");
     }
 }

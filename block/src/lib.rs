@@ -14,6 +14,7 @@ mod range;
 mod range_lock;
 mod raw;
 mod storage;
+mod uring;
 
 pub use blocking::{BLOCKING_THREADS, ENGINE_SLOTS};
 pub use buffer::{
@@ -31,3 +32,4 @@ pub use range::ByteRange;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use raw::RawDevice;
 pub use storage::{Finish, Hold, Op, OpKind, Outcome, Request, Storage, StorageFacts};
+pub use uring::URING_THREADS;

@@ -181,6 +181,12 @@ impl Finish {
         // The caller may be gone; then the result interests nobody.
         let _gone = self.reply.send(result);
     }
+
+    /// Answers with an error but never lets go of what was kept: for an operation that may go on behind our back.
+    pub fn abandon(self, error: io::Error) {
+        std::mem::forget(self.keep);
+        let _gone = self.reply.send(Err(error));
+    }
 }
 
 impl Lengths {
@@ -208,6 +214,11 @@ impl Request {
     pub(crate) fn keeping(op: Op, keep: Keep) -> (Self, oneshot::Receiver<io::Result<Outcome>>) {
         let (reply, answer) = oneshot::channel();
         (Self { op, finish: Finish { keep, reply } }, answer)
+    }
+
+    /// Puts together what [`Request::into_parts`] took apart.
+    pub fn from_parts(op: Op, finish: Finish) -> Self {
+        Self { op, finish }
     }
 
     /// Separates what to do from what to do afterwards.

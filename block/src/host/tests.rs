@@ -153,7 +153,7 @@ fn memory_directory() -> tempfile::TempDir {
 }
 
 fn engines() -> Vec<Engine> {
-    vec![Engine::blocking(3)]
+    vec![Engine::blocking(3), Engine::uring().expect("this machine has io_uring")]
 }
 
 fn imitate_on_disk(directory: &tempfile::TempDir, steps: &[Step]) {

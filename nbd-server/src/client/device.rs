@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 use block::{
-    BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, MAX_EXTENTS, Segment,
-    Segments, ZeroMode,
+    BlockDevice, BufferPool, ByteRange, DeviceError, Durability, Extent, Limits, MAX_EXTENTS,
+    Segment, Segments, ZeroMode,
 };
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -17,7 +17,7 @@ use super::address::Address;
 use super::connection::{self, Call, Connection};
 use super::error::{ClientError, LostCause};
 use super::export::{ExportInfo, ExportListing, StatusExtent};
-use super::memory::Destination;
+use super::memory::{Destination, client_pool};
 use super::options::ClientOptions;
 use super::reply::{Answer, Wants};
 use super::stream::Counters;
@@ -204,6 +204,10 @@ impl NbdDevice {
         self.connections.len() * self.options.in_flight.clamp(1, ClientOptions::MAX_IN_FLIGHT)
     }
 
+    fn pool(&self) -> &Arc<BufferPool> {
+        self.options.pool.as_ref().unwrap_or_else(|| client_pool())
+    }
+
     fn check_aligned(&self, range: ByteRange) -> Result<(), ClientError> {
         let minimum = self.export.block_sizes.minimum;
         if range.is_aligned(u64::from(minimum)) {
@@ -239,8 +243,10 @@ impl NbdDevice {
             let len = usize::try_from(piece.len())
                 .map_err(|_| ClientError::NotSupported { what: "reads of this length" })?;
             let mut call = simple(command::READ, 0, piece, Wants::Data);
-            call.destination = Destination::wait(len).await;
-            let _ = index;
+            call.destination = match index {
+                0 => Destination::wait(self.pool(), len).await,
+                _ => Destination::now(self.pool(), len),
+            };
             match self.call(call).await? {
                 Answer::Data(segments) => Ok(segments),
                 Answer::Success | Answer::Status(_) => Ok(Segments::default()),

@@ -1,6 +1,9 @@
 //! What a caller may choose about a client: how wide, how deep and how patient. Each limit has a name, a unit and a default.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use block::BufferPool;
 
 /// How a client connects and how much it keeps in flight.
 #[derive(Clone, Debug)]
@@ -24,6 +27,9 @@ pub struct ClientOptions {
     pub stall_timeout: Option<Duration>,
     /// How long a disconnect may take before the socket is closed without ceremony.
     pub disconnect_timeout: Duration,
+    /// Where the buffers of reads come from; `None` takes a pool that all clients of the process share. It must not be
+    /// the pool of a server in the same process that answers this client.
+    pub pool: Option<Arc<BufferPool>>,
 }
 
 impl ClientOptions {
@@ -45,6 +51,7 @@ impl Default for ClientOptions {
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Some(Duration::from_secs(300)),
             disconnect_timeout: Duration::from_secs(5),
+            pool: None,
         }
     }
 }

@@ -41,10 +41,10 @@ pub enum AgentError {
         disk: DiskId,
     },
     /// The source does not open.
-    #[error("{disk}: cannot open the source {source_name}: {cause}")]
+    #[error("{}cannot open the source {source_name}: {cause}", prefix(*.disk))]
     OpenSource {
-        /// The disk.
-        disk: DiskId,
+        /// The disk; `None` where a source was only asked what it is.
+        disk: Option<DiskId>,
         /// The source as it is spelled.
         source_name: String,
         /// Why.
@@ -137,7 +137,14 @@ pub enum AgentError {
     /// The run was asked to stop.
     #[error("cancelled")]
     Cancelled,
-    /// A part of the run died of a bug.
+    /// The task of a disk died of a bug.
+    #[error("the run ended unexpectedly: {cause}")]
+    Panicked {
+        /// What is known.
+        #[source]
+        cause: Cause,
+    },
+    /// A part of a disk's run died of a bug.
     #[error("{disk}: the run ended unexpectedly: {cause}")]
     Died {
         /// The disk.
@@ -146,4 +153,8 @@ pub enum AgentError {
         #[source]
         cause: Cause,
     },
+}
+
+fn prefix(disk: Option<DiskId>) -> String {
+    disk.map_or_else(String::new, |disk| format!("{disk}: "))
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::blocks::BLOCK_BYTES;
 use crate::source_spec::{parse_nbd_uri, write_nbd_uri};
 use crate::{Address, SourceSpec, SpecError};
 
@@ -14,6 +15,9 @@ pub const DEFAULT_CONNECTIONS: usize = 4;
 
 /// How many bytes one read of a source asks for, at most, unless told otherwise.
 pub const DEFAULT_EXTENT_BYTES: u64 = 1 << 20;
+
+/// The most that one read asks for, in bytes, whatever the options say.
+const MAX_EXTENT_BYTES: u64 = 16 << 20;
 
 /// How many disks of a run are read at once unless told otherwise.
 pub const DEFAULT_DISKS_AT_ONCE: usize = 8;
@@ -37,13 +41,10 @@ impl FromStr for Target {
     type Err = SpecError;
 
     fn from_str(text: &str) -> Result<Self, SpecError> {
-        let (address, export, query) = parse_nbd_uri(text)?;
-        match query.iter().find(|(key, _)| key != "socket") {
-            None => Ok(Self { address, export }),
-            Some((key, _)) => Err(SpecError::Uri {
-                text: text.to_owned(),
-                what: format!("a target takes no parameter '{key}'"),
-            }),
+        let uri = parse_nbd_uri(text)?;
+        match uri.query.into_iter().next() {
+            None => Ok(Self { address: uri.address, export: uri.export }),
+            Some((key, _)) => Err(SpecError::Parameter { text: text.to_owned(), key }),
         }
     }
 }
@@ -74,7 +75,8 @@ pub struct RunOptions {
     pub job_id: String,
     /// Connections to each target and to each NBD source.
     pub connections: usize,
-    /// The most that one read asks for and one write sends, in bytes; rounded to whole 64 KiB blocks.
+    /// The most that one read asks for and one write sends, in bytes; taken as a power of two from
+    /// 64 KiB to 16 MiB.
     pub extent_bytes: u64,
     /// Disks that are read at once; the others wait.
     pub disks_at_once: usize,
@@ -90,6 +92,11 @@ impl RunOptions {
             extent_bytes: DEFAULT_EXTENT_BYTES,
             disks_at_once: DEFAULT_DISKS_AT_ONCE,
         }
+    }
+
+    /// [`RunOptions::extent_bytes`] as a power of two that holds whole blocks and fits a request.
+    pub(crate) fn extent_bytes_in_blocks(&self) -> u64 {
+        self.extent_bytes.clamp(BLOCK_BYTES, MAX_EXTENT_BYTES).next_power_of_two()
     }
 }
 

@@ -4,13 +4,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
+use nbd_server::client::{NbdUri, UriError};
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 
 use crate::Address;
-
-/// The port that NBD owns.
-const NBD_PORT: u16 = 10809;
 
 /// What may not stand in the path or the query of an NBD URI as it is.
 const RESERVED: &AsciiSet = &CONTROLS
@@ -20,6 +18,7 @@ const RESERVED: &AsciiSet = &CONTROLS
     .add(b'%')
     .add(b'&')
     .add(b'+')
+    .add(b';')
     .add(b'<')
     .add(b'=')
     .add(b'>')
@@ -63,12 +62,27 @@ pub enum SpecError {
     #[error("a file source needs a path: file:PATH")]
     EmptyPath,
     /// An NBD URI that lacks or garbles something.
-    #[error("'{text}' is no NBD URI: {what}")]
+    #[error("'{text}': {cause}")]
     Uri {
         /// What was given.
         text: String,
         /// What is wrong with it.
-        what: String,
+        #[source]
+        cause: UriError,
+    },
+    /// A query parameter that means nothing here.
+    #[error("'{text}': there is no parameter '{key}' here")]
+    Parameter {
+        /// What was given.
+        text: String,
+        /// The parameter's name.
+        key: String,
+    },
+    /// `bitmap=` without a name, or twice.
+    #[error("'{text}': bitmap= takes one name")]
+    Bitmap {
+        /// What was given.
+        text: String,
     },
 }
 
@@ -82,17 +96,16 @@ impl FromStr for SourceSpec {
                 path => Ok(Self::File(PathBuf::from(path))),
             };
         }
-        let (address, export, query) = parse_nbd_uri(text)?;
+        let uri = parse_nbd_uri(text)?;
         let mut bitmap = None;
-        for (key, value) in query {
+        for (key, value) in uri.query {
             match key.as_str() {
-                "socket" => {}
                 "bitmap" if bitmap.is_none() && !value.is_empty() => bitmap = Some(value),
-                "bitmap" => return Err(uri(text, "bitmap needs one name")),
-                _ => return Err(uri(text, &format!("unknown parameter '{key}'"))),
+                "bitmap" => return Err(SpecError::Bitmap { text: text.to_owned() }),
+                _ => return Err(SpecError::Parameter { text: text.to_owned(), key }),
             }
         }
-        Ok(Self::Nbd { address, export, bitmap })
+        Ok(Self::Nbd { address: uri.address, export: uri.export, bitmap })
     }
 }
 
@@ -125,64 +138,12 @@ impl From<SourceSpec> for String {
     }
 }
 
-/// Address, export name and query parameters of an NBD URI.
-pub(crate) type NbdUriParts = (Address, String, Vec<(String, String)>);
-
-/// Takes `nbd://HOST[:PORT][/EXPORT][?k=v&…]` or `nbd+unix:///EXPORT?socket=PATH` apart.
-pub(crate) fn parse_nbd_uri(text: &str) -> Result<NbdUriParts, SpecError> {
-    let (unix, rest) = if let Some(rest) = text.strip_prefix("nbd://") {
-        (false, rest)
-    } else if let Some(rest) = text.strip_prefix("nbd+unix://") {
-        (true, rest)
-    } else {
-        return Err(SpecError::Scheme { text: text.to_owned() });
-    };
-    let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
-    let export = decode(text, export)?;
-    let query = query
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-        .map(|pair| {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            Ok((decode(text, key)?, decode(text, value)?))
-        })
-        .collect::<Result<Vec<_>, SpecError>>()?;
-    let socket = query.iter().find(|(key, _)| key == "socket").map(|(_, value)| value.clone());
-    let address = match (unix, socket) {
-        (true, Some(path)) if authority.is_empty() && !path.is_empty() => {
-            Address::Unix(PathBuf::from(path))
-        }
-        (true, _) if !authority.is_empty() => {
-            return Err(uri(text, "nbd+unix takes no host: nbd+unix:///EXPORT?socket=PATH"));
-        }
-        (true, _) => return Err(uri(text, "nbd+unix needs socket=PATH")),
-        (false, Some(_)) => return Err(uri(text, "socket= belongs to nbd+unix://")),
-        (false, None) => tcp_address(text, authority)?,
-    };
-    Ok((address, export, query))
-}
-
-fn tcp_address(text: &str, authority: &str) -> Result<Address, SpecError> {
-    let (host, port) = match authority.strip_prefix('[') {
-        Some(v6) => {
-            let (host, rest) = v6.split_once(']').ok_or_else(|| uri(text, "'[' without ']'"))?;
-            (host, rest.strip_prefix(':').or(if rest.is_empty() { Some("") } else { None }))
-        }
-        None => match authority.rsplit_once(':') {
-            Some((host, port)) => (host, Some(port)),
-            None => (authority, Some("")),
-        },
-    };
-    let port = match port {
-        Some("") => NBD_PORT,
-        Some(digits) => digits.parse().map_err(|_| uri(text, "the port is no number"))?,
-        None => return Err(uri(text, "something other than a port follows the host")),
-    };
-    if host.is_empty() || port == 0 {
-        return Err(uri(text, "it needs a host and a port"));
-    }
-    Ok(Address::Tcp { host: host.to_owned(), port })
+/// Takes an NBD URI apart.
+pub(crate) fn parse_nbd_uri(text: &str) -> Result<NbdUri, SpecError> {
+    text.parse().map_err(|cause| match cause {
+        UriError::Scheme => SpecError::Scheme { text: text.to_owned() },
+        cause => SpecError::Uri { text: text.to_owned(), cause },
+    })
 }
 
 /// Writes the URI and returns the character that introduces the next query parameter.
@@ -208,17 +169,6 @@ fn encode(text: &str) -> String {
     utf8_percent_encode(text, RESERVED).to_string()
 }
 
-fn decode(whole: &str, part: &str) -> Result<String, SpecError> {
-    percent_decode_str(part)
-        .decode_utf8()
-        .map(String::from)
-        .map_err(|_| uri(whole, "a name is not UTF-8"))
-}
-
-fn uri(text: &str, what: &str) -> SpecError {
-    SpecError::Uri { text: text.to_owned(), what: what.to_owned() }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -234,7 +184,7 @@ mod tests {
             bitmap: bitmap.map(Into::into),
         };
         assert_eq!("nbd://h:1/e?bitmap=b%200".parse(), Ok(tcp("h", 1, "e", Some("b 0"))));
-        assert_eq!("nbd://h".parse(), Ok(tcp("h", NBD_PORT, "", None)));
+        assert_eq!("nbd://h".parse(), Ok(tcp("h", Address::PORT, "", None)));
         assert_eq!("nbd://[::1]:7/x/y".parse(), Ok(tcp("::1", 7, "x/y", None)));
         assert_eq!(
             "nbd+unix:///e?socket=/run/s&bitmap=b".parse(),
@@ -255,7 +205,6 @@ mod tests {
             "http://h/",
             "nbd://",
             "nbd://:1/e",
-            "nbd://h:0/e",
             "nbd://h:x/e",
             "nbd://[::1",
             "nbd://[::1]x",

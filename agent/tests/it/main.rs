@@ -1,0 +1,6 @@
+//! Runs of the agent against real NBD servers. What is decided without I/O is tested beside its code.
+
+mod bitmap;
+mod changes;
+mod failures;
+mod support;

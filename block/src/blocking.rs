@@ -66,17 +66,17 @@ impl BlockingEngine {
         Arc::new(BlockingStorage { engine: Arc::clone(self), descriptor: Arc::new(descriptor) })
     }
 
-    /// Runs a system call that may block; the future may be dropped.
+    /// Runs system calls that may block; the future may be dropped. Fails only if no thread can be had.
     pub(crate) async fn call<T: Send + 'static>(
         &self,
-        call: impl FnOnce() -> io::Result<T> + Send + 'static,
+        call: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
         let (reply, answer) = oneshot::channel();
         self.queue.push(Job::Call(Box::new(move || {
             // The caller may be gone.
             let _gone = reply.send(call());
         })));
-        answer.await.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+        answer.await.map_err(|_| io::ErrorKind::Interrupted.into())
     }
 
     pub(crate) fn slots(&self) -> &Arc<Semaphore> {

@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use crate::storage::{Op, Outcome, StorageFacts};
-use crate::{BUFFER_ALIGN_BYTES, Buffer, ByteRange, Create, OpenOptions};
+use crate::{BUFFER_ALIGN_BYTES, Buffer, ByteRange, Create, HostError, HostOp, OpenOptions};
 
 /// What `O_DIRECT` is assumed to demand where the kernel does not tell.
 const ASSUMED_ALIGN_BYTES: u32 = 4096;
@@ -28,15 +28,17 @@ pub(crate) struct Descriptor {
 
 impl Descriptor {
     /// Opens a regular file or a block device. Makes system calls that can block.
-    pub(crate) fn open(path: &Path, options: &OpenOptions) -> io::Result<Self> {
-        let mut open = StdOpenOptions::new();
-        open.read(true).write(!options.read_only);
-        if options.create == Create::New {
-            open.create_new(true);
+    pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Self, HostError> {
+        let failed = |op| move |source| HostError::whole(path, op, source);
+        let file = open_file(path, options).map_err(failed(HostOp::Open))?;
+        if options.lock {
+            crate::lock::lock(&file, options.read_only).map_err(failed(HostOp::Lock))?;
         }
-        // A FIFO or a busy device must not hang us; the flag is cleared again below.
-        let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
-        let file = open.custom_flags(nonblock).open(path)?;
+        Self::prepare(file, options).map_err(failed(HostOp::Open))
+    }
+
+    /// Finds out what an open file is and demands, and switches to direct I/O where that works.
+    fn prepare(file: File, options: &OpenOptions) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -164,6 +166,17 @@ impl Descriptor {
         }
         Ok(found)
     }
+}
+
+fn open_file(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    let mut open = StdOpenOptions::new();
+    open.read(true).write(!options.read_only);
+    if options.create == Create::New {
+        open.create_new(true);
+    }
+    // A FIFO or a busy device must not hang us; `Descriptor::prepare` clears the flag.
+    let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+    open.custom_flags(nonblock).open(path)
 }
 
 fn done(mut call: impl FnMut() -> rustix::io::Result<()>) -> io::Result<Outcome> {

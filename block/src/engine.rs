@@ -90,9 +90,9 @@ impl Engine {
         options: &OpenOptions,
     ) -> Result<Arc<dyn Storage>, HostError> {
         let (owned, options) = (path.to_owned(), options.clone());
-        let descriptor = self.pool.call(move || Descriptor::open(&owned, &options)).await;
+        let opened = self.pool.call(move || Descriptor::open(&owned, &options)).await;
         let descriptor =
-            descriptor.map_err(|source| HostError::whole(path, HostOp::Open, source))?;
+            opened.unwrap_or_else(|source| Err(HostError::whole(path, HostOp::Open, source)))?;
         Ok(match &self.rings {
             Some(rings) => rings.attach(descriptor, &self.pool),
             None => self.pool.attach(descriptor),

@@ -258,6 +258,76 @@ async fn neighbours_in_one_block_never_lose_bytes() {
 }
 
 #[test]
+fn more_operations_than_a_ring_holds_all_complete() {
+    const BLOCKS: u64 = 3000;
+    let directory = disk_directory();
+    for engine in engines() {
+        let path = directory.path().join(engine.name());
+        let options = OpenOptions { lock: false, ..OpenOptions::creating() };
+        block_on(async {
+            let file = HostFile::open_with(&engine, &path, options).await.expect("open");
+            let fill = |block: u64| u8::try_from(block % 255 + 1).expect("a byte");
+            let writes = (0..BLOCKS).map(|block| {
+                let (file, data) = (file.clone(), pattern(4096, 0, fill(block)));
+                async move { file.write(block * 4096, data, None).await }
+            });
+            futures_util::future::try_join_all(writes).await.expect("writes");
+            file.sync().await.expect("sync");
+            let reads = (0..BLOCKS).map(|block| {
+                let file = file.clone();
+                let range = ByteRange::between(block * 4096, (block + 1) * 4096);
+                async move { file.read(range).await.map(|bytes| (block, bytes)) }
+            });
+            let read = futures_util::future::try_join_all(reads).await.expect("reads");
+            for (block, bytes) in read {
+                assert!(bytes == pattern(4096, 0, fill(block)), "block {block}");
+            }
+        });
+    }
+}
+
+#[test]
+fn writes_on_a_real_file_that_nobody_waits_for_finish_before_its_length_is_set() {
+    let directory = disk_directory();
+    for engine in engines() {
+        let path = directory.path().join(engine.name());
+        let options = OpenOptions { lock: false, ..OpenOptions::creating() };
+        block_on(async {
+            let file = HostFile::open_with(&engine, &path, options).await.expect("open");
+            let reservation: Arc<dyn std::any::Any + Send + Sync> = Arc::new("clusters");
+            for block in 0..64_u64 {
+                let hold = Some(Arc::clone(&reservation));
+                let mut write = Box::pin(file.write(block << 16, pattern(1 << 16, 0, 5), hold));
+                // Either it is done at once or the engine has it: both ways it happens.
+                let _ready = poll_once(write.as_mut());
+            }
+            file.set_len(64 << 16).await.expect("length");
+            assert_eq!(Arc::strong_count(&reservation), 1, "every operation has let go");
+            let all = file.read(ByteRange::between(0, 64 << 16)).await.expect("read");
+            for block in all.chunks(1 << 16) {
+                assert!(block == pattern(1 << 16, 0, 5), "a write is missing");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_file_outlives_the_engine_that_opened_it() {
+    let directory = disk_directory();
+    for engine in engines() {
+        let path = directory.path().join(engine.name());
+        block_on(async {
+            let options = OpenOptions { lock: false, ..OpenOptions::creating() };
+            let file = HostFile::open_with(&engine, &path, options).await.expect("open");
+            drop(engine);
+            file.write(7, Bytes::from_static(b"still here"), None).await.expect("write");
+            file.sync().await.expect("sync");
+        });
+        assert_eq!(&std::fs::read(&path).expect("the file")[7..], b"still here");
+    }
+}
+
+#[test]
 fn a_dropped_write_keeps_its_reservation_and_its_lock_until_the_host_is_done() {
     let storage = MemoryStorage::with_alignment(512);
     let file = over(&storage);

@@ -1,5 +1,39 @@
 //! The NBD protocol in both directions, embeddable: an asynchronous server for any [`block::BlockDevice`] and a
 //! pipelined client. Knows no image format.
+//!
+//! # Serving a device
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use block::MemoryDevice;
+//! use nbd_server::{Export, Server, ServerConfig};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let server = Server::new(ServerConfig::default());
+//! server.add_export(Export::new("scratch", MemoryDevice::new(64 << 20)).default_export(true))?;
+//! let address = server.listen_tcp("127.0.0.1:0".parse()?).await?;
+//! println!("try: nbdinfo nbd://{address}/scratch");
+//! // ... and when it is time to go:
+//! server.shutdown(Duration::from_secs(5)).await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # How it is made
+//!
+//! Everything that decides is a machine without I/O and without a clock: [`handshake`] takes bytes and gives replies,
+//! [`request`] judges a request against what was negotiated, [`reply`] and [`block_status`] encode answers. Around them
+//! a thin driver moves bytes: a connection is one task that reads requests, one that writes replies, and one for each
+//! request that a device works on. Payloads are read into aligned buffers that travel to the device as they are, and
+//! what a device reads travels to the socket as it is.
+//!
+//! What one client can take is bounded by [`Limits`]. A client that is slow, silent, broken or malicious costs what its
+//! own budget allows and stalls nobody else.
+//!
+//! Durability is the device's: a write is answered when the device says it is done, `FUA` when it says it is durable,
+//! and `FLUSH` reaches the one device that all connections share, so it covers them all (`CAN_MULTI_CONN`).
 
 pub mod block_status;
 #[cfg(feature = "client")]

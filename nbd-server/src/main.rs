@@ -1,2 +1,25 @@
-//! Placeholder.
-fn main() {}
+//! The `nbd-server` program: opens images, serves them by name, and leaves them clean. Only this program of the crate
+//! knows image formats.
+
+mod program;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let options = program::Options::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match program::run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nbd-server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

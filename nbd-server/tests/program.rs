@@ -1,0 +1,160 @@
+//! The program as a process: what it prints, what it serves, how it ends.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, ChildStderr, ChildStdout, Command, Output, Stdio};
+
+/// A running server, killed when dropped.
+struct Running {
+    child: Child,
+    out: BufReader<ChildStdout>,
+    err: ChildStderr,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Running {
+    fn start(dir: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nbd-server"))
+            .args(arguments)
+            .current_dir(dir)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let err = child.stderr.take().unwrap();
+        Self { child, out, err }
+    }
+
+    /// The next address it listens on.
+    fn address(&mut self) -> String {
+        let mut line = String::new();
+        self.out.read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on ").map(str::to_owned);
+        address.unwrap_or_else(|| panic!("{line:?}: {}", self.errors()))
+    }
+
+    fn errors(&mut self) -> String {
+        let mut text = String::new();
+        self.err.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// Sends SIGTERM and waits; whether it ended with 0.
+    fn stop(mut self) -> bool {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.child.wait().unwrap().success()
+    }
+}
+
+/// Runs a client to its success; what it printed.
+fn run(dir: &Path, program: &str, arguments: &[&str]) -> String {
+    let Output { status, stdout, stderr } = Command::new("timeout")
+        .args(["40", program])
+        .args(arguments)
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&stdout).into_owned();
+    assert!(status.success(), "{program}: {text}{}", String::from_utf8_lossy(&stderr));
+    text
+}
+
+/// A raw image of 2 MiB with something in it.
+fn image(dir: &Path) -> Vec<u8> {
+    let mut bytes = vec![0; 2 << 20];
+    bytes[70_000..80_000].fill(7);
+    std::fs::write(dir.join("disk.img"), &bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn it_serves_raw_images_on_both_kinds_of_listener_and_ends_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bytes = image(dir.path());
+    let arguments = [
+        "--listen=127.0.0.1:0",
+        "--listen=unix:socket",
+        "--export=one=disk.img,format=raw,description=first, of all".replace(", ", ",, ").leak(),
+    ];
+    let mut server = Running::start(dir.path(), &arguments);
+    let tcp = server.address();
+    assert_eq!(server.address(), "unix:socket");
+    let uri = format!("nbd://{tcp}/one");
+    run(dir.path(), "qemu-io", &["-f", "raw", "-c", "write -P 9 1M 4k", &uri]);
+    bytes[1 << 20..(1 << 20) + 4096].fill(9);
+    run(dir.path(), "nbdcopy", &["nbd+unix:///?socket=socket", "copy.img"]);
+    assert!(std::fs::read(dir.path().join("copy.img")).unwrap() == bytes);
+    assert!(run(dir.path(), "nbdinfo", &["--list", &uri]).contains("first, of all"));
+    assert!(server.stop());
+    assert!(!dir.path().join("socket").exists());
+    assert!(std::fs::read(dir.path().join("disk.img")).unwrap() == bytes);
+}
+
+#[test]
+fn a_read_only_export_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = image(dir.path());
+    let arguments = ["--listen=unix:socket", "--export=one=disk.img,format=raw,read-only"];
+    let mut server = Running::start(dir.path(), &arguments);
+    server.address();
+    let uri = "nbd+unix:///one?socket=socket";
+    assert!(run(dir.path(), "nbdinfo", &["--json", uri]).contains("\"is_read_only\": true"));
+    run(dir.path(), "nbdcopy", &[uri, "copy.img"]);
+    assert!(std::fs::read(dir.path().join("copy.img")).unwrap() == bytes);
+    assert!(server.stop());
+}
+
+#[test]
+fn a_client_that_stays_does_not_keep_it_from_ending() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    let arguments = ["--listen=unix:socket", "--export=one=disk.img,format=raw"];
+    let mut server = Running::start(dir.path(), &arguments);
+    server.address();
+    let stays = std::os::unix::net::UnixStream::connect(dir.path().join("socket")).unwrap();
+    assert!(server.stop());
+    drop(stays);
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_with_its_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    for (export, reason) in [
+        ("--export=one=disk.img", "format=raw"),
+        ("--export=one=missing.img,format=raw", "missing.img"),
+        ("--export=one=disk.img,format=vmdk", "vmdk"),
+        ("--export=one=disk.img,format=raw,snapshot=x", "snapshot=x"),
+    ] {
+        let mut server = Running::start(dir.path(), &["--listen=unix:socket", export]);
+        assert!(!server.child.wait().unwrap().success(), "{export}");
+        let errors = server.errors();
+        assert!(errors.contains(reason), "{export}: {errors}");
+        assert!(!dir.path().join("socket").exists());
+    }
+    let mut twice = vec!["--listen=unix:socket"];
+    twice.extend(["--export=one=disk.img,format=raw,read-only"; 2]);
+    let mut server = Running::start(dir.path(), &twice);
+    assert!(!server.child.wait().unwrap().success());
+    assert!(server.errors().contains("already an export named"));
+}
+
+#[test]
+fn options_of_later_days_are_neither_taken_nor_advertised() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = run(dir.path(), env!("CARGO_BIN_EXE_nbd-server"), &["--help"]);
+    for later in ["--tls", "--config", "snapshot", "bitmap"] {
+        assert!(!help.contains(later), "{later}");
+    }
+    let mut server = Running::start(dir.path(), &["--config=x"]);
+    assert_eq!(server.child.wait().unwrap().code(), Some(2));
+    assert!(server.errors().contains("--config"));
+}

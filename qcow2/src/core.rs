@@ -1,0 +1,173 @@
+//! All that an image knows about itself, behind one lock: mapping, refcounts, free space. It decides and never does
+//! I/O; what it needs of the driver it says with [`Step`].
+
+use block::ByteRange;
+
+use crate::error::{Corruption, Fault, TableKind};
+use crate::free::FreeRuns;
+use crate::header::Header;
+use crate::mapping::{Extent, Mapping, Step, Table};
+use crate::refcount::Refcounts;
+use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
+
+/// The memory for L2 tables that are not dirty, in bytes: maps 512 GiB with 64 KiB clusters.
+const L2_CACHE_BYTES: u64 = 64 << 20;
+/// The memory for refcount blocks that are not dirty, in bytes.
+const REFCOUNT_CACHE_BYTES: u64 = 16 << 20;
+/// At least this many tables of each kind stay in memory, whatever their size.
+const MIN_CACHED_TABLES: u64 = 32;
+
+/// The state of an image.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) geometry: ClusterGeometry,
+    pub(crate) size_bytes: u64,
+    /// The size of the backing file, where there is one.
+    pub(crate) backing_bytes: Option<u64>,
+    pub(crate) header: Header,
+    pub(crate) map: Mapping,
+    pub(crate) refs: Refcounts,
+    /// Clusters with refcount 0 that may be taken.
+    pub(crate) free: FreeRuns,
+    /// The cluster behind the last that is used: where the file grows.
+    pub(crate) end: u64,
+    /// Clusters from here on were never written: they read as zeros.
+    pub(crate) virgin_floor: u64,
+    /// The length of the file that is known to be there, in bytes.
+    pub(crate) capacity_bytes: u64,
+    /// Metadata that never moves: header, L1 table, snapshot table.
+    pub(crate) fixed: Vec<Run>,
+    /// References that are gone in memory, and on disk after the next flush: their refcounts may drop then.
+    pub(crate) dropped: Vec<Run>,
+    /// References that are gone on disk, too: their refcounts may drop now.
+    pub(crate) ready: Vec<Run>,
+}
+
+impl Core {
+    /// The state of an image of which header, L1 table and refcount table were read.
+    pub(crate) fn new(
+        header: Header,
+        map: Mapping,
+        refs: Refcounts,
+        backing_bytes: Option<u64>,
+        file_bytes: u64,
+    ) -> Self {
+        let geometry = header.geometry;
+        let l1 = Run {
+            start: geometry.host_cluster(header.l1_at),
+            count: geometry.clusters(header.l1_entries * 8),
+        };
+        let mut fixed = vec![Run::one(HostCluster(0)), l1];
+        if header.snapshots > 0 {
+            fixed.push(Run::one(geometry.host_cluster(header.snapshots_at)));
+        }
+        let clusters = geometry.clusters(file_bytes);
+        Self {
+            geometry,
+            size_bytes: header.size_bytes,
+            backing_bytes,
+            header,
+            map,
+            refs,
+            free: FreeRuns::default(),
+            end: clusters,
+            virgin_floor: clusters,
+            capacity_bytes: file_bytes,
+            fixed,
+            dropped: Vec::new(),
+            ready: Vec::new(),
+        }
+    }
+
+    /// Where `range` lives, see [`Mapping::lookup`].
+    pub(crate) fn lookup(&mut self, range: ByteRange, most: usize) -> Result<Step<Vec<Extent>>, Fault> {
+        self.map.lookup(range, most)
+    }
+
+    /// Whether unallocated guest bytes from `at` on read as zeros.
+    pub(crate) fn reads_zero_from(&self, at: u64) -> bool {
+        self.backing_bytes.is_none_or(|bytes| at >= bytes)
+    }
+
+    /// Takes in a table that was read.
+    ///
+    /// # Errors
+    /// What [`Mapping::insert_loaded`] refuses.
+    pub(crate) fn loaded(&mut self, table: Table, bytes: &[u8]) -> Result<(), Fault> {
+        match table {
+            Table::L2 { l1, at } => {
+                self.map.insert_loaded(l1, at, bytes)?;
+                self.map.evict(self.l2_cache_tables());
+            }
+            Table::Refcounts { block, at } => {
+                self.refs.insert_loaded(block, at, bytes.to_vec());
+                self.collect_free(block);
+                self.refs.evict(self.refcount_cache_blocks());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a table is in memory already.
+    pub(crate) fn has(&self, table: Table) -> bool {
+        match table {
+            Table::L2 { l1, .. } => self.map.is_loaded(l1),
+            Table::Refcounts { block, .. } => {
+                matches!(self.refs.state(block), Ok(crate::refcount::BlockState::Loaded))
+            }
+        }
+    }
+
+    /// Refuses a table that does not lie in the file, or lies over other metadata.
+    ///
+    /// # Errors
+    /// [`Corruption::BehindFile`], [`Corruption::OverlapsMetadata`].
+    pub(crate) fn check_table(&self, table: Table) -> Result<(), Fault> {
+        let (kind, at) = match table {
+            Table::L2 { at, .. } => (TableKind::L1, at),
+            Table::Refcounts { at, .. } => (TableKind::RefcountTable, at),
+        };
+        if at.0.checked_add(self.geometry.bytes()).is_none() || at.0 >= self.capacity_bytes {
+            return Err(Fault::Corrupt { at, what: Corruption::BehindFile { table: kind, host: at } });
+        }
+        self.check_target(kind, at, at)
+    }
+
+    /// Refuses a cluster that belongs to the header, the L1 table or the refcount table: writing there, or believing
+    /// what it says, would break the image.
+    ///
+    /// # Errors
+    /// [`Corruption::OverlapsMetadata`] for the entry of a `table` that lies at `entry_at`.
+    pub(crate) fn check_target(
+        &self,
+        table: TableKind,
+        host: HostOffset,
+        entry_at: HostOffset,
+    ) -> Result<(), Fault> {
+        if self.is_metadata(Run::one(self.geometry.host_cluster(host))) {
+            let what = Corruption::OverlapsMetadata { table, host };
+            return Err(Fault::Corrupt { at: entry_at, what });
+        }
+        Ok(())
+    }
+
+    /// Whether a run touches the header, the L1 table or the refcount table.
+    pub(crate) fn is_metadata(&self, run: Run) -> bool {
+        self.fixed.iter().any(|fixed| fixed.overlaps(run)) || self.refs.table_overlaps(run)
+    }
+
+    /// Whether so much waits to be written that a flush is due before more is loaded.
+    pub(crate) fn wants_flush(&self) -> bool {
+        let (tables, blocks) = (self.l2_cache_tables(), self.refcount_cache_blocks());
+        (self.map.loaded_tables() > tables && self.map.dirty_tables() > tables / 2)
+            || (self.refs.loaded_blocks() > blocks && self.refs.dirty_blocks() > blocks / 2)
+    }
+
+    fn l2_cache_tables(&self) -> usize {
+        index((L2_CACHE_BYTES / self.geometry.bytes()).clamp(MIN_CACHED_TABLES, 16384))
+    }
+
+    fn refcount_cache_blocks(&self) -> usize {
+        index((REFCOUNT_CACHE_BYTES / self.geometry.bytes()).clamp(MIN_CACHED_TABLES, 16384))
+    }
+}

@@ -1,0 +1,360 @@
+//! What an image can refuse or fail at: one variant a rule, with the file and the numbers in it. How a protocol
+//! spells an error is decided by the protocol, from [`block::DeviceError::kind`].
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use block::{DeviceError, ErrorKind, HostError};
+
+use crate::units::HostOffset;
+
+/// Which table an entry stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TableKind {
+    /// The table of L2 tables.
+    L1,
+    /// A table of clusters.
+    L2,
+    /// The table of refcount blocks.
+    RefcountTable,
+    /// A block of refcounts.
+    RefcountBlock,
+}
+
+impl fmt::Display for TableKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::L1 => "L1",
+            Self::L2 => "L2",
+            Self::RefcountTable => "refcount",
+            Self::RefcountBlock => "refcount block",
+        })
+    }
+}
+
+/// How an image breaks its format.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Corruption {
+    /// The file does not begin with `QFI\xfb`.
+    #[error("no qcow2 magic number")]
+    NoMagic,
+    /// The file ends inside a structure.
+    #[error("the file ends inside {what}")]
+    Truncated {
+        /// The structure.
+        what: &'static str,
+    },
+    /// A header field holds a value that the format forbids.
+    #[error("header field {field} holds {value}, which the format forbids")]
+    HeaderField {
+        /// The name of the field in the specification.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// A table that the header points at does not start on a cluster.
+    #[error("the {table} table starts at {value:#x}, which is no cluster of this file")]
+    TablePlace {
+        /// The table.
+        table: TableKind,
+        /// Where the header says that it starts.
+        value: u64,
+    },
+    /// The L1 table is too short for the disk.
+    #[error("the L1 table has {entries} entries and the disk needs {needed}")]
+    L1TooShort {
+        /// The entries that it has.
+        entries: u64,
+        /// The entries that the disk needs.
+        needed: u64,
+    },
+    /// A header extension passes the header's cluster.
+    #[error("header extension {kind:#010x} of {len} bytes passes the end of the header")]
+    ExtensionPastEnd {
+        /// The type of the extension.
+        kind: u32,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The backing file's name does not lie in the header's cluster.
+    #[error("the backing file name of {len} bytes at {at:#x} does not fit the header")]
+    BackingName {
+        /// Where it should start.
+        at: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// An offset that is no multiple of the cluster size.
+    #[error("{table} table entry {raw:#018x} is not aligned to a cluster")]
+    Unaligned {
+        /// The table.
+        table: TableKind,
+        /// The entry.
+        raw: u64,
+    },
+    /// A bit that must be zero.
+    #[error("{table} table entry {raw:#018x} sets reserved bits")]
+    ReservedBits {
+        /// The table.
+        table: TableKind,
+        /// The entry.
+        raw: u64,
+    },
+    /// An entry points at the header, the L1 table or the refcount table.
+    #[error("{table} table entry points at {host}, where metadata lives")]
+    OverlapsMetadata {
+        /// The table.
+        table: TableKind,
+        /// What it points at.
+        host: HostOffset,
+    },
+    /// A table lies behind the end of the file.
+    #[error("{table} table entry points at {host}, behind the end of the file")]
+    BehindFile {
+        /// The table.
+        table: TableKind,
+        /// What it points at.
+        host: HostOffset,
+    },
+    /// The autoclear bit says that there are bitmaps, and the extension is not there.
+    #[error("the bitmaps bit is set without a bitmaps extension")]
+    BitmapsWithoutExtension,
+}
+
+/// What an image asks for and this version does not do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Feature {
+    /// A version other than 3.
+    #[error("version {0} of the format")]
+    Version(u32),
+    /// Encrypted content.
+    #[error("encryption (method {0})")]
+    Encryption(u32),
+    /// Data in a second file.
+    #[error("external data files")]
+    ExternalDataFile,
+    /// A compression other than deflate.
+    #[error("compression type {0}")]
+    CompressionType(u8),
+    /// L2 entries with subclusters.
+    #[error("extended L2 entries")]
+    ExtendedL2,
+    /// A compressed cluster.
+    #[error("compressed clusters")]
+    CompressedClusters,
+    /// Writing to an image whose refcounts may be wrong.
+    #[error("writing to an image that was not closed cleanly (its dirty bit is set): repair it first")]
+    WritingDirty,
+    /// Writing to an image that says it is broken.
+    #[error("writing to an image that is marked corrupt: repair it first")]
+    WritingCorrupt,
+    /// Incompatible feature bits of which nothing but a name (if that) is known.
+    #[error("incompatible features {0}")]
+    Unknown(String),
+    /// A backing format other than qcow2 and raw.
+    #[error("backing format {0:?}")]
+    BackingFormat(String),
+    /// Clusters larger than QEMU's.
+    #[error("clusters of 2^{0} bytes (at most 2 MiB)")]
+    ClusterBits(u32),
+    /// An image file for which host offsets have too few bits.
+    #[error("an image file of {bytes} bytes")]
+    FileTooLarge {
+        /// The size that it would have.
+        bytes: u64,
+    },
+    /// A table larger than its limit.
+    #[error("a {table} table of {bytes} bytes (at most {limit})")]
+    TableTooLarge {
+        /// The table.
+        table: TableKind,
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
+}
+
+/// Why a backing file was not opened.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReferenceError {
+    /// The image does not say what format its backing file has; guessing would let a guest choose it.
+    #[error("the image does not record the format of its backing file")]
+    NoFormat,
+    /// `json:` or a protocol.
+    #[error("only plain paths are followed, not protocols or json: names")]
+    Protocol,
+    /// The name is no UTF-8, or holds a NUL.
+    #[error("the name is not valid UTF-8")]
+    NotUtf8,
+    /// The path leaves the folder that references are confined to.
+    #[error("it leads to {}, outside {}", target.display(), root.display())]
+    Outside {
+        /// Where it leads to.
+        target: PathBuf,
+        /// The folder.
+        root: PathBuf,
+    },
+    /// Something that is no regular file.
+    #[error("it is not a regular file")]
+    NotRegular,
+    /// The file is already part of the chain.
+    #[error("the chain comes back to the same file")]
+    Loop,
+    /// More layers than [`crate::MAX_CHAIN_DEPTH`].
+    #[error("the chain has more than {0} layers")]
+    TooDeep(usize),
+}
+
+/// What a new image cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidOption {
+    /// No power of two from 512 bytes to 2 MiB.
+    #[error("a cluster size of {0} bytes (a power of two from 512 to 2097152 is needed)")]
+    ClusterBytes(u32),
+    /// A disk for which the L1 table would pass its limit.
+    #[error("a disk of {size_bytes} bytes: with this cluster size at most {limit_bytes}")]
+    SizeBytes {
+        /// The size asked for.
+        size_bytes: u64,
+        /// The largest size for the cluster size.
+        limit_bytes: u64,
+    },
+    /// A backing name that is empty, too long for the header or not plain text.
+    #[error("a backing file name of {len} bytes (at most {limit})")]
+    BackingName {
+        /// Its length in bytes.
+        len: usize,
+        /// The room for it.
+        limit: usize,
+    },
+}
+
+/// Why an image could not be created, opened, read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The image breaks its format. Parts that do not depend on what is broken stay readable.
+    #[error("{} is corrupt at {at}: {what}", file.display())]
+    Corrupt {
+        /// The image.
+        file: PathBuf,
+        /// The offset in it.
+        at: HostOffset,
+        /// The rule that is broken.
+        what: Corruption,
+    },
+    /// The image is fine and asks for more than this version does.
+    #[error("{} needs what is not supported: {feature}", file.display())]
+    Unsupported {
+        /// The image.
+        file: PathBuf,
+        /// What it asks for.
+        feature: Feature,
+    },
+    /// The host failed.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A backing file was not opened.
+    #[error("{} refers to backing file {name:?}: {reason}", file.display())]
+    Reference {
+        /// The image that refers to it.
+        file: PathBuf,
+        /// The name as recorded.
+        name: String,
+        /// Why not.
+        reason: ReferenceError,
+    },
+    /// A path could not be resolved.
+    #[error("cannot resolve {}: {source}", path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The backing file failed.
+    #[error("backing file of {}: {source}", file.display())]
+    Backing {
+        /// The image above it.
+        file: PathBuf,
+        /// What it answered.
+        source: DeviceError,
+    },
+    /// A new image cannot be made like this.
+    #[error("cannot create {}: {what}", file.display())]
+    Invalid {
+        /// The image that was to be.
+        file: PathBuf,
+        /// What is wrong.
+        what: InvalidOption,
+    },
+    /// A request that leaves the disk, or a change to a read-only one.
+    #[error(transparent)]
+    Request(DeviceError),
+    /// Writing metadata failed earlier: what is on disk is consistent, what is in memory is not to be trusted.
+    #[error("{} must be reopened, because writing its metadata failed: {first}", file.display())]
+    Poisoned {
+        /// The image.
+        file: PathBuf,
+        /// The first failure.
+        first: Arc<Error>,
+    },
+    /// The image is closed or closing.
+    #[error("{} is closed", file.display())]
+    Closed {
+        /// The image.
+        file: PathBuf,
+    },
+}
+
+impl Error {
+    /// The class of this error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Corrupt { .. } | Self::Path { .. } | Self::Poisoned { .. } => ErrorKind::Io,
+            Self::Unsupported { .. } => ErrorKind::NotSupported,
+            Self::Host(error) => error.kind(),
+            Self::Reference { .. } | Self::Invalid { .. } => ErrorKind::Invalid,
+            Self::Backing { source, .. } | Self::Request(source) => source.kind(),
+            Self::Closed { .. } => ErrorKind::ShuttingDown,
+        }
+    }
+}
+
+impl From<Error> for DeviceError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Host(error) => Self::Host(error),
+            Error::Request(error) => error,
+            Error::Closed { .. } => Self::Closed,
+            other => Self::Backend { kind: other.kind(), source: Box::new(other) },
+        }
+    }
+}
+
+/// What the pure core answers when it cannot go on: an [`Error`] that does not know its file yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Corrupt { at: HostOffset, what: Corruption },
+    Unsupported(Feature),
+    ReadOnly,
+}
+
+impl Fault {
+    /// The error for the image `file`.
+    pub(crate) fn of(self, file: &std::path::Path) -> Error {
+        let file = file.to_owned();
+        match self {
+            Self::Corrupt { at, what } => Error::Corrupt { file, at, what },
+            Self::Unsupported(feature) => Error::Unsupported { file, feature },
+            Self::ReadOnly => Error::Request(DeviceError::ReadOnly),
+        }
+    }
+}

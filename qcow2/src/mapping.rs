@@ -1,0 +1,432 @@
+//! The mapping of guest clusters to host clusters: the L1 table and the L2 tables that are in memory. It answers
+//! where things lie or which table must be loaded first; it allocates nothing and does no I/O.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+
+use block::ByteRange;
+
+use crate::entry::{Hosted, L1Entry, L2Entry};
+use crate::error::{Corruption, Fault, Feature, TableKind};
+use crate::refcount::{MetaWrite, big_endian, entry_writes, join, sectors};
+use crate::units::{ClusterGeometry, GuestOffset, HostOffset, index};
+
+/// What a question to the core needs: its answer, or something of the driver first.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Step<T> {
+    /// The answer.
+    Ready(T),
+    /// Load this table, then ask again.
+    Load(Table),
+    /// Make the file at least this long in bytes, then ask again.
+    Grow(u64),
+}
+
+/// A table on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Table {
+    /// The L2 table of this L1 entry.
+    L2 { l1: u64, at: HostOffset },
+    /// This refcount block.
+    Refcounts { block: u64, at: HostOffset },
+}
+
+impl Table {
+    /// Where it lies.
+    pub(crate) const fn at(self) -> HostOffset {
+        match self {
+            Self::L2 { at, .. } | Self::Refcounts { at, .. } => at,
+        }
+    }
+}
+
+/// How a run of guest bytes is stored in this file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Not here: the backing file answers.
+    Unallocated,
+    /// Zeros.
+    Zero {
+        /// A host cluster is kept for it.
+        reserved: bool,
+    },
+    /// Bytes.
+    Data {
+        /// Where the first lies.
+        host: HostOffset,
+        /// They may be overwritten in place.
+        exclusive: bool,
+    },
+}
+
+/// A run of guest bytes that are stored alike, and contiguously.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub range: ByteRange,
+    pub place: Place,
+}
+
+/// Whether a table is there for the clusters of an L1 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TableState {
+    Absent,
+    /// In memory, and this image's active tables are its only user.
+    Owned,
+    /// In memory, and shared: a copy must be changed instead.
+    Shared(HostOffset),
+}
+
+#[derive(Debug)]
+struct L2Table {
+    at: HostOffset,
+    exclusive: bool,
+    entries: Vec<u64>,
+    /// The bytes that differ from the disk and from what a flush is writing.
+    dirty: Option<Range<usize>>,
+    /// What a flush is writing now.
+    writing: Option<Range<usize>>,
+    /// The L1 entry on disk does not point here yet.
+    fresh: bool,
+    /// Plans that will change it.
+    pins: u32,
+    used: u64,
+}
+
+impl L2Table {
+    fn is_clean(&self) -> bool {
+        self.dirty.is_none() && self.writing.is_none() && !self.fresh && self.pins == 0
+    }
+}
+
+/// What a flush took from the mapping, by L1 index.
+#[derive(Debug, Default)]
+pub(crate) struct CapturedMapping {
+    tables: Vec<u64>,
+    l1: BTreeSet<u64>,
+}
+
+/// The L1 table and the L2 tables in memory.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    geometry: ClusterGeometry,
+    l1_at: HostOffset,
+    l1: Vec<u64>,
+    dirty_l1: BTreeSet<u64>,
+    tables: HashMap<u64, L2Table>,
+    clock: u64,
+}
+
+impl Mapping {
+    pub(crate) fn new(geometry: ClusterGeometry, l1_at: HostOffset, l1: Vec<u64>) -> Self {
+        Self {
+            geometry,
+            l1_at,
+            l1,
+            dirty_l1: BTreeSet::new(),
+            tables: HashMap::new(),
+            clock: 0,
+        }
+    }
+
+    /// Finds where `range` lives in this file, or names the table that must be loaded first.
+    ///
+    /// Extents come in guest order without gaps and may end before `range` does: at `most`, or where a table is not
+    /// in memory. Pure: nothing changes but the order of eviction.
+    pub(crate) fn lookup(&mut self, range: ByteRange, most: usize) -> Result<Step<Vec<Extent>>, Fault> {
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut at = range.start();
+        while at < range.end() && extents.len() < most {
+            let l1 = self.geometry.l1_index(GuestOffset(at));
+            let covered = self.table_range(l1).intersection(range);
+            let here = ByteRange::between(at, covered.end());
+            match self.load_state(l1) {
+                Ok(Step::Ready(TableState::Absent)) => {
+                    push(&mut extents, Extent { range: here, place: Place::Unallocated });
+                }
+                Ok(Step::Ready(_)) => match self.lookup_table(l1, here, most, &mut extents) {
+                    Err(fault) if extents.is_empty() => return Err(fault),
+                    Err(_) => break,
+                    Ok(()) => {}
+                },
+                Ok(needs) if extents.is_empty() => return Ok(forward(needs)),
+                Err(fault) if extents.is_empty() => return Err(fault),
+                Ok(_) | Err(_) => break,
+            }
+            at = extents.last().map_or(range.end(), |last| last.range.end());
+        }
+        Ok(Step::Ready(extents))
+    }
+
+    fn lookup_table(
+        &mut self,
+        l1: u64,
+        range: ByteRange,
+        most: usize,
+        extents: &mut Vec<Extent>,
+    ) -> Result<(), Fault> {
+        for piece in range.pieces(self.geometry.bytes()) {
+            let l2 = self.geometry.l2_index(GuestOffset(piece.start()));
+            let within = piece.start() & (self.geometry.bytes() - 1);
+            let place = match self.entry(l1, l2)? {
+                L2Entry::Unallocated => Place::Unallocated,
+                L2Entry::Zero { host } => Place::Zero { reserved: host.is_some() },
+                L2Entry::Data(Hosted { at, exclusive }) => {
+                    Place::Data { host: HostOffset(at.0 + within), exclusive }
+                }
+                L2Entry::Compressed { .. } => {
+                    return Err(Fault::Unsupported(Feature::CompressedClusters));
+                }
+            };
+            push(extents, Extent { range: piece, place });
+            if extents.len() > most {
+                extents.pop();
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest bytes that the table of an L1 entry maps.
+    pub(crate) fn table_range(&self, l1: u64) -> ByteRange {
+        let start = self.geometry.guest_range(l1, 0).start();
+        ByteRange::between(start, start.saturating_add(self.geometry.l2_coverage()))
+    }
+
+    /// The state of a table that is in memory or nowhere, or the order to load it.
+    pub(crate) fn load_state(&mut self, l1: u64) -> Result<Step<TableState>, Fault> {
+        self.clock += 1;
+        if let Some(table) = self.tables.get_mut(&l1) {
+            table.used = self.clock;
+            let shared = TableState::Shared(table.at);
+            return Ok(Step::Ready(if table.exclusive { TableState::Owned } else { shared }));
+        }
+        Ok(match self.l1_entry(l1)? {
+            L1Entry::Absent => Step::Ready(TableState::Absent),
+            L1Entry::Table(Hosted { at, .. }) => Step::Load(Table::L2 { l1, at }),
+        })
+    }
+
+    /// Whether the L1 entry points at no table.
+    pub(crate) fn is_absent(&self, l1: u64) -> bool {
+        self.l1.get(index(l1)).is_none_or(|raw| *raw == 0)
+    }
+
+    /// Whether a table is in memory.
+    pub(crate) fn is_loaded(&self, l1: u64) -> bool {
+        self.tables.contains_key(&l1)
+    }
+
+    fn l1_entry(&self, l1: u64) -> Result<L1Entry, Fault> {
+        let raw = self.l1.get(index(l1)).copied().unwrap_or(0);
+        L1Entry::decode(raw, self.geometry)
+            .map_err(|what| Fault::Corrupt { at: HostOffset(self.l1_at.0 + l1 * 8), what })
+    }
+
+    /// Where an entry of a table in memory lies, for messages.
+    pub(crate) fn entry_at(&self, l1: u64, l2: u64) -> HostOffset {
+        HostOffset(self.tables.get(&l1).map_or(0, |table| table.at.0) + l2 * 8)
+    }
+
+    /// An entry of a table that is in memory; unallocated where it is not.
+    pub(crate) fn entry(&self, l1: u64, l2: u64) -> Result<L2Entry, Fault> {
+        let entries = self.tables.get(&l1).map(|table| table.entries.as_slice());
+        let raw = entries.and_then(|entries| entries.get(index(l2))).copied().unwrap_or(0);
+        L2Entry::decode(raw, self.geometry)
+            .map_err(|what| Fault::Corrupt { at: self.entry_at(l1, l2), what })
+    }
+
+    /// Changes an entry of a table that is in memory.
+    pub(crate) fn set_entry(&mut self, l1: u64, l2: u64, entry: L2Entry) {
+        let Some(table) = self.tables.get_mut(&l1) else { return };
+        let at = index(l2);
+        if let Some(slot) = table.entries.get_mut(at) {
+            *slot = entry.encode();
+            table.dirty = Some(join(table.dirty.take(), at * 8..at * 8 + 8));
+        }
+    }
+
+    /// Puts a table that was read from disk into memory, unless it is there.
+    ///
+    /// # Errors
+    /// [`Corruption::Truncated`] for bytes that are no whole table.
+    pub(crate) fn insert_loaded(&mut self, l1: u64, at: HostOffset, bytes: &[u8]) -> Result<(), Fault> {
+        let entries: Vec<u64> = from_big_endian(bytes);
+        if entries.len() as u64 != self.geometry.l2_entries() {
+            return Err(Fault::Corrupt { at, what: Corruption::Truncated { what: "an L2 table" } });
+        }
+        let L1Entry::Table(hosted) = self.l1_entry(l1)? else { return Ok(()) };
+        self.clock += 1;
+        let used = self.clock;
+        self.tables.entry(l1).or_insert(L2Table {
+            at,
+            exclusive: hosted.exclusive,
+            entries,
+            dirty: None,
+            writing: None,
+            fresh: false,
+            pins: 0,
+            used,
+        });
+        Ok(())
+    }
+
+    /// Gives an L1 entry a table of its own at `at`: empty, or a copy of the shared one that is in memory.
+    pub(crate) fn insert_new(&mut self, l1: u64, at: HostOffset) {
+        self.clock += 1;
+        let empty = || vec![0; index(self.geometry.l2_entries())];
+        let (mut entries, pins) =
+            self.tables.remove(&l1).map_or_else(|| (empty(), 0), |old| (old.entries, old.pins));
+        // What a shared table points at is shared, too.
+        for entry in &mut entries {
+            if let Ok(L2Entry::Data(hosted)) = L2Entry::decode(*entry, self.geometry) {
+                *entry = L2Entry::Data(Hosted { exclusive: false, ..hosted }).encode();
+            } else if let Ok(L2Entry::Zero { host: Some(hosted) }) =
+                L2Entry::decode(*entry, self.geometry)
+            {
+                let host = Some(Hosted { exclusive: false, ..hosted });
+                *entry = L2Entry::Zero { host }.encode();
+            }
+        }
+        let dirty = Some(0..entries.len() * 8);
+        let table = L2Table {
+            at,
+            exclusive: true,
+            entries,
+            dirty,
+            writing: None,
+            fresh: true,
+            pins,
+            used: self.clock,
+        };
+        self.tables.insert(l1, table);
+        if let Some(entry) = self.l1.get_mut(index(l1)) {
+            *entry = L1Entry::Table(Hosted::exclusive(at)).encode();
+            self.dirty_l1.insert(l1);
+        }
+    }
+
+    /// Keeps a table in memory until [`Mapping::unpin`].
+    pub(crate) fn pin(&mut self, l1: u64) {
+        if let Some(table) = self.tables.get_mut(&l1) {
+            table.pins += 1;
+        }
+    }
+
+    /// The counterpart of [`Mapping::pin`].
+    pub(crate) fn unpin(&mut self, l1: u64) {
+        if let Some(table) = self.tables.get_mut(&l1) {
+            table.pins = table.pins.saturating_sub(1);
+        }
+    }
+
+    /// Whether a flush has something to write.
+    pub(crate) fn is_dirty(&self) -> bool {
+        !self.dirty_l1.is_empty() || self.tables.values().any(|table| table.dirty.is_some())
+    }
+
+    /// The tables that may not be forgotten.
+    pub(crate) fn dirty_tables(&self) -> usize {
+        self.tables.values().filter(|table| !table.is_clean()).count()
+    }
+
+    /// The tables in memory.
+    pub(crate) fn loaded_tables(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// Takes what must be written: tables that nothing on disk points at yet first, then, after a sync, changes of
+    /// tables in place and the L1 entries.
+    pub(crate) fn capture(&mut self) -> (Vec<MetaWrite>, Vec<MetaWrite>, CapturedMapping) {
+        let (mut first, mut last) = (Vec::new(), Vec::new());
+        let mut captured = CapturedMapping::default();
+        for (l1, table) in &mut self.tables {
+            let Some(dirty) = table.dirty.take() else { continue };
+            let dirty = sectors(dirty, table.entries.len() * 8);
+            let entries = &table.entries[dirty.start / 8..dirty.end / 8];
+            let write = MetaWrite {
+                at: HostOffset(table.at.0 + dirty.start as u64),
+                bytes: big_endian(entries),
+            };
+            if table.fresh { first.push(write) } else { last.push(write) }
+            table.writing = Some(dirty);
+            captured.tables.push(*l1);
+        }
+        captured.l1 = std::mem::take(&mut self.dirty_l1);
+        last.extend(entry_writes(self.l1_at, &self.l1, captured.l1.iter().copied()));
+        (first, last, captured)
+    }
+
+    /// What was captured is on disk.
+    pub(crate) fn landed(&mut self, captured: &CapturedMapping) {
+        for l1 in &captured.tables {
+            if let Some(table) = self.tables.get_mut(l1) {
+                table.writing = None;
+                table.fresh &= self.dirty_l1.contains(l1);
+            }
+        }
+    }
+
+    /// What was captured may or may not be on disk: it has to be written again.
+    pub(crate) fn revert(&mut self, captured: &mut CapturedMapping) {
+        for l1 in &captured.tables {
+            if let Some(table) = self.tables.get_mut(l1)
+                && let Some(writing) = table.writing.take()
+            {
+                table.dirty = Some(join(table.dirty.take(), writing));
+            }
+        }
+        self.dirty_l1.append(&mut captured.l1);
+    }
+
+    /// Forgets clean tables, oldest first, down to `keep`.
+    pub(crate) fn evict(&mut self, keep: usize) {
+        let excess = self.tables.len().saturating_sub(keep);
+        if excess == 0 {
+            return;
+        }
+        let mut clean: Vec<_> = self
+            .tables
+            .iter()
+            .filter(|(_, table)| table.is_clean())
+            .map(|(l1, table)| (table.used, *l1))
+            .collect();
+        clean.sort_unstable();
+        for (_, l1) in clean.into_iter().take(excess) {
+            self.tables.remove(&l1);
+        }
+    }
+}
+
+/// The same need, for another answer.
+pub(crate) fn forward<T, U>(step: Step<T>) -> Step<Vec<U>> {
+    match step {
+        Step::Ready(_) => Step::Ready(Vec::new()),
+        Step::Load(table) => Step::Load(table),
+        Step::Grow(to) => Step::Grow(to),
+    }
+}
+
+/// A table as it lies in memory; a last incomplete entry is left out.
+pub(crate) fn from_big_endian(bytes: &[u8]) -> Vec<u64> {
+    bytes.as_chunks::<8>().0.iter().map(|entry| u64::from_be_bytes(*entry)).collect()
+}
+
+fn push(extents: &mut Vec<Extent>, next: Extent) {
+    if let Some(last) = extents.last_mut()
+        && continues(last, next.place)
+    {
+        last.range = ByteRange::between(last.range.start(), next.range.end());
+        return;
+    }
+    extents.push(next);
+}
+
+fn continues(last: &Extent, next: Place) -> bool {
+    match (last.place, next) {
+        (
+            Place::Data { host, exclusive },
+            Place::Data { host: next_host, exclusive: next_exclusive },
+        ) => exclusive == next_exclusive && host.0 + last.range.len() == next_host.0,
+        (last, next) => last == next,
+    }
+}

@@ -1,0 +1,442 @@
+//! Refcounts: the table, the blocks that are in memory, and the codec for all seven widths. Which clusters to take or
+//! to free is decided by the allocator; nothing here does I/O.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+
+use crate::entry;
+use crate::error::Fault;
+use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, SECTOR_BYTES, index};
+
+/// The width of a refcount: 1 to 64 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RefcountWidth {
+    order: u32,
+}
+
+impl RefcountWidth {
+    /// The width of `1 << order` bits, or `None` above 64.
+    pub const fn new(order: u32) -> Option<Self> {
+        if order > 6 { None } else { Some(Self { order }) }
+    }
+
+    /// The base-2 logarithm of the width.
+    pub const fn order(self) -> u32 {
+        self.order
+    }
+
+    /// The largest refcount that fits.
+    pub const fn max(self) -> u64 {
+        u64::MAX >> (64 - (1u32 << self.order))
+    }
+
+    /// The refcounts of one block.
+    pub const fn per_block(self, geometry: ClusterGeometry) -> u64 {
+        (geometry.bytes() * 8) >> self.order
+    }
+
+    /// Reads the refcount number `at` of a block; 0 behind its end.
+    ///
+    /// Source: qcow2 specification, "Host cluster management", refcount block entry.
+    pub fn get(self, block: &[u8], at: u64) -> u64 {
+        let Some(bytes) = block.get(self.place(at)) else { return 0 };
+        let value = bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
+        (value >> self.shift(at)) & self.max()
+    }
+
+    /// Stores a refcount. Says whether it fits.
+    pub fn set(self, block: &mut [u8], at: u64, value: u64) -> bool {
+        if value > self.max() {
+            return false;
+        }
+        let (place, shift) = (self.place(at), self.shift(at));
+        let Some(bytes) = block.get_mut(place) else { return false };
+        if self.order < 3 {
+            let Ok(mask) = u8::try_from(self.max() << shift) else { return false };
+            let Ok(bits) = u8::try_from(value << shift) else { return false };
+            bytes[0] = bytes[0] & !mask | bits;
+        } else {
+            let start = 8 - bytes.len();
+            bytes.copy_from_slice(&value.to_be_bytes()[start..]);
+        }
+        true
+    }
+
+    /// The bytes that hold a refcount.
+    fn place(self, at: u64) -> Range<usize> {
+        let start = index((at << self.order) >> 3);
+        start..start + (1usize << self.order.saturating_sub(3))
+    }
+
+    /// Widths below a byte begin at the least significant bit.
+    fn shift(self, at: u64) -> u32 {
+        if self.order >= 3 {
+            return 0;
+        }
+        let slot = u32::try_from(at & ((8 >> self.order) - 1)).unwrap_or(0);
+        slot << self.order
+    }
+}
+
+/// A refcount block in memory.
+#[derive(Debug)]
+struct Block {
+    at: HostOffset,
+    bytes: Vec<u8>,
+    /// The bytes that differ from the disk and from what a flush is writing.
+    dirty: Option<Range<usize>>,
+    /// What a flush is writing now.
+    writing: Option<Range<usize>>,
+    used: u64,
+}
+
+/// Whether the refcounts of a region can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BlockState {
+    /// There is no block: all refcounts are 0.
+    Absent,
+    /// The block lies there and must be loaded.
+    Unloaded(HostOffset),
+    /// It is in memory.
+    Loaded,
+}
+
+/// A range of the file with its new content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct MetaWrite {
+    pub at: HostOffset,
+    pub bytes: Vec<u8>,
+}
+
+/// What a flush took from the refcounts, by block and table index.
+#[derive(Debug, Default)]
+pub(crate) struct CapturedRefcounts {
+    blocks: Vec<u64>,
+    entries: BTreeSet<u64>,
+    /// Where the table lived before it moved; the flush switches the header where there is one.
+    pub left: Vec<Run>,
+}
+
+/// All refcounts of an image, as far as they are in memory.
+#[derive(Debug)]
+pub(crate) struct Refcounts {
+    geometry: ClusterGeometry,
+    width: RefcountWidth,
+    table: Vec<u64>,
+    table_run: Run,
+    /// Where the table on disk may lie, while a larger one waits to be written.
+    moved_from: Vec<Run>,
+    dirty_entries: BTreeSet<u64>,
+    blocks: HashMap<u64, Block>,
+    clock: u64,
+}
+
+impl Refcounts {
+    pub(crate) fn new(
+        geometry: ClusterGeometry,
+        width: RefcountWidth,
+        table: Vec<u64>,
+        table_run: Run,
+    ) -> Self {
+        Self {
+            geometry,
+            width,
+            table,
+            table_run,
+            moved_from: Vec::new(),
+            dirty_entries: BTreeSet::new(),
+            blocks: HashMap::new(),
+            clock: 0,
+        }
+    }
+
+    /// The refcounts of one block.
+    pub(crate) fn per_block(&self) -> u64 {
+        self.width.per_block(self.geometry)
+    }
+
+    /// The block that holds the refcount of `cluster`.
+    pub(crate) fn block_of(&self, cluster: HostCluster) -> u64 {
+        cluster.0 / self.per_block()
+    }
+
+    /// The entries of the table.
+    pub(crate) fn table_entries(&self) -> u64 {
+        self.table.len() as u64
+    }
+
+    /// Where the table is, or will be after the next flush.
+    pub(crate) fn table_run(&self) -> Run {
+        self.table_run
+    }
+
+    /// The index of the last block that exists.
+    pub(crate) fn last_block(&self) -> Option<u64> {
+        self.table.iter().rposition(|raw| *raw != 0).map(|at| at as u64)
+    }
+
+    /// Whether the refcounts of block `at` are in memory.
+    pub(crate) fn state(&self, at: u64) -> Result<BlockState, Fault> {
+        if self.blocks.contains_key(&at) {
+            return Ok(BlockState::Loaded);
+        }
+        let Some(raw) = self.table.get(index(at)) else { return Ok(BlockState::Absent) };
+        let place = HostOffset(
+            (self.geometry.host_offset(self.table_run.start).0).saturating_add(at * 8),
+        );
+        match entry::refcount_block(*raw, self.geometry) {
+            Ok(None) => Ok(BlockState::Absent),
+            Ok(Some(host)) => Ok(BlockState::Unloaded(host)),
+            Err(what) => Err(Fault::Corrupt { at: place, what }),
+        }
+    }
+
+    /// Puts a block that was read from `host` into memory, unless it is there.
+    pub(crate) fn insert_loaded(&mut self, at: u64, host: HostOffset, mut bytes: Vec<u8>) {
+        bytes.resize(index(self.geometry.bytes()), 0);
+        let used = self.tick();
+        self.blocks.entry(at).or_insert(Block {
+            at: host,
+            bytes,
+            dirty: None,
+            writing: None,
+            used,
+        });
+    }
+
+    /// Makes block `at` in cluster `host`, where there is none. All its refcounts are 0.
+    pub(crate) fn insert_new(&mut self, at: u64, host: HostCluster) {
+        let host = self.geometry.host_offset(host);
+        let used = self.tick();
+        let bytes = vec![0; index(self.geometry.bytes())];
+        let dirty = Some(0..bytes.len());
+        self.blocks.insert(at, Block { at: host, bytes, dirty, writing: None, used });
+        if let Some(entry) = self.table.get_mut(index(at)) {
+            *entry = host.0;
+            self.dirty_entries.insert(at);
+        }
+    }
+
+    /// Gives the table more room at another place. The place that it leaves is free once a flush has switched the
+    /// header.
+    pub(crate) fn move_table(&mut self, to: Run) {
+        let entries = to.count * self.geometry.bytes() / 8;
+        self.table.resize(index(entries), 0);
+        self.moved_from.push(std::mem::replace(&mut self.table_run, to));
+    }
+
+    /// Whether a cluster of `run` belongs to the table, here or where it is about to leave.
+    pub(crate) fn table_overlaps(&self, run: Run) -> bool {
+        self.table_run.overlaps(run) || self.moved_from.iter().any(|left| left.overlaps(run))
+    }
+
+    /// The refcount of a cluster; `None` while its block is not in memory.
+    pub(crate) fn get(&mut self, cluster: HostCluster) -> Result<Option<u64>, Fault> {
+        let at = self.block_of(cluster);
+        let slot = cluster.0 % self.per_block();
+        let now = self.tick();
+        if let Some(block) = self.blocks.get_mut(&at) {
+            block.used = now;
+            return Ok(Some(self.width.get(&block.bytes, slot)));
+        }
+        Ok(match self.state(at)? {
+            BlockState::Absent => Some(0),
+            BlockState::Unloaded(_) | BlockState::Loaded => None,
+        })
+    }
+
+    /// Sets the refcount of a cluster whose block is in memory. Says whether it could.
+    pub(crate) fn set(&mut self, cluster: HostCluster, value: u64) -> bool {
+        let at = self.block_of(cluster);
+        let slot = cluster.0 % self.per_block();
+        let now = self.tick();
+        let Some(block) = self.blocks.get_mut(&at) else { return false };
+        block.used = now;
+        if !self.width.set(&mut block.bytes, slot, value) {
+            return false;
+        }
+        let place = self.width.place(slot);
+        block.dirty = Some(join(block.dirty.take(), place));
+        true
+    }
+
+    /// Whether a flush has something to write.
+    pub(crate) fn is_dirty(&self) -> bool {
+        !self.dirty_entries.is_empty()
+            || !self.moved_from.is_empty()
+            || self.blocks.values().any(|block| block.dirty.is_some())
+    }
+
+    /// The bytes of blocks that may not be forgotten.
+    pub(crate) fn dirty_blocks(&self) -> usize {
+        self.blocks.values().filter(|block| !block.is_clean()).count()
+    }
+
+    /// Takes what must be written: blocks (and a table that moved) first, then, after a sync, what links them: entries
+    /// of the table, or nothing where the header must be switched ([`CapturedRefcounts::left`]).
+    pub(crate) fn capture(&mut self) -> (Vec<MetaWrite>, Vec<MetaWrite>, CapturedRefcounts) {
+        let mut first = Vec::new();
+        let mut captured = CapturedRefcounts::default();
+        for (at, block) in &mut self.blocks {
+            let Some(dirty) = block.dirty.take() else { continue };
+            let dirty = sectors(dirty, block.bytes.len());
+            first.push(MetaWrite {
+                at: HostOffset(block.at.0 + dirty.start as u64),
+                bytes: block.bytes[dirty.clone()].to_vec(),
+            });
+            block.writing = Some(dirty);
+            captured.blocks.push(*at);
+        }
+        captured.entries = std::mem::take(&mut self.dirty_entries);
+        captured.left = std::mem::take(&mut self.moved_from);
+        let table_at = self.geometry.host_offset(self.table_run.start);
+        if !captured.left.is_empty() {
+            first.push(MetaWrite { at: table_at, bytes: big_endian(&self.table) });
+            return (first, Vec::new(), captured);
+        }
+        let link = entry_writes(table_at, &self.table, captured.entries.iter().copied());
+        (first, link, captured)
+    }
+
+    /// What was captured is on disk.
+    pub(crate) fn landed(&mut self, captured: &CapturedRefcounts) {
+        for at in &captured.blocks {
+            if let Some(block) = self.blocks.get_mut(at) {
+                block.writing = None;
+            }
+        }
+    }
+
+    /// What was captured may or may not be on disk: it has to be written again.
+    pub(crate) fn revert(&mut self, captured: &mut CapturedRefcounts) {
+        for at in &captured.blocks {
+            if let Some(block) = self.blocks.get_mut(at)
+                && let Some(writing) = block.writing.take()
+            {
+                block.dirty = Some(join(block.dirty.take(), writing));
+            }
+        }
+        self.dirty_entries.append(&mut captured.entries);
+        self.moved_from.append(&mut captured.left);
+    }
+
+    /// Forgets clean blocks, oldest first, down to `keep`.
+    pub(crate) fn evict(&mut self, keep: usize) {
+        let excess = self.blocks.len().saturating_sub(keep);
+        if excess == 0 {
+            return;
+        }
+        let mut clean: Vec<_> = self
+            .blocks
+            .iter()
+            .filter(|(_, block)| block.is_clean())
+            .map(|(at, block)| (block.used, *at))
+            .collect();
+        clean.sort_unstable();
+        for (_, at) in clean.into_iter().take(excess) {
+            self.blocks.remove(&at);
+        }
+    }
+
+    /// The blocks in memory.
+    pub(crate) fn loaded_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+}
+
+impl Block {
+    fn is_clean(&self) -> bool {
+        self.dirty.is_none() && self.writing.is_none()
+    }
+}
+
+/// The smallest range that covers both.
+pub(crate) fn join(range: Option<Range<usize>>, other: Range<usize>) -> Range<usize> {
+    match range {
+        None => other,
+        Some(range) => range.start.min(other.start)..range.end.max(other.end),
+    }
+}
+
+/// Widens a range of a cluster to sectors.
+pub(crate) fn sectors(range: Range<usize>, len: usize) -> Range<usize> {
+    let sector = index(SECTOR_BYTES);
+    range.start / sector * sector..range.end.next_multiple_of(sector).min(len)
+}
+
+/// A table as it lies on disk.
+pub(crate) fn big_endian(entries: &[u64]) -> Vec<u8> {
+    entries.iter().flat_map(|entry| entry.to_be_bytes()).collect()
+}
+
+/// Writes for the sectors of a table at `at` that hold the entries `dirty`, which come in order.
+pub(crate) fn entry_writes(
+    at: HostOffset,
+    table: &[u64],
+    dirty: impl Iterator<Item = u64>,
+) -> Vec<MetaWrite> {
+    let per_sector = SECTOR_BYTES / 8;
+    let mut sectors: Vec<Range<u64>> = Vec::new();
+    for entry in dirty {
+        let sector = entry / per_sector;
+        match sectors.last_mut() {
+            Some(last) if sector < last.end => {}
+            Some(last) if sector == last.end => last.end += 1,
+            _ => sectors.push(sector..sector + 1),
+        }
+    }
+    let write = |range: Range<u64>| {
+        let end = index(range.end * per_sector).min(table.len());
+        let entries = table.get(index(range.start * per_sector)..end).unwrap_or_default();
+        MetaWrite { at: HostOffset(at.0 + range.start * SECTOR_BYTES), bytes: big_endian(entries) }
+    };
+    sectors.into_iter().map(write).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn narrow_refcounts_begin_at_the_least_significant_bit() {
+        let mut block = vec![0; 512];
+        let width = RefcountWidth::new(0).unwrap();
+        assert!(width.set(&mut block, 0, 1) && width.set(&mut block, 9, 1));
+        assert_eq!(block[..2], [1, 2]);
+        let width = RefcountWidth::new(2).unwrap();
+        assert!(width.set(&mut block, 5, 0xa));
+        assert_eq!(block[2], 0xa0);
+        assert!(!width.set(&mut block, 5, 16), "an overflow is refused, not wrapped");
+        assert_eq!(width.get(&block, 5), 0xa);
+    }
+
+    #[test]
+    fn table_writes_cover_the_sectors_of_the_entries_and_no_more() {
+        let table: Vec<u64> = (0..200).collect();
+        let writes = entry_writes(HostOffset(65536), &table, [1, 63, 64, 199].into_iter());
+        let ranges: Vec<_> = writes.iter().map(|w| (w.at.0 - 65536, w.bytes.len())).collect();
+        assert_eq!(ranges, [(0, 1024), (1536, 64)]);
+        assert_eq!(writes[1].bytes[56..], 199u64.to_be_bytes());
+    }
+
+    proptest! {
+        #[test]
+        fn every_width_keeps_what_is_stored(order in 0u32..=6, values in prop::collection::vec(any::<u64>(), 64)) {
+            let width = RefcountWidth::new(order).unwrap();
+            let mut block = vec![0; 512];
+            for (at, value) in values.iter().enumerate() {
+                prop_assert!(width.set(&mut block, at as u64, value & width.max()));
+            }
+            for (at, value) in values.iter().enumerate() {
+                prop_assert_eq!(width.get(&block, at as u64), value & width.max());
+            }
+        }
+    }
+}

@@ -7,7 +7,7 @@ use crate::error::{Corruption, Fault, TableKind};
 use crate::free::FreeRuns;
 use crate::header::Header;
 use crate::mapping::{Extent, Mapping, Step, Table};
-use crate::refcount::Refcounts;
+use crate::refcount::{BlockState, Refcounts};
 use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
 
 /// The memory for L2 tables that are not dirty, in bytes: maps 512 GiB with 64 KiB clusters.
@@ -80,7 +80,11 @@ impl Core {
     }
 
     /// Where `range` lives, see [`Mapping::lookup`].
-    pub(crate) fn lookup(&mut self, range: ByteRange, most: usize) -> Result<Step<Vec<Extent>>, Fault> {
+    pub(crate) fn lookup(
+        &mut self,
+        range: ByteRange,
+        most: usize,
+    ) -> Result<Step<Vec<Extent>>, Fault> {
         self.map.lookup(range, most)
     }
 
@@ -94,6 +98,9 @@ impl Core {
     /// # Errors
     /// What [`Mapping::insert_loaded`] refuses.
     pub(crate) fn loaded(&mut self, table: Table, bytes: &[u8]) -> Result<(), Fault> {
+        if !self.is_missing(table) {
+            return Ok(());
+        }
         match table {
             Table::L2 { l1, at } => {
                 self.map.insert_loaded(l1, at, bytes)?;
@@ -108,12 +115,12 @@ impl Core {
         Ok(())
     }
 
-    /// Whether a table is in memory already.
-    pub(crate) fn has(&self, table: Table) -> bool {
+    /// Whether a table still has to be loaded, from where it says.
+    pub(crate) fn is_missing(&self, table: Table) -> bool {
         match table {
-            Table::L2 { l1, .. } => self.map.is_loaded(l1),
-            Table::Refcounts { block, .. } => {
-                matches!(self.refs.state(block), Ok(crate::refcount::BlockState::Loaded))
+            Table::L2 { l1, at } => self.map.is_missing(l1, at),
+            Table::Refcounts { block, at } => {
+                self.refs.state(block) == Ok(BlockState::Unloaded(at))
             }
         }
     }
@@ -128,7 +135,10 @@ impl Core {
             Table::Refcounts { at, .. } => (TableKind::RefcountTable, at),
         };
         if at.0.checked_add(self.geometry.bytes()).is_none() || at.0 >= self.capacity_bytes {
-            return Err(Fault::Corrupt { at, what: Corruption::BehindFile { table: kind, host: at } });
+            return Err(Fault::Corrupt {
+                at,
+                what: Corruption::BehindFile { table: kind, host: at },
+            });
         }
         self.check_target(kind, at, at)
     }

@@ -15,7 +15,7 @@ const HOST_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// A place in the image file, and whether this entry is its only user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hosted {
+pub(crate) struct Hosted {
     /// Where it starts; a multiple of the cluster size and never 0.
     pub at: HostOffset,
     /// Its refcount is exactly one: it may be written in place.
@@ -24,7 +24,7 @@ pub struct Hosted {
 
 /// What an L1 entry says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum L1Entry {
+pub(crate) enum L1Entry {
     /// No L2 table: all clusters that it would map are unallocated.
     Absent,
     /// An L2 table.
@@ -38,7 +38,7 @@ impl L1Entry {
     /// [`Corruption::Unaligned`], [`Corruption::ReservedBits`].
     ///
     /// Source: qcow2 specification, "Cluster mapping", L1 table entry.
-    pub fn decode(raw: u64, geometry: ClusterGeometry) -> Result<Self, Corruption> {
+    pub(crate) fn decode(raw: u64, geometry: ClusterGeometry) -> Result<Self, Corruption> {
         if raw & !(HOST_OFFSET | COPIED) != 0 {
             return Err(Corruption::ReservedBits { table: TableKind::L1, raw });
         }
@@ -49,7 +49,7 @@ impl L1Entry {
     }
 
     /// The bits of an entry.
-    pub fn encode(self) -> u64 {
+    pub(crate) fn encode(self) -> u64 {
         match self {
             Self::Absent => 0,
             Self::Table(hosted) => hosted.encode(),
@@ -59,7 +59,7 @@ impl L1Entry {
 
 /// What an L2 entry says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum L2Entry {
+pub(crate) enum L2Entry {
     /// Nothing: the backing file answers, or zeros.
     Unallocated,
     /// Zeros, whatever the backing file holds; space may be reserved for it.
@@ -83,7 +83,7 @@ impl L2Entry {
     /// [`Corruption::Unaligned`], [`Corruption::ReservedBits`].
     ///
     /// Source: qcow2 specification, "Cluster mapping", L2 table entry and standard cluster descriptor.
-    pub fn decode(raw: u64, geometry: ClusterGeometry) -> Result<Self, Corruption> {
+    pub(crate) fn decode(raw: u64, geometry: ClusterGeometry) -> Result<Self, Corruption> {
         if raw & COMPRESSED != 0 {
             return Ok(Self::Compressed { raw });
         }
@@ -98,7 +98,7 @@ impl L2Entry {
     }
 
     /// The bits of an entry.
-    pub fn encode(self) -> u64 {
+    pub(crate) fn encode(self) -> u64 {
         match self {
             Self::Unallocated => 0,
             Self::Zero { host } => ZERO | host.map_or(0, Hosted::encode),
@@ -142,7 +142,10 @@ fn place(
 /// [`Corruption::Unaligned`], [`Corruption::ReservedBits`].
 ///
 /// Source: qcow2 specification, "Host cluster management", refcount table entry.
-pub fn refcount_block(raw: u64, geometry: ClusterGeometry) -> Result<Option<HostOffset>, Corruption> {
+pub(crate) fn refcount_block(
+    raw: u64,
+    geometry: ClusterGeometry,
+) -> Result<Option<HostOffset>, Corruption> {
     let table = TableKind::RefcountTable;
     if raw & 0x1ff != 0 {
         return Err(Corruption::ReservedBits { table, raw });

@@ -147,7 +147,9 @@ pub enum Feature {
     #[error("compressed clusters")]
     CompressedClusters,
     /// Writing to an image whose refcounts may be wrong.
-    #[error("writing to an image that was not closed cleanly (its dirty bit is set): repair it first")]
+    #[error(
+        "writing to an image that was not closed cleanly (its dirty bit is set): repair it first"
+    )]
     WritingDirty,
     /// Writing to an image that says it is broken.
     #[error("writing to an image that is marked corrupt: repair it first")]
@@ -200,6 +202,12 @@ pub enum ReferenceError {
         /// The folder.
         root: PathBuf,
     },
+    /// The header records a backing file and the caller gave none.
+    #[error("the caller gave no device for it")]
+    Missing,
+    /// The caller gave a backing device and the header records none.
+    #[error("the caller gave a device for it, and the image records none")]
+    Unexpected,
     /// Something that is no regular file.
     #[error("it is not a regular file")]
     NotRegular,
@@ -344,7 +352,6 @@ impl From<Error> for DeviceError {
 pub(crate) enum Fault {
     Corrupt { at: HostOffset, what: Corruption },
     Unsupported(Feature),
-    ReadOnly,
 }
 
 impl Fault {
@@ -354,7 +361,6 @@ impl Fault {
         match self {
             Self::Corrupt { at, what } => Error::Corrupt { file, at, what },
             Self::Unsupported(feature) => Error::Unsupported { file, feature },
-            Self::ReadOnly => Error::Request(DeviceError::ReadOnly),
         }
     }
 }

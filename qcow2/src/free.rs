@@ -65,7 +65,7 @@ impl FreeRuns {
         Some(Run { start: HostCluster(start), count: len })
     }
 
-    /// The free clusters.
+    #[cfg(test)]
     pub(crate) fn count(&self) -> u64 {
         self.runs.values().sum()
     }

@@ -1,8 +1,6 @@
 //! The header: the first cluster of an image with its fields, extensions and backing name. Bytes come in, bytes go
 //! out; unknown fields and extensions survive because changes patch the bytes that were read.
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::error::{Corruption, Fault, Feature, TableKind};
 use crate::units::{ClusterGeometry, HostOffset, MAX_CLUSTER_BITS, SECTOR_BYTES, index};
 
@@ -50,7 +48,7 @@ const FEATURE_NAME_BYTES: usize = 48;
 
 /// The header of an image, as read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     /// The version of the format.
     pub version: u32,
     /// The cluster size.
@@ -88,9 +86,6 @@ pub struct Header {
 }
 
 impl Header {
-    /// The bytes that [`Header::parse`] needs to see for any image: the largest cluster.
-    pub const MOST_BYTES: u64 = 1 << MAX_CLUSTER_BITS;
-
     /// How many bytes of the file [`Header::parse`] needs, told by its first sector.
     ///
     /// # Errors
@@ -111,8 +106,8 @@ impl Header {
         let geometry = geometry(cluster)?;
         let cluster = cluster.get(..index(geometry.bytes())).unwrap_or(cluster);
         let fields = cluster.get(..FIXED_BYTES).ok_or(truncated("the header"))?;
-        let u32_at = |at: usize| BigEndian::read_u32(&fields[at..at + 4]);
-        let u64_at = |at: usize| BigEndian::read_u64(&fields[at..at + 8]);
+        let u32_at = |at: usize| be_u32(fields, at);
+        let u64_at = |at: usize| be_u64(fields, at);
 
         let header_bytes = u64::from(u32_at(100));
         if header_bytes < FIXED_BYTES as u64
@@ -155,12 +150,12 @@ impl Header {
     }
 
     /// Whether refcounts may be wrong.
-    pub fn is_dirty(&self) -> bool {
+    pub(crate) fn is_dirty(&self) -> bool {
         self.incompatible & DIRTY != 0
     }
 
     /// Whether the image says that it is broken.
-    pub fn is_corrupt(&self) -> bool {
+    pub(crate) fn is_corrupt(&self) -> bool {
         self.incompatible & CORRUPT != 0
     }
 
@@ -207,11 +202,7 @@ impl Header {
         self.check_place(TableKind::L1, self.l1_at, l1_bytes, file_bytes, 40)?;
         let table_bytes = self.refcount_table_clusters * self.geometry.bytes();
         if table_bytes > MAX_REFCOUNT_TABLE_BYTES {
-            return Err(too_large(
-                TableKind::RefcountTable,
-                table_bytes,
-                MAX_REFCOUNT_TABLE_BYTES,
-            ));
+            return Err(too_large(TableKind::RefcountTable, table_bytes, MAX_REFCOUNT_TABLE_BYTES));
         }
         if table_bytes == 0 {
             return Err(field("refcount_table_clusters", 0, 56));
@@ -290,9 +281,9 @@ impl NewHeader<'_> {
         }
         if self.backing.is_some() {
             let at = bytes.len() as u64;
-            BigEndian::write_u64(&mut bytes[8..16], at);
+            bytes[8..16].copy_from_slice(&at.to_be_bytes());
             let len = u32::try_from(name.len()).map_err(|_| name_room)?;
-            BigEndian::write_u32(&mut bytes[16..20], len);
+            bytes[16..20].copy_from_slice(&len.to_be_bytes());
             bytes.extend_from_slice(name.as_bytes());
         }
         Ok(bytes)
@@ -300,15 +291,15 @@ impl NewHeader<'_> {
 
     fn fields(&self) -> Vec<u8> {
         let mut bytes = vec![0; WRITTEN_BYTES];
-        BigEndian::write_u32(&mut bytes[0..4], MAGIC);
-        BigEndian::write_u32(&mut bytes[4..8], 3);
-        BigEndian::write_u32(&mut bytes[20..24], self.geometry.bits());
-        BigEndian::write_u64(&mut bytes[24..32], self.size_bytes);
-        BigEndian::write_u32(&mut bytes[36..40], self.l1_entries);
-        BigEndian::write_u64(&mut bytes[40..48], self.l1_at.0);
-        BigEndian::write_u64(&mut bytes[48..56], self.refcount_table_at.0);
-        BigEndian::write_u32(&mut bytes[56..60], self.refcount_table_clusters);
-        BigEndian::write_u32(&mut bytes[96..100], self.refcount_order);
+        bytes[0..4].copy_from_slice(&MAGIC.to_be_bytes());
+        bytes[4..8].copy_from_slice(&3u32.to_be_bytes());
+        bytes[20..24].copy_from_slice(&self.geometry.bits().to_be_bytes());
+        bytes[24..32].copy_from_slice(&self.size_bytes.to_be_bytes());
+        bytes[36..40].copy_from_slice(&self.l1_entries.to_be_bytes());
+        bytes[40..48].copy_from_slice(&self.l1_at.0.to_be_bytes());
+        bytes[48..56].copy_from_slice(&self.refcount_table_at.0.to_be_bytes());
+        bytes[56..60].copy_from_slice(&self.refcount_table_clusters.to_be_bytes());
+        bytes[96..100].copy_from_slice(&self.refcount_order.to_be_bytes());
         bytes[103] = u8::try_from(WRITTEN_BYTES).unwrap_or(0);
         bytes
     }
@@ -330,8 +321,8 @@ impl Extensions {
         let mut at = start;
         // The end marker may be missing where the space ends.
         while let Some(head) = cluster.get(at..at + 8).filter(|_| at + 8 <= end) {
-            let kind = BigEndian::read_u32(&head[..4]);
-            let len = BigEndian::read_u32(&head[4..]);
+            let kind = be_u32(head, 0);
+            let len = be_u32(head, 4);
             if kind == EXTENSION_END {
                 break;
             }
@@ -368,7 +359,8 @@ impl Extensions {
     }
 
     fn name(&self, bit: u32) -> String {
-        let named = self.feature_names.iter().find(|(class, b, _)| *class == 0 && u32::from(*b) == bit);
+        let named =
+            self.feature_names.iter().find(|(class, b, _)| *class == 0 && u32::from(*b) == bit);
         match named {
             Some((_, _, name)) if !name.is_empty() => format!("{name:?} (bit {bit})"),
             _ => format!("bit {bit}"),
@@ -378,14 +370,14 @@ impl Extensions {
 
 fn geometry(cluster: &[u8]) -> Result<ClusterGeometry, Fault> {
     let start = cluster.get(..24).ok_or(truncated("the header"))?;
-    if BigEndian::read_u32(&start[..4]) != MAGIC {
+    if be_u32(start, 0) != MAGIC {
         return Err(Fault::Corrupt { at: HostOffset(0), what: Corruption::NoMagic });
     }
-    let version = BigEndian::read_u32(&start[4..8]);
+    let version = be_u32(start, 4);
     if version != 3 {
         return Err(Fault::Unsupported(Feature::Version(version)));
     }
-    let bits = BigEndian::read_u32(&start[20..24]);
+    let bits = be_u32(start, 20);
     match ClusterGeometry::new(bits) {
         Some(geometry) => Ok(geometry),
         None if bits > MAX_CLUSTER_BITS && bits < 64 => {
@@ -454,6 +446,21 @@ fn feature_names() -> Vec<u8> {
         bytes.resize(start + FEATURE_NAME_BYTES, 0);
     }
     bytes
+}
+
+/// A field of a header; 0 behind its end.
+fn be_u32(bytes: &[u8], at: usize) -> u32 {
+    bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk())
+        .map_or(0, |field| u32::from_be_bytes(*field))
+}
+
+fn be_u64(bytes: &[u8], at: usize) -> u64 {
+    bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk())
+        .map_or(0, |field| u64::from_be_bytes(*field))
 }
 
 fn field(field: &'static str, value: u64, at: u64) -> Fault {

@@ -1,1 +1,58 @@
-//! Placeholder.
+//! QCOW2 images: a pure core that knows where things lie, and a thin driver that moves bytes. The format alone lives
+//! here; host files are `block`'s, chains of backups and protocols are other crates'.
+//!
+//! Version 3 images with standard clusters of 512 bytes to 2 MiB, over backing files in QCOW2 or raw format. What an
+//! image needs beyond that is refused by name ([`Feature`]).
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use block::{BlockDevice, ByteRange, Durability};
+//! use bytes::Bytes;
+//! use qcow2::{CreateOptions, Image, OpenOptions};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("disk.qcow2");
+//! # tokio::runtime::Builder::new_current_thread().build()?.block_on(async {
+//! Image::create(&path, &CreateOptions::new(10 << 30)).await?;
+//!
+//! let image = Image::open(&path, OpenOptions::writing()).await?;
+//! image.write(1 << 30, Bytes::from_static(b"hello"), Durability::Durable).await?;
+//! let segments = image.read(ByteRange::between((1 << 30) - 1, (1 << 30) + 6)).await?;
+//! assert_eq!(segments.to_vec(), b"\0hello\0");
+//! image.close().await?;
+//! # Ok(()) })
+//! # }
+//! ```
+
+mod alloc;
+mod backing;
+mod core;
+mod create;
+mod device;
+mod entry;
+mod error;
+mod flush;
+mod free;
+mod header;
+mod image;
+mod info;
+mod mapping;
+mod open;
+mod plan;
+mod read;
+mod refcount;
+mod sync;
+mod units;
+mod write;
+
+pub use backing::{MAX_CHAIN_DEPTH, References};
+pub use create::{BackingFormat, BackingName, CreateOptions};
+pub use error::{Corruption, Error, Feature, InvalidOption, ReferenceError, TableKind};
+pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
+pub use image::Image;
+pub use info::{ImageInfo, RecordedBacking};
+pub use open::OpenOptions;
+pub use read::{LayerExtent, LayerState};
+pub use units::{
+    ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
+};

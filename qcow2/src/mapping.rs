@@ -7,7 +7,7 @@ use std::ops::Range;
 use block::ByteRange;
 
 use crate::entry::{Hosted, L1Entry, L2Entry};
-use crate::error::{Corruption, Fault, Feature, TableKind};
+use crate::error::{Corruption, Fault, Feature};
 use crate::refcount::{MetaWrite, big_endian, entry_writes, join, sectors};
 use crate::units::{ClusterGeometry, GuestOffset, HostOffset, index};
 
@@ -118,21 +118,18 @@ pub(crate) struct Mapping {
 
 impl Mapping {
     pub(crate) fn new(geometry: ClusterGeometry, l1_at: HostOffset, l1: Vec<u64>) -> Self {
-        Self {
-            geometry,
-            l1_at,
-            l1,
-            dirty_l1: BTreeSet::new(),
-            tables: HashMap::new(),
-            clock: 0,
-        }
+        Self { geometry, l1_at, l1, dirty_l1: BTreeSet::new(), tables: HashMap::new(), clock: 0 }
     }
 
     /// Finds where `range` lives in this file, or names the table that must be loaded first.
     ///
     /// Extents come in guest order without gaps and may end before `range` does: at `most`, or where a table is not
     /// in memory. Pure: nothing changes but the order of eviction.
-    pub(crate) fn lookup(&mut self, range: ByteRange, most: usize) -> Result<Step<Vec<Extent>>, Fault> {
+    pub(crate) fn lookup(
+        &mut self,
+        range: ByteRange,
+        most: usize,
+    ) -> Result<Step<Vec<Extent>>, Fault> {
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.start();
         while at < range.end() && extents.len() < most {
@@ -211,9 +208,10 @@ impl Mapping {
         self.l1.get(index(l1)).is_none_or(|raw| *raw == 0)
     }
 
-    /// Whether a table is in memory.
-    pub(crate) fn is_loaded(&self, l1: u64) -> bool {
-        self.tables.contains_key(&l1)
+    /// Whether the table of an L1 entry lies at `at` and is not in memory.
+    pub(crate) fn is_missing(&self, l1: u64, at: HostOffset) -> bool {
+        !self.tables.contains_key(&l1)
+            && matches!(self.l1_entry(l1), Ok(L1Entry::Table(hosted)) if hosted.at == at)
     }
 
     fn l1_entry(&self, l1: u64) -> Result<L1Entry, Fault> {
@@ -249,7 +247,12 @@ impl Mapping {
     ///
     /// # Errors
     /// [`Corruption::Truncated`] for bytes that are no whole table.
-    pub(crate) fn insert_loaded(&mut self, l1: u64, at: HostOffset, bytes: &[u8]) -> Result<(), Fault> {
+    pub(crate) fn insert_loaded(
+        &mut self,
+        l1: u64,
+        at: HostOffset,
+        bytes: &[u8],
+    ) -> Result<(), Fault> {
         let entries: Vec<u64> = from_big_endian(bytes);
         if entries.len() as u64 != self.geometry.l2_entries() {
             return Err(Fault::Corrupt { at, what: Corruption::Truncated { what: "an L2 table" } });
@@ -347,7 +350,11 @@ impl Mapping {
                 at: HostOffset(table.at.0 + dirty.start as u64),
                 bytes: big_endian(entries),
             };
-            if table.fresh { first.push(write) } else { last.push(write) }
+            if table.fresh {
+                first.push(write)
+            } else {
+                last.push(write)
+            }
             table.writing = Some(dirty);
             captured.tables.push(*l1);
         }

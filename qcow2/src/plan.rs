@@ -69,9 +69,15 @@ enum Intent {
     Skip,
     InPlace(HostOffset),
     /// It becomes a zero cluster.
-    Zero { drops: Option<HostOffset> },
+    Zero {
+        drops: Option<HostOffset>,
+    },
     /// It needs a host cluster: a new one, or the one that is reserved for it.
-    Fresh { reserved: Option<HostOffset>, fill: Fill, drops: Option<HostOffset> },
+    Fresh {
+        reserved: Option<HostOffset>,
+        fill: Fill,
+        drops: Option<HostOffset>,
+    },
 }
 
 impl Core {
@@ -81,7 +87,10 @@ impl Core {
     }
 
     /// Plans a write that changes no metadata; `None` where it must. `range` lies within one L2 table.
-    pub(crate) fn plan_in_place(&mut self, range: ByteRange) -> Result<Step<Option<Vec<Move>>>, Fault> {
+    pub(crate) fn plan_in_place(
+        &mut self,
+        range: ByteRange,
+    ) -> Result<Step<Option<Vec<Move>>>, Fault> {
         let extents = match self.map.lookup(range, usize::MAX)? {
             Step::Ready(extents) => extents,
             Step::Load(table) => return Ok(Step::Load(table)),
@@ -161,8 +170,8 @@ impl Core {
     fn intent(&self, l1: u64, piece: ByteRange, zero: bool) -> Result<Intent, Fault> {
         let l2 = self.geometry.l2_index(GuestOffset(piece.start()));
         let cluster = self.geometry.guest_range(l1, l2);
-        let whole = piece.start() == cluster.start()
-            && piece.end() >= cluster.end().min(self.size_bytes);
+        let whole =
+            piece.start() == cluster.start() && piece.end() >= cluster.end().min(self.size_bytes);
         let entry = self.map.entry(l1, l2)?;
         if let Some(host) = entry.host() {
             self.check_target(TableKind::L2, host.at, self.map.entry_at(l1, l2))?;
@@ -369,9 +378,10 @@ impl Core {
             (L2Entry::Data(Hosted { at, exclusive: true }), Clear::AllocatedZeroes) => {
                 Some((Some(L2Entry::Zero { host: Some(Hosted::exclusive(at)) }), None))
             }
-            (L2Entry::Zero { host: Some(Hosted { exclusive: true, .. }) }, Clear::AllocatedZeroes) => {
-                None
-            }
+            (
+                L2Entry::Zero { host: Some(Hosted { exclusive: true, .. }) },
+                Clear::AllocatedZeroes,
+            ) => None,
             (L2Entry::Unallocated, Clear::AllocatedZeroes) => Some((None, None)),
             (entry, Clear::AllocatedZeroes) => Some((None, entry.host().map(|host| host.at))),
             (L2Entry::Unallocated, Clear::Discard) => None,

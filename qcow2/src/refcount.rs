@@ -10,42 +10,45 @@ use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, SECTOR_BYTES, 
 
 /// The width of a refcount: 1 to 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RefcountWidth {
+pub(crate) struct RefcountWidth {
     order: u32,
 }
 
 impl RefcountWidth {
+    /// 16 bits: what new images have.
+    pub(crate) const DEFAULT: Self = Self { order: 4 };
+
     /// The width of `1 << order` bits, or `None` above 64.
-    pub const fn new(order: u32) -> Option<Self> {
+    pub(crate) const fn new(order: u32) -> Option<Self> {
         if order > 6 { None } else { Some(Self { order }) }
     }
 
     /// The base-2 logarithm of the width.
-    pub const fn order(self) -> u32 {
+    pub(crate) const fn order(self) -> u32 {
         self.order
     }
 
     /// The largest refcount that fits.
-    pub const fn max(self) -> u64 {
+    pub(crate) const fn max(self) -> u64 {
         u64::MAX >> (64 - (1u32 << self.order))
     }
 
     /// The refcounts of one block.
-    pub const fn per_block(self, geometry: ClusterGeometry) -> u64 {
+    pub(crate) const fn per_block(self, geometry: ClusterGeometry) -> u64 {
         (geometry.bytes() * 8) >> self.order
     }
 
     /// Reads the refcount number `at` of a block; 0 behind its end.
     ///
     /// Source: qcow2 specification, "Host cluster management", refcount block entry.
-    pub fn get(self, block: &[u8], at: u64) -> u64 {
+    pub(crate) fn get(self, block: &[u8], at: u64) -> u64 {
         let Some(bytes) = block.get(self.place(at)) else { return 0 };
         let value = bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
         (value >> self.shift(at)) & self.max()
     }
 
     /// Stores a refcount. Says whether it fits.
-    pub fn set(self, block: &mut [u8], at: u64, value: u64) -> bool {
+    pub(crate) fn set(self, block: &mut [u8], at: u64, value: u64) -> bool {
         if value > self.max() {
             return false;
         }
@@ -181,9 +184,8 @@ impl Refcounts {
             return Ok(BlockState::Loaded);
         }
         let Some(raw) = self.table.get(index(at)) else { return Ok(BlockState::Absent) };
-        let place = HostOffset(
-            (self.geometry.host_offset(self.table_run.start).0).saturating_add(at * 8),
-        );
+        let place =
+            HostOffset((self.geometry.host_offset(self.table_run.start).0).saturating_add(at * 8));
         match entry::refcount_block(*raw, self.geometry) {
             Ok(None) => Ok(BlockState::Absent),
             Ok(Some(host)) => Ok(BlockState::Unloaded(host)),

@@ -1,0 +1,85 @@
+//! What an image says of itself, for people and for programs.
+
+use std::path::PathBuf;
+
+use crate::header::Header;
+use crate::image::Image;
+
+/// The parts of [`ImageInfo`] that never change, and two sizes that the driver needs at every turn.
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    pub cluster_bytes: u64,
+    pub l2_coverage: u64,
+    info: ImageInfo,
+}
+
+/// The backing file that an image records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordedBacking {
+    /// Its name, as recorded; bytes that are no UTF-8 are replaced.
+    pub name: String,
+    /// Its format, as recorded, where it is.
+    pub format: Option<String>,
+}
+
+/// What an image says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// The path that it was opened by.
+    pub path: PathBuf,
+    /// The version of the format.
+    pub version: u32,
+    /// The size of the virtual disk in bytes.
+    pub size_bytes: u64,
+    /// The size of a cluster in bytes.
+    pub cluster_bytes: u64,
+    /// The width of a refcount in bits.
+    pub refcount_bits: u32,
+    /// The backing file, where there is one.
+    pub backing: Option<RecordedBacking>,
+    /// The number of internal snapshots.
+    pub snapshots: u32,
+    /// Its refcounts may be wrong.
+    pub is_dirty: bool,
+    /// It is marked corrupt.
+    pub is_corrupt: bool,
+    /// It was opened for reading only.
+    pub read_only: bool,
+    /// The length of the image file up to the last cluster in use, in bytes.
+    pub file_bytes: u64,
+}
+
+impl Facts {
+    pub(crate) fn new(path: PathBuf, header: &Header, read_only: bool) -> Self {
+        let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
+        Self {
+            cluster_bytes: header.geometry.bytes(),
+            l2_coverage: header.geometry.l2_coverage(),
+            info: ImageInfo {
+                path,
+                version: header.version,
+                size_bytes: header.size_bytes,
+                cluster_bytes: header.geometry.bytes(),
+                refcount_bits: 1 << header.refcount_order,
+                backing: header.backing_name.as_ref().map(|name| RecordedBacking {
+                    name: text(name),
+                    format: header.backing_format.as_ref().map(text),
+                }),
+                snapshots: header.snapshots,
+                is_dirty: header.is_dirty(),
+                is_corrupt: header.is_corrupt(),
+                read_only,
+                file_bytes: 0,
+            },
+        }
+    }
+}
+
+impl Image {
+    /// What the image says of itself.
+    pub fn info(&self) -> ImageInfo {
+        let core = self.inner.core.lock();
+        let file_bytes = core.end * core.geometry.bytes();
+        ImageInfo { file_bytes, ..self.inner.info.info.clone() }
+    }
+}

@@ -1,0 +1,214 @@
+//! Opening: reads and checks the header, the L1 table and (for writing) the refcount table, and opens the chain of
+//! backing files. Which paths may be followed is decided in `backing`.
+
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+
+use block::{BlockDevice, ByteRange, DeviceError, HostFile, Limits, RawDevice};
+
+use crate::backing::{References, Trail};
+use crate::core::Core;
+use crate::create::BackingFormat;
+use crate::error::{Error, Fault, Feature, ReferenceError};
+use crate::header::Header;
+use crate::image::Image;
+use crate::info::Facts;
+use crate::mapping::{Mapping, from_big_endian};
+use crate::refcount::{RefcountWidth, Refcounts};
+use crate::units::{HostOffset, Run, SECTOR_BYTES, index};
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Refuse every change.
+    pub read_only: bool,
+    /// Which backing files may be followed.
+    pub references: References,
+    /// Take QEMU's image locks, on this image and on all below it.
+    pub lock: bool,
+    /// Bypass the page cache where the host can.
+    pub direct: bool,
+}
+
+impl OpenOptions {
+    /// For reading: locked, direct, with backing files in the folder of the image.
+    pub fn reading() -> Self {
+        Self { read_only: true, references: References::Confined, lock: true, direct: true }
+    }
+
+    /// For reading and writing; otherwise as [`OpenOptions::reading`]. Backing files are never written.
+    pub fn writing() -> Self {
+        Self { read_only: false, ..Self::reading() }
+    }
+
+    /// The same with other rules for backing files.
+    #[must_use]
+    pub fn references(self, references: References) -> Self {
+        Self { references, ..self }
+    }
+
+    fn host(&self) -> block::OpenOptions {
+        block::OpenOptions {
+            read_only: self.read_only,
+            direct: self.direct,
+            lock: self.lock,
+            ..block::OpenOptions::default()
+        }
+    }
+}
+
+impl Image {
+    /// Opens an image and, for reading, its chain of backing files.
+    ///
+    /// Backing files must have their format recorded and obey [`OpenOptions::references`]. Resolving their paths asks
+    /// the file system directly, not through the I/O engine.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] and [`Error::Unsupported`] for any image of the chain, [`Error::Reference`] for a backing
+    /// file that may not be followed, [`Error::Host`].
+    pub async fn open(path: &Path, options: OpenOptions) -> Result<Self, Error> {
+        let trail = Trail::start(path, &options.references)?;
+        open_chain(path.to_owned(), options, trail).await
+    }
+
+    /// Opens an image over a backing device that the caller has opened.
+    ///
+    /// # Errors
+    /// As [`Image::open_on`].
+    pub async fn open_with_backing(
+        path: &Path,
+        backing: Option<Arc<dyn BlockDevice>>,
+        options: OpenOptions,
+    ) -> Result<Self, Error> {
+        let file = HostFile::open(path, options.host()).await?;
+        Self::open_on(file, backing, options).await
+    }
+
+    /// Opens an image in a file that is open already, over a backing device that the caller has opened.
+    ///
+    /// # Errors
+    /// As [`Image::open`], and [`ReferenceError::Missing`] or [`ReferenceError::Unexpected`] where the header and
+    /// `backing` do not agree on whether there is one.
+    pub async fn open_on(
+        file: HostFile,
+        backing: Option<Arc<dyn BlockDevice>>,
+        options: OpenOptions,
+    ) -> Result<Self, Error> {
+        let header = read_header(&file).await?;
+        let name = header.backing_name.as_deref().map(String::from_utf8_lossy);
+        let reason = match (&name, &backing) {
+            (Some(_), None) => Some(ReferenceError::Missing),
+            (None, Some(_)) => Some(ReferenceError::Unexpected),
+            (Some(_), Some(_)) | (None, None) => None,
+        };
+        if let Some(reason) = reason {
+            let name = name.unwrap_or_default().into_owned();
+            return Err(Error::Reference { file: file.path().to_owned(), name, reason });
+        }
+        open_with_header(file, header, backing, options.read_only).await
+    }
+}
+
+type Opening = Pin<Box<dyn Future<Output = Result<Image, Error>> + Send>>;
+
+fn open_chain(path: PathBuf, options: OpenOptions, trail: Trail) -> Opening {
+    Box::pin(async move {
+        let file = HostFile::open(&path, options.host()).await?;
+        let trail = trail.enter(&path, file.id())?;
+        let header = read_header(&file).await?;
+        let backing: Option<Arc<dyn BlockDevice>> = match &header.backing_name {
+            None => None,
+            Some(name) => {
+                let found = trail.resolve(&path, name, header.backing_format.as_deref())?;
+                let below = OpenOptions { read_only: true, ..options.clone() };
+                Some(match found.format {
+                    BackingFormat::Qcow2 => Arc::new(open_chain(found.path, below, trail).await?),
+                    BackingFormat::Raw => open_raw(&found.path, &below, &trail).await?,
+                })
+            }
+        };
+        open_with_header(file, header, backing, options.read_only).await
+    })
+}
+
+async fn open_raw(
+    path: &Path,
+    options: &OpenOptions,
+    trail: &Trail,
+) -> Result<Arc<dyn BlockDevice>, Error> {
+    let file = HostFile::open(path, options.host()).await?;
+    trail.clone().enter(path, file.id())?;
+    Ok(RawDevice::new(file))
+}
+
+async fn read_header(file: &HostFile) -> Result<Header, Error> {
+    let fault = |fault: Fault| fault.of(file.path());
+    let len = file.len();
+    let start = file.read(ByteRange::between(0, SECTOR_BYTES.min(len))).await?;
+    let needed = Header::needed_bytes(&start).map_err(fault)?;
+    let cluster = file.read(ByteRange::between(0, needed.min(len))).await?;
+    Header::parse(&cluster, len).map_err(fault)
+}
+
+async fn open_with_header(
+    file: HostFile,
+    header: Header,
+    backing: Option<Arc<dyn BlockDevice>>,
+    read_only: bool,
+) -> Result<Image, Error> {
+    let fault = |fault: Fault| fault.of(file.path());
+    let read_only = read_only || file.is_read_only();
+    let geometry = header.geometry;
+    if !read_only && header.is_corrupt() {
+        return Err(fault(Fault::Unsupported(Feature::WritingCorrupt)));
+    }
+    if !read_only && header.is_dirty() {
+        return Err(fault(Fault::Unsupported(Feature::WritingDirty)));
+    }
+    let l1 = read_table(&file, header.l1_at, header.l1_entries).await?;
+    let table_run = Run {
+        start: geometry.host_cluster(header.refcount_table_at),
+        count: header.refcount_table_clusters,
+    };
+    let table = if read_only {
+        Vec::new()
+    } else {
+        let entries = header.refcount_table_clusters * geometry.bytes() / 8;
+        read_table(&file, header.refcount_table_at, entries).await?
+    };
+    let width = RefcountWidth::new(header.refcount_order).unwrap_or(RefcountWidth::DEFAULT);
+    let limits = Limits {
+        size_bytes: header.size_bytes,
+        read_only,
+        preferred_bytes: u32::try_from(geometry.bytes()).unwrap_or(u32::MAX),
+        can_discard: !read_only,
+        fast_zeroes: !read_only,
+    };
+    let facts = Facts::new(file.path().to_owned(), &header, read_only);
+    let map = Mapping::new(geometry, header.l1_at, l1);
+    let refs = Refcounts::new(geometry, width, table, table_run);
+    let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
+    let core = Core::new(header, map, refs, backing_bytes, file.len());
+    let image = Image::assemble(file, backing, core, limits, facts);
+    if !read_only {
+        let inner = &image.inner;
+        let live = inner.live()?;
+        inner.step_in_flush(&live, Core::find_end).await?;
+    }
+    Ok(image)
+}
+
+async fn read_table(file: &HostFile, at: HostOffset, entries: u64) -> Result<Vec<u64>, Error> {
+    // Both tables have limits that were checked with the header: this is at most 32 MiB.
+    let bytes = file.read(ByteRange::between(at.0, at.0.saturating_add(entries * 8))).await?;
+    let mut table = from_big_endian(&bytes);
+    table.resize(index(entries), 0);
+    Ok(table)
+}
+
+impl From<DeviceError> for Error {
+    fn from(error: DeviceError) -> Self {
+        Self::Request(error)
+    }
+}

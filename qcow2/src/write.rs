@@ -1,0 +1,256 @@
+//! Writing: a request becomes plans, one for each L2 table; the bytes of a plan go to the host at once, and only then
+//! its entries become visible. Zeros and discards change entries alone.
+
+use std::sync::Arc;
+
+use block::{BufferPool, ByteRange, Hold, RangeGuard, Segment, ZeroMode, is_zero};
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use parking_lot::Mutex;
+
+use crate::core::Core;
+use crate::error::Error;
+use crate::image::{Inner, Live};
+use crate::plan::{Clear, Fill, Move, Reservation, slice_of};
+use crate::units::index;
+
+/// What every host operation of a planned write holds: the lock on its clusters, and the clusters that it reserved.
+/// The last one to let go gives back what was not published, and only then the lock.
+struct Ticket {
+    core: Arc<Mutex<Core>>,
+    reservation: Mutex<Option<Reservation>>,
+    _guard: RangeGuard,
+}
+
+impl Ticket {
+    fn publish(&self) {
+        if let Some(reservation) = self.reservation.lock().take() {
+            self.core.lock().publish(&reservation);
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(reservation) = self.reservation.get_mut().take() {
+            self.core.lock().undo(&reservation);
+        }
+    }
+}
+
+impl Inner {
+    /// Writes `data` at `at`, a range of the disk.
+    ///
+    /// Whole clusters of zeros are stored as such, without data, where no host cluster is theirs yet; where one is,
+    /// it is overwritten, so that what is allocated stays.
+    pub(crate) async fn write(&self, at: u64, data: Bytes) -> Result<(), Error> {
+        let range = ByteRange::between(at, at.saturating_add(data.len() as u64));
+        let live = self.live()?;
+        self.before_change(&live).await?;
+        let coverage = self.info.l2_coverage;
+        for piece in range.pieces(coverage) {
+            self.write_piece(piece, &slice_of(&data, at, piece), false).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes within one L2 table. `allocate` makes zeros take space.
+    async fn write_piece(
+        &self,
+        range: ByteRange,
+        data: &Bytes,
+        allocate: bool,
+    ) -> Result<(), Error> {
+        if self.write_in_place(range, data).await? {
+            return Ok(());
+        }
+        let zeros: Vec<bool> = range
+            .pieces(self.cluster_bytes())
+            .map(|piece| !allocate && is_zero(&slice_of(data, range.start(), piece)))
+            .collect();
+        let guard = self.guests.lock_exclusive(self.widen(range)).await;
+        let live = self.live()?;
+        let plan = self.step(&live, |core| core.plan_write(range, &zeros)).await?;
+        let ticket = Arc::new(Ticket {
+            core: Arc::clone(&self.core),
+            reservation: Mutex::new(Some(plan.reservation)),
+            _guard: guard,
+        });
+        let hold: Hold = Some(Arc::clone(&ticket) as _);
+        self.run_moves(&live, &plan.moves, range.start(), data, &hold).await?;
+        ticket.publish();
+        Ok(())
+    }
+
+    /// Overwrites what is there, if all of it is; `false` if metadata has to change.
+    async fn write_in_place(&self, range: ByteRange, data: &Bytes) -> Result<bool, Error> {
+        if !self.core.lock().is_in_place(range) {
+            return Ok(false);
+        }
+        let guard = self.guests.lock_shared(self.widen(range)).await;
+        let live = self.live()?;
+        // Another request may have changed the mapping before the lock was ours.
+        let plan = self.step(&live, |core| core.plan_in_place(range)).await?;
+        let Some(moves) = plan else { return Ok(false) };
+        let hold: Hold = Some(Arc::new(guard));
+        self.run_moves(&live, &moves, range.start(), data, &hold).await?;
+        Ok(true)
+    }
+
+    /// All I/O of a plan, at once.
+    async fn run_moves(
+        &self,
+        live: &Live,
+        moves: &[Move],
+        start: u64,
+        data: &Bytes,
+        hold: &Hold,
+    ) -> Result<(), Error> {
+        match moves {
+            [] => Ok(()),
+            [one] => self.run_move(live, *one, start, data, hold).await,
+            many => {
+                let all = many.iter().map(|one| self.run_move(live, *one, start, data, hold));
+                try_join_all(all).await.map(drop)
+            }
+        }
+    }
+
+    async fn run_move(
+        &self,
+        live: &Live,
+        one: Move,
+        start: u64,
+        data: &Bytes,
+        hold: &Hold,
+    ) -> Result<(), Error> {
+        let (host, bytes) = match one {
+            Move::Payload { guest, host } => (host, slice_of(data, start, guest)),
+            Move::Patch { payload, cluster, host, fill } => {
+                let payload_bytes = slice_of(data, start, payload);
+                (host, self.patched(live, payload, &payload_bytes, cluster, fill).await?)
+            }
+        };
+        Ok(live.file.write(host.0, bytes, hold.clone()).await?)
+    }
+
+    /// A whole cluster: `data` at its place, and around it what `fill` says.
+    async fn patched(
+        &self,
+        live: &Live,
+        payload: ByteRange,
+        data: &Bytes,
+        cluster: ByteRange,
+        fill: Fill,
+    ) -> Result<Bytes, Error> {
+        // Never waits: the request that this belongs to has been admitted already.
+        let mut buffer = BufferPool::shared().get_now(index(cluster.len()));
+        let head = ByteRange::between(cluster.start(), payload.start());
+        let tail = ByteRange::between(payload.end(), cluster.end());
+        for part in [head, tail] {
+            let place = index(part.start() - cluster.start())..index(part.end() - cluster.start());
+            let room = &mut buffer[place];
+            match fill {
+                Fill::Zero => room.fill(0),
+                Fill::Backing => self.read_backing(live, part, room).await?,
+                Fill::Copy(host) => {
+                    let at = host.0 + (part.start() - cluster.start());
+                    let bytes = live.file.read(ByteRange::between(at, at + part.len())).await?;
+                    room.copy_from_slice(&bytes);
+                }
+            }
+        }
+        buffer[index(head.len())..][..data.len()].copy_from_slice(data);
+        Ok(buffer.freeze())
+    }
+
+    /// Fills `room` with guest bytes of the backing device, and zeros behind its end.
+    async fn read_backing(
+        &self,
+        live: &Live,
+        range: ByteRange,
+        room: &mut [u8],
+    ) -> Result<(), Error> {
+        room.fill(0);
+        let Some(backing) = &live.backing else { return Ok(()) };
+        let end = backing.limits().size_bytes.min(self.limits.size_bytes);
+        let range = range.intersection(ByteRange::between(0, end));
+        if range.is_empty() {
+            return Ok(());
+        }
+        let segments = backing.read(range).await.map_err(|error| self.backing_error(error))?;
+        let mut at = 0;
+        for segment in segments.0 {
+            let len = index(segment.len());
+            if let Segment::Data(bytes) = segment
+                && let Some(place) = room.get_mut(at..at + len)
+            {
+                place.copy_from_slice(&bytes);
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Makes a range of the disk read as zeros.
+    pub(crate) async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Error> {
+        let (head, middle, tail) = self.whole_clusters(range);
+        let live = self.live()?;
+        if mode.fast_only && !(head.is_empty() && tail.is_empty()) {
+            let what = "zeroing parts of clusters without writing";
+            return Err(Error::Request(block::DeviceError::NotSupported { what }));
+        }
+        self.before_change(&live).await?;
+        for part in [head, tail] {
+            if !part.is_empty() {
+                let zeros = Bytes::from(vec![0; index(part.len())]);
+                self.write_piece(part, &zeros, mode.keep_allocated).await?;
+            }
+        }
+        let how = if mode.keep_allocated { Clear::AllocatedZeroes } else { Clear::Zeroes };
+        self.clear(middle, how).await
+    }
+
+    /// Gives up the content of a range of the disk: whole clusters are dropped, parts of clusters stay.
+    pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), Error> {
+        let (_, middle, _) = self.whole_clusters(range);
+        let live = self.live()?;
+        self.before_change(&live).await?;
+        self.clear(middle, Clear::Discard).await
+    }
+
+    async fn clear(&self, range: ByteRange, how: Clear) -> Result<(), Error> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _guard = self.guests.lock_exclusive(self.widen(range)).await;
+        let live = self.live()?;
+        for piece in range.pieces(self.info.l2_coverage) {
+            self.step(&live, |core| core.clear(piece, how)).await?;
+        }
+        Ok(())
+    }
+
+    /// Cuts a range into a part of a cluster, whole clusters and a part of a cluster. The last cluster of the disk is
+    /// whole where the disk ends.
+    fn whole_clusters(&self, range: ByteRange) -> (ByteRange, ByteRange, ByteRange) {
+        let cluster = self.cluster_bytes();
+        let start = range.start().next_multiple_of(cluster);
+        let at_end = range.end() == self.limits.size_bytes;
+        let end = if at_end { range.end() } else { range.end() - range.end() % cluster };
+        if start >= end {
+            // At most two clusters are touched, and none is whole.
+            let middle = start.min(range.end());
+            return (
+                ByteRange::between(range.start(), middle),
+                ByteRange::between(middle, middle),
+                ByteRange::between(middle, range.end()),
+            );
+        }
+        (
+            ByteRange::between(range.start(), start),
+            ByteRange::between(start, end),
+            ByteRange::between(end, range.end()),
+        )
+    }
+}

@@ -1,0 +1,152 @@
+//! Images against `qemu-img` and `qemu-io`: ours read by them, theirs read and changed by us.
+
+mod common;
+
+use block::{BlockDevice, Durability, ZeroMode};
+use common::{
+    block_on, pattern, qemu_check, qemu_create, qemu_img, qemu_io, range, raw_of, read_all,
+};
+use qcow2::{BackingFormat, CreateOptions, Image, OpenOptions};
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn what_we_write_qemu_reads() {
+    for cluster_bytes in [512, 4096, 65536, 2 << 20] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.qcow2");
+        let size = 20 * MIB + 512;
+        let mut model = vec![0; usize::try_from(size).unwrap()];
+        block_on(async {
+            let options = CreateOptions::new(size).cluster_bytes(cluster_bytes);
+            Image::create(&path, &options).await.unwrap();
+            assert!(qemu_check(&path).is_clean(), "a new image");
+            let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+            for (at, len, seed) in [
+                (0, 1 << 20, 1),
+                (5 * MIB + 1000, 70_000, 2),
+                (9 * MIB - 100, 3 << 20, 3),
+                (20 * MIB, 512, 4),
+                (5 * MIB, 512, 5),
+            ] {
+                let data = pattern(seed, len);
+                let start = usize::try_from(at).unwrap();
+                model[start..start + len].copy_from_slice(&data);
+                image.write(at, data.into(), Durability::Deferred).await.unwrap();
+            }
+            image
+                .write_zeroes(range(9 * MIB, MIB), ZeroMode::default(), Durability::Deferred)
+                .await
+                .unwrap();
+            model[9 << 20..10 << 20].fill(0);
+            assert!(read_all(&image).await == model, "before closing");
+            image.close().await.unwrap();
+        });
+        let check = qemu_check(&path);
+        assert!(check.is_clean(), "clusters of {cluster_bytes}: {check:?}");
+        assert!(raw_of(&path) == model, "clusters of {cluster_bytes}");
+        block_on(async {
+            let image = Image::open(&path, OpenOptions::reading()).await.unwrap();
+            assert!(read_all(&image).await == model, "reopened");
+        });
+    }
+}
+
+#[test]
+fn what_qemu_writes_we_read_and_change() {
+    for options in [
+        "cluster_size=512",
+        "cluster_size=4096",
+        "cluster_size=65536",
+        "cluster_size=2M",
+        "refcount_bits=1",
+        "refcount_bits=64,cluster_size=4k",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.qcow2");
+        qemu_create(&path, options, "12M", None);
+        qemu_io(
+            &path,
+            &[
+                "write -P 17 0 1M",
+                "write -P 18 5000k 100k",
+                "write -z 64k 128k",
+                "discard 512k 128k",
+            ],
+        );
+        let mut model = raw_of(&path);
+        block_on(async {
+            let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+            assert!(read_all(&image).await == model, "{options}");
+            for (at, len, seed) in
+                [(100_000, 300_000, 1), (11 << 20, 1 << 20, 2), (2 << 20, 512, 3)]
+            {
+                let data = pattern(seed, len);
+                let start = usize::try_from(at).unwrap();
+                model[start..start + len].copy_from_slice(&data);
+                image.write(at, data.into(), Durability::Deferred).await.unwrap();
+            }
+            image.discard(range(0, 65536), Durability::Deferred).await.unwrap();
+            model[..65536].copy_from_slice(&image.read(range(0, 65536)).await.unwrap().to_vec());
+            image.close().await.unwrap();
+        });
+        let check = qemu_check(&path);
+        assert!(check.is_clean(), "{options}: {check:?}");
+        assert!(raw_of(&path) == model, "{options}");
+    }
+}
+
+#[test]
+fn overlays_over_qcow2_and_raw_read_like_qemus() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::write(at("base.raw"), pattern(1, 3 << 20)).unwrap();
+    block_on(async {
+        for (name, size, backing, format) in [
+            ("one.qcow2", 5 * MIB, "base.raw", BackingFormat::Raw),
+            ("two.qcow2", 2 * MIB + 1024, "one.qcow2", BackingFormat::Qcow2),
+            ("three.qcow2", 6 * MIB, "two.qcow2", BackingFormat::Qcow2),
+        ] {
+            let options = CreateOptions::new(size).backing(backing, format);
+            Image::create(&at(name), &options).await.unwrap();
+            let image = Image::open(&at(name), OpenOptions::writing()).await.unwrap();
+            let data = pattern(size, 100_000);
+            image.write(MIB + size / 10, data.into(), Durability::Deferred).await.unwrap();
+            image
+                .write_zeroes(range(200_000, 200_000), ZeroMode::default(), Durability::Deferred)
+                .await
+                .unwrap();
+            image.close().await.unwrap();
+            assert!(qemu_check(&at(name)).is_clean());
+            let image = Image::open(&at(name), OpenOptions::reading()).await.unwrap();
+            assert!(read_all(&image).await == raw_of(&at(name)), "{name}");
+        }
+    });
+    qemu_img(&[
+        "compare",
+        at("three.qcow2").to_str().unwrap(),
+        at("three.qcow2").to_str().unwrap(),
+    ]);
+}
+
+#[test]
+fn an_overlay_of_qemu_over_our_image_reads_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.qcow2");
+    let top = dir.path().join("top.qcow2");
+    block_on(async {
+        Image::create(&base, &CreateOptions::new(4 * MIB)).await.unwrap();
+        let image = Image::open(&base, OpenOptions::writing()).await.unwrap();
+        image.write(0, pattern(1, 4 << 20).into(), Durability::Deferred).await.unwrap();
+        image.close().await.unwrap();
+    });
+    qemu_create(&top, "cluster_size=64k", "4M", Some("base.qcow2"));
+    qemu_io(&top, &["write -P 17 100k 100k", "write -z 1M 1M"]);
+    let model = raw_of(&top);
+    block_on(async {
+        let image = Image::open(&top, OpenOptions::reading()).await.unwrap();
+        assert!(read_all(&image).await == model);
+        let info = image.info();
+        assert_eq!(info.backing.unwrap().name, "base.qcow2");
+    });
+}

@@ -151,6 +151,8 @@ impl Descriptor {
             let start = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
                 Ok(start) => start,
                 Err(Errno::NXIO) => break,
+                // Block devices, and file systems that know no holes: all of it is data.
+                Err(Errno::INVAL) if found.is_empty() => return Ok(vec![range]),
                 Err(error) => return Err(error.into()),
             };
             if start >= range.end() {

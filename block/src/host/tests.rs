@@ -222,6 +222,8 @@ async fn neighbours_in_one_block_never_lose_bytes() {
         files.push(HostFile::open_with(engine, &path, options).await.expect("open"));
     }
     for file in files {
+        // Behind the end all writes would take turns anyhow.
+        file.set_len(2 << 20).await.expect("length");
         let writers = (0..WRITERS).map(|writer| {
             let file = file.clone();
             tokio::spawn(async move {
@@ -352,6 +354,29 @@ fn a_dropped_write_keeps_its_reservation_and_its_lock_until_the_host_is_done() {
     let mut expected = pattern(512, 0, 7).to_vec();
     expected[3] = b'x';
     assert_eq!(storage.snapshot(), expected);
+}
+
+#[test]
+fn a_read_modify_write_keeps_every_other_writer_of_its_block_out() {
+    let storage = MemoryStorage::from_bytes(vec![0; 2048], 512);
+    let file = over(&storage);
+    let held = storage.hold(|op| op.kind == OpKind::Read);
+    let mut first = pin!(file.write(10, Bytes::from_static(b"first"), None));
+    assert!(poll_once(first.as_mut()).is_pending());
+    assert_eq!(held.count(), 1, "it reads what is around it");
+    let mut second = pin!(file.write(20, Bytes::from_static(b"second"), None));
+    let mut aligned = pin!(file.write(0, pattern(512, 0, 9), None));
+    let mut elsewhere = pin!(file.write(512, pattern(512, 0, 4), None));
+    assert!(poll_once(second.as_mut()).is_pending());
+    assert!(poll_once(aligned.as_mut()).is_pending());
+    assert!(matches!(poll_once(elsewhere.as_mut()), Poll::Ready(Ok(()))));
+    assert_eq!((held.count(), storage.log_len()), (1, 1));
+    drop(held);
+    assert!(matches!(poll_once(first.as_mut()), Poll::Ready(Ok(()))));
+    assert!(matches!(poll_once(second.as_mut()), Poll::Ready(Ok(()))));
+    assert_eq!(&storage.snapshot()[8..28], b"\0\0first\0\0\0\0\0second\0\0");
+    assert!(matches!(poll_once(aligned.as_mut()), Poll::Ready(Ok(()))));
+    assert_eq!(storage.snapshot()[..512], pattern(512, 0, 9));
 }
 
 #[test]

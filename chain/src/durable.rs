@@ -105,6 +105,15 @@ impl Directory {
         }
     }
 
+    /// Gives a file the mode that layers have.
+    pub(crate) fn set_file_mode(&self, name: &str) -> Result<(), Error> {
+        let path = self.path.join(name);
+        let missing = || FileOp::SetMode.failed(&path, io::Error::from(io::ErrorKind::NotFound));
+        let file = self.open_file(name)?.ok_or_else(missing)?;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(FILE_MODE))
+            .map_err(|error| FileOp::SetMode.failed(&path, error))
+    }
+
     /// The first `limit` + 1 bytes of a small file (one more, so that the caller sees what is too long).
     pub(crate) fn read_small(&self, name: &str, limit: usize) -> Result<Option<Vec<u8>>, Error> {
         let Some(file) = self.open_file(name)? else { return Ok(None) };

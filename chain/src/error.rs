@@ -63,8 +63,8 @@ pub enum Error {
         /// The layer's file.
         file: PathBuf,
     },
-    /// A layer whose manifest is gone, but on which a sealed one stands: it was sealed, and is not discarded.
-    #[error("the layer {} has lost its manifest: {child:?} stands on it", file.display())]
+    /// A layer that another one stands on.
+    #[error("the layer {} must stay: {child:?} stands on it", file.display())]
     HasChild {
         /// The layer's file.
         file: PathBuf,
@@ -109,6 +109,24 @@ pub enum Error {
     ReadOnly {
         /// The repository.
         root: PathBuf,
+    },
+    /// An image that cannot be made or opened.
+    #[error("cannot use the image {}: {source}", file.display())]
+    Image {
+        /// The layer's file.
+        file: PathBuf,
+        /// What the format says.
+        #[source]
+        source: Box<qcow2::Error>,
+    },
+    /// An image that failed while it was written or closed: what is in it cannot be trusted.
+    #[error("the image {} failed, so it is not sealed: {source}", file.display())]
+    Device {
+        /// The layer's file.
+        file: PathBuf,
+        /// What failed.
+        #[source]
+        source: Box<block::DeviceError>,
     },
     /// More directories or files than a repository can hold by any plan of ours.
     #[error("{} holds more than {limit} entries", path.display())]
@@ -215,6 +233,14 @@ pub enum RequestRule {
     /// A disk of no bytes.
     #[error("a disk of 0 bytes cannot be backed up")]
     NoBytes,
+    /// A disk that ends inside a sector: QEMU would leave its last bytes out when it reads the layer.
+    #[error(
+        "a disk of {size_bytes} bytes does not end at a sector of 512 bytes, so QEMU could not read its end"
+    )]
+    HalfSector {
+        /// The size of the disk.
+        size_bytes: u64,
+    },
     /// An incremental without a parent.
     #[error("an incremental layer needs a parent")]
     NoParent,
@@ -326,6 +352,14 @@ pub enum LayerRule {
         recorded: Option<String>,
         /// What is in the image.
         found: Option<String>,
+    },
+    /// Another layer, sealed as well, has the file's name.
+    #[error("it is layer {found}, not {recorded}")]
+    Identity {
+        /// The layer that was there.
+        recorded: Uuid,
+        /// The layer that is there now.
+        found: Uuid,
     },
     /// The layer below was replaced by another sealed one.
     #[error("its parent {parent:?} is layer {found}, not {recorded}")]

@@ -15,6 +15,9 @@ pub const MAX_TEXT_BYTES: usize = 4096;
 /// The most layers of one chain, the full included.
 pub const MAX_CHAIN_LAYERS: u32 = 256;
 
+/// The unit in which QEMU counts the size of a disk, rounding down.
+const SECTOR_BYTES: u64 = 512;
+
 /// What is asked for: one layer for one disk of one virtual machine.
 #[derive(Clone, Debug)]
 pub struct LayerRequest<'a> {
@@ -31,7 +34,7 @@ pub struct LayerRequest<'a> {
     pub kind: LayerKind,
     /// When the backup was started. Its second becomes part of the names.
     pub timestamp: Timestamp,
-    /// The size of the disk now, in bytes.
+    /// The size of the disk now, in bytes: whole sectors of 512.
     pub size_bytes: u64,
     /// The backup, as the hub calls it.
     pub backup_id: String,
@@ -177,6 +180,9 @@ fn check(request: &LayerRequest<'_>) -> Result<(), RequestRule> {
     if request.size_bytes == 0 {
         return Err(RequestRule::NoBytes);
     }
+    if !request.size_bytes.is_multiple_of(SECTOR_BYTES) {
+        return Err(RequestRule::HalfSector { size_bytes: request.size_bytes });
+    }
     match (request.kind, request.parent) {
         (LayerKind::Full, None) => Ok(()),
         (LayerKind::Full, Some(_)) => Err(RequestRule::ParentOfFull),
@@ -293,6 +299,8 @@ mod tests {
         );
         assert_eq!(rule(&LayerRequest { parent: None, ..incremental() }), RequestRule::NoParent);
         assert_eq!(rule(&LayerRequest { size_bytes: 0, ..full() }), RequestRule::NoBytes);
+        let half = LayerRequest { size_bytes: 1000, ..full() };
+        assert_eq!(rule(&half), RequestRule::HalfSector { size_bytes: 1000 });
         assert_eq!(
             rule(&LayerRequest { disk_index: 2, ..incremental() }),
             RequestRule::OtherDisk { parent: 1, wanted: 2 }

@@ -188,7 +188,22 @@ impl Repository {
     pub async fn discard_layer(&self, layer: &Path) -> Result<(), Error> {
         self.check_writable()?;
         let path = self.locate(layer)?;
-        self.with(move |inner| inner.discard(&path)).await
+        self.with(move |inner| inner.remove(&path, Removal::Unsealed)).await
+    }
+
+    /// Removes a layer, sealed or not, on which nothing stands: what a job made that was never completed, or the newest
+    /// point of a chain. A layer that is not there is fine.
+    ///
+    /// The manifest goes first, so that a crash in between leaves an unsealed layer. Whether the layer is still wanted
+    /// is not known here, only that no other needs it; a damaged manifest is no obstacle.
+    ///
+    /// # Errors
+    /// [`Error::HasChild`] if a sealed layer, or one that is being written, stands on it; [`Error::InUse`];
+    /// [`Error::Path`]; [`Error::ReadOnly`]; [`Error::Host`].
+    pub async fn remove_layer(&self, layer: &Path) -> Result<(), Error> {
+        self.check_writable()?;
+        let path = self.locate(layer)?;
+        self.with(move |inner| inner.remove(&path, Removal::Any)).await
     }
 
     pub(crate) fn check_writable(&self) -> Result<(), Error> {
@@ -233,30 +248,26 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes an unsealed layer.
-    pub(crate) fn discard(&self, path: &LayerPath) -> Result<(), Error> {
-        // Held to the end, so that no layer appears in a directory that is about to go.
+    /// Removes a layer and what gets empty by that.
+    fn remove(&self, path: &LayerPath, removal: Removal) -> Result<(), Error> {
+        // Held to the end, so that no layer appears in a directory, or on a parent, that is about to go.
         let standstill = self.writing.standstill();
         let file = self.host_path(path);
         if standstill.contains(path) {
             return Err(Error::InUse { file });
         }
+        if let Some(child) = standstill.child_of(path) {
+            return Err(Error::HasChild { file, child: child.file_name().to_owned() });
+        }
         let Some(context) = self.directory.child(path.context_directory())? else { return Ok(()) };
         if let Some(disk) = context.child(path.disk_directory())? {
-            match read_manifest(&disk, path.file_name()) {
-                Ok(None) => {}
-                Ok(Some(_)) => return Err(Error::Sealed { file }),
-                Err(error) if is_cut_short(&error) => {}
-                Err(error) => return Err(error),
+            if removal == Removal::Unsealed {
+                check_unsealed(&disk, path)?;
             }
             if let Some(child) = child_of(&disk, path.file_name())? {
                 return Err(Error::HasChild { file, child });
             }
-            let manifest = path.manifest_name();
-            for name in [&temporary_name(&manifest), &manifest, path.file_name()] {
-                disk.remove_file(name)?;
-            }
-            disk.sync()?;
+            remove_files(&disk, path)?;
         }
         if !standstill.disk_directory_in_use(path) {
             context.remove_empty_child(path.disk_directory())?;
@@ -268,6 +279,36 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// Which layers may be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Removal {
+    /// Those that were never finished.
+    Unsealed,
+    /// Those too that were.
+    Any,
+}
+
+/// Refuses a layer with a manifest, unless that was cut short.
+fn check_unsealed(disk: &Directory, path: &LayerPath) -> Result<(), Error> {
+    match read_manifest(disk, path.file_name()) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err(Error::Sealed { file: disk.path().join(path.file_name()) }),
+        Err(error) if is_cut_short(&error) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes the files of a layer, the manifest durably first: no manifest is ever left without its layer.
+fn remove_files(disk: &Directory, path: &LayerPath) -> Result<(), Error> {
+    let manifest = path.manifest_name();
+    let temporary = disk.remove_file(&temporary_name(&manifest))?;
+    if disk.remove_file(&manifest)? {
+        disk.sync()?;
+    }
+    let layer = disk.remove_file(path.file_name())?;
+    if temporary || layer { disk.sync() } else { Ok(()) }
 }
 
 /// A sealed layer that names `file` as its parent. A manifest that cannot be read names nothing.

@@ -34,7 +34,10 @@ impl Job {
         match self {
             Self::Io(descriptor, request) => {
                 let (op, finish) = request.into_parts();
-                finish.complete(descriptor.execute(op));
+                let result = descriptor.execute(op);
+                // The file first: whoever hears of the completion may want it closed.
+                drop(descriptor);
+                finish.complete(result);
             }
             Self::Call(call) => call(),
         }
@@ -83,8 +86,8 @@ impl BlockingEngine {
         &self.slots
     }
 
-    pub(crate) fn submit(&self, descriptor: &Arc<Descriptor>, request: Request) {
-        self.queue.push(Job::Io(Arc::clone(descriptor), request));
+    pub(crate) fn submit(&self, descriptor: Arc<Descriptor>, request: Request) {
+        self.queue.push(Job::Io(descriptor, request));
     }
 }
 
@@ -158,7 +161,7 @@ struct BlockingStorage {
 
 impl Storage for BlockingStorage {
     fn submit(&self, request: Request) {
-        self.engine.submit(&self.descriptor, request);
+        self.engine.submit(Arc::clone(&self.descriptor), request);
     }
 
     fn facts(&self) -> StorageFacts {
@@ -171,5 +174,35 @@ impl Storage for BlockingStorage {
 
     fn slots(&self) -> &Arc<Semaphore> {
         &self.engine.slots
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn no_more_calls_run_at_once_than_there_are_threads() {
+        let engine = BlockingEngine::new(2);
+        let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let calls = (0..100_usize).map(|number| {
+            let (running, most) = (Arc::clone(&running), Arc::clone(&most));
+            let engine = Arc::clone(&engine);
+            async move {
+                let call = move || {
+                    let now = running.fetch_add(1, Ordering::SeqCst) + 1;
+                    most.fetch_max(now, Ordering::SeqCst);
+                    thread::yield_now();
+                    running.fetch_sub(1, Ordering::SeqCst);
+                    number
+                };
+                engine.call(call).await
+            }
+        });
+        let answers = futures_util::future::try_join_all(calls).await.expect("all are answered");
+        assert_eq!(answers, (0..100).collect::<Vec<_>>());
+        assert!((1..=2).contains(&most.load(Ordering::SeqCst)));
     }
 }

@@ -118,7 +118,10 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_has_io_uring() {
-        assert_eq!(Engine::choose(Some("no such engine"), Engine::uring).name(), "uring");
+    fn a_wish_that_nobody_knows_is_no_wish() {
+        let refuse = || Err(io::Error::from_raw_os_error(1));
+        assert_eq!(Engine::choose(Some("no such engine"), refuse).name(), "blocking");
+        let rings = Engine::uring().map(|engine| engine.name()).unwrap_or("blocking");
+        assert_eq!(Engine::choose(Some("no such engine"), Engine::uring).name(), rings);
     }
 }

@@ -107,7 +107,7 @@ impl Storage for UringStorage {
             _ => Some(request),
         };
         if let Some(request) = rest {
-            self.pool.submit(&self.descriptor, request);
+            self.pool.submit(Arc::clone(&self.descriptor), request);
         }
     }
 
@@ -315,7 +315,7 @@ impl Ring {
                 Next::Continue => self.backlog.push_front(flight),
                 Next::UsePool => {
                     let request = Request::from_parts(flight.op, flight.finish);
-                    self.pool.submit(&flight.descriptor, request);
+                    self.pool.submit(flight.descriptor, request);
                 }
             }
         }
@@ -331,7 +331,7 @@ impl Ring {
             std::mem::take(&mut mail.posted)
         };
         for flight in self.backlog.drain(..).chain(posted) {
-            self.pool.submit(&flight.descriptor, Request::from_parts(flight.op, flight.finish));
+            self.pool.submit(flight.descriptor, Request::from_parts(flight.op, flight.finish));
         }
         for flight in self.in_flight.iter_mut().filter_map(Option::take) {
             std::mem::forget((flight.op, flight.descriptor));
@@ -417,4 +417,74 @@ impl Flight {
 
 fn clamp(len: usize) -> u32 {
     u32::try_from(len.min(SUBMISSION_BYTES)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{BufferPool, OpenOptions};
+
+    /// An operation on a direct file of unknown content, of which the kernel's answers are invented.
+    fn flight(op: Op) -> Flight {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let options = OpenOptions { lock: false, ..OpenOptions::writing() };
+        let mut descriptor = Descriptor::open(file.path(), &options).expect("open");
+        descriptor.facts.offset_align = 512;
+        let (op, finish) = Request::new(op, None).0.into_parts();
+        Flight { op, finish, descriptor: Arc::new(descriptor), done: 0 }
+    }
+
+    fn read() -> Flight {
+        let mut buffer = BufferPool::shared().get_now(4096);
+        buffer.fill(7);
+        flight(Op::Read { at: 8192, buffer })
+    }
+
+    fn bytes(flight: &Flight) -> &[u8] {
+        match &flight.op {
+            Op::Read { buffer, .. } => buffer,
+            _ => &[],
+        }
+    }
+
+    #[test]
+    fn a_short_read_goes_on_until_the_end_of_the_file() {
+        let mut flight = read();
+        assert!(matches!(flight.advance(512), Next::Continue));
+        assert!(matches!(flight.advance(1024), Next::Continue));
+        assert!(matches!(flight.advance(0), Next::Complete(Ok(()))));
+        assert!(bytes(&flight)[..1536].iter().all(|byte| *byte == 7));
+        assert!(crate::is_zero(&bytes(&flight)[1536..]));
+    }
+
+    #[test]
+    fn a_direct_read_that_ends_off_the_alignment_met_the_end() {
+        let mut flight = read();
+        assert!(matches!(flight.advance(700), Next::Complete(Ok(()))));
+        assert!(crate::is_zero(&bytes(&flight)[700..]));
+        assert_eq!(bytes(&flight)[699], 7);
+    }
+
+    #[test]
+    fn a_short_write_goes_on_and_one_of_nothing_fails() {
+        let mut flight = flight(Op::Write { at: 0, data: Bytes::from_static(&[1; 1024]) });
+        assert!(matches!(flight.advance(512), Next::Continue));
+        assert_eq!(flight.done, 512);
+        let Next::Complete(Err(error)) = flight.advance(0) else { panic!("it would never end") };
+        assert_eq!(error.kind(), io::ErrorKind::WriteZero);
+        assert!(matches!(flight.advance(512), Next::Complete(Ok(()))));
+    }
+
+    #[test]
+    fn interruptions_are_repeated_and_other_errors_are_told() {
+        let mut flight = read();
+        assert!(matches!(flight.advance(-Errno::INTR.raw_os_error()), Next::Continue));
+        assert!(matches!(flight.advance(-Errno::AGAIN.raw_os_error()), Next::UsePool));
+        let Next::Complete(Err(error)) = flight.advance(-Errno::NOSPC.raw_os_error()) else {
+            panic!("an error is final")
+        };
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
 }

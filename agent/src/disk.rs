@@ -219,7 +219,6 @@ impl DiskRun {
             ));
         }
         for message in &warnings {
-            tracing::warn!("{message}");
             let (disk_index, message) = (Some(self.job.index), message.clone());
             self.events.tell(Event::Warning { disk_index, message }).await;
         }

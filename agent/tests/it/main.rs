@@ -3,4 +3,8 @@
 mod bitmap;
 mod changes;
 mod failures;
+#[cfg(feature = "program")]
+mod fake_hub;
+#[cfg(feature = "program")]
+mod program;
 mod support;

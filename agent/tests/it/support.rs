@@ -11,6 +11,8 @@ use agent::{
     Address, AgentError, CancelToken, DiskJob, Event, RunOptions, RunReport, SourceSpec, Target,
     event_channel, run,
 };
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tempfile::TempDir;
 
 /// The unit of comparison.
@@ -19,7 +21,7 @@ pub(crate) const BLOCK: u64 = 64 << 10;
 /// A server in a process of its own; stopped when dropped.
 pub(crate) struct Peer {
     socket: PathBuf,
-    pid: String,
+    pid: Pid,
 }
 
 impl Peer {
@@ -49,8 +51,8 @@ impl Peer {
         let mut greeting = [0; 8];
         UnixStream::connect(&socket).unwrap().read_exact(&mut greeting).unwrap();
         assert_eq!(&greeting, b"NBDMAGIC");
-        let pid = fs::read_to_string(pid_file).unwrap().trim().to_owned();
-        Self { socket, pid }
+        let pid = fs::read_to_string(pid_file).unwrap().trim().parse().unwrap();
+        Self { socket, pid: Pid::from_raw(pid).unwrap() }
     }
 
     pub(crate) fn target(&self, export: &str) -> Target {
@@ -65,7 +67,11 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        let _ = Command::new("kill").arg(&self.pid).status();
+        // Gone means gone: its image locks, too.
+        if let Ok(process) = pidfd_open(self.pid, PidfdFlags::empty()) {
+            let _ = pidfd_send_signal(&process, Signal::TERM);
+            let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], None);
+        }
     }
 }
 

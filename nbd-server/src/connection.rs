@@ -77,12 +77,12 @@ impl Budget {
 
 /// What the requests of one connection share.
 struct Session {
+    shared: Arc<Shared>,
     agreement: Agreement,
     attachment: Attachment,
     budget: Budget,
     /// Requests that the device has not finished, or whose answer is not handed on.
     executing: Arc<Gauge>,
-    status_extents: usize,
 }
 
 /// Ends a task with its owner.
@@ -95,7 +95,7 @@ impl<T> Drop for Abort<T> {
 }
 
 /// Serves requests until the client leaves, or the export does.
-pub(crate) async fn transmit<R, W>(shared: &Shared, entered: Entered, reader: R, writer: W)
+pub(crate) async fn transmit<R, W>(shared: &Arc<Shared>, entered: Entered, reader: R, writer: W)
 where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
@@ -104,13 +104,12 @@ where
     let limits = &shared.limits;
     let structured = agreement.structured;
     let session = Arc::new(Session {
+        shared: Arc::clone(shared),
         agreement,
         attachment,
         budget: Budget::new(limits.in_flight_requests, limits.in_flight_bytes),
         executing: Arc::default(),
-        status_extents: limits.status_extents,
     });
-    let closing = &session.attachment.export.closing;
     // As many places as tickets: handing a reply on never waits.
     let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
     let (replies, outgoing) = mpsc::channel(places.min(Semaphore::MAX_PERMITS));
@@ -118,7 +117,7 @@ where
     let mut intake = Intake::new(reader, input);
     let end = tokio::select! {
         end = take_requests(&session, &mut intake, &replies) => end,
-        () = async { closing.raised().await; session.executing.idle().await } => End::Closed,
+        () = session.finished() => End::Closed,
         () = replies.closed() => End::Gone,
     };
     tracing::debug!(?end, export = session.agreement.facts.name, "no more requests");
@@ -128,8 +127,7 @@ where
         (&mut writing.0).await
     };
     let overdue = async {
-        closing.raised().await;
-        session.executing.idle().await;
+        session.finished().await;
         sleep(limits.close_timeout).await;
     };
     let writer = tokio::select! {
@@ -200,13 +198,13 @@ async fn start<R: AsyncRead + Unpin>(
     request: &Request,
     command: Command,
 ) -> io::Result<()> {
-    let ticket = session.admit(cost(command, session.status_extents)).await?;
+    let ticket = session.admit(cost(command, session.shared.limits.status_extents)).await?;
     let payload = match command {
         Command::Write { .. } => intake.payload(request.len).await?,
         _ => Bytes::new(),
     };
     // From here to the hold nothing waits, so that a closing connection cannot miss this request.
-    if session.attachment.export.closing.is_raised() {
+    if session.is_closing() {
         let refusal = Refusal::ShuttingDown;
         return session.answer_refusal(replies, request.cookie, refusal, ticket).await;
     }
@@ -232,6 +230,21 @@ fn cost(command: Command, status_extents: usize) -> u32 {
 }
 
 impl Session {
+    /// Whether the export is being cut off, or the server stops; the export of a connection that drains is not among
+    /// those that the server still knows.
+    fn is_closing(&self) -> bool {
+        self.attachment.export.closing.is_raised() || self.shared.stopping.is_raised()
+    }
+
+    /// Waits until the connection is to close and the device has finished everything.
+    async fn finished(&self) {
+        tokio::select! {
+            () = self.attachment.export.closing.raised() => {}
+            () = self.shared.stopping.raised() => {}
+        }
+        self.executing.idle().await;
+    }
+
     async fn admit(&self, bytes: u32) -> io::Result<Ticket> {
         self.budget.admit(bytes).await.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
     }
@@ -260,7 +273,7 @@ impl Session {
             command,
             payload,
             &self.agreement.contexts,
-            self.status_extents,
+            self.shared.limits.status_extents,
         );
         let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
         let answer = done.unwrap_or_else(|_| broken("the device broke down"));

@@ -206,7 +206,7 @@ impl Server {
             }
             served.ok_or_else(|| ExportError::Unknown(name.to_owned()))?
         };
-        if how == Removal::Cut || self.shared.stopping.is_raised() {
+        if how == Removal::Cut {
             served.closing.raise();
         }
         served.unheld().await;
@@ -239,9 +239,6 @@ impl Server {
             self.shared.stopping.raise();
             table.exports.values().map(Arc::clone).collect()
         };
-        for export in &exports {
-            export.closing.raise();
-        }
         let listeners = std::mem::take(&mut *self.shared.listeners.lock());
         let closed = async {
             join_all(listeners).await;

@@ -212,6 +212,27 @@ async fn shutdown_is_over_in_time_with_clients_that_hang_and_a_device_that_hangs
     drop((device, stuck));
 }
 
+#[tokio::test]
+async fn shutdown_also_closes_the_connections_of_an_export_that_drains() {
+    let (server, _) = server();
+    let mut raw = Raw::entered(&server).await;
+    let removal = tokio::spawn({
+        let server = server.clone();
+        async move { server.remove_export("disk", Removal::Drain).await.map(drop) }
+    });
+    while !server.exports().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let stopping = tokio::spawn({
+        let server = server.clone();
+        async move { server.shutdown(GRACE).await }
+    });
+    assert!(raw.rest().await.is_empty());
+    drop(raw);
+    removal.await.unwrap().unwrap();
+    assert_eq!(stopping.await.unwrap().dropped_connections, 0);
+}
+
 /// A server with one client whose write the device never finishes, and neither any flush.
 async fn server_with_held_write() -> (Server, (Arc<TestDevice>, Raw)) {
     let (server, device) = server();

@@ -98,6 +98,57 @@ fn it_serves_raw_images_on_both_kinds_of_listener_and_ends_clean() {
     assert!(std::fs::read(dir.path().join("disk.img")).unwrap() == bytes);
 }
 
+/// Makes a qcow2 image, over a backing file where one is named.
+fn create_qcow2(dir: &Path, name: &str, backing: Option<(&str, &str)>) {
+    let mut arguments = vec!["create", "-q", "-f", "qcow2"];
+    if let Some((file, format)) = backing {
+        arguments.extend(["-b", file, "-F", format]);
+    }
+    arguments.extend([name, "2M"]);
+    run(dir, "qemu-img", &arguments);
+}
+
+#[test]
+fn a_qcow2_chain_is_recognised_written_and_left_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bytes = image(dir.path());
+    create_qcow2(dir.path(), "top.qcow2", Some(("disk.img", "raw")));
+    let arguments = ["--listen=unix:socket", "--export=one=top.qcow2"];
+    let mut server = Running::start(dir.path(), &arguments);
+    server.address();
+    let uri = "nbd+unix:///one?socket=socket";
+    let write = ["-f", "raw", "-c", "write -P 9 75000 10000", "-c", "write -z 64k 1000", uri];
+    run(dir.path(), "qemu-io", &write);
+    bytes[75_000..85_000].fill(9);
+    bytes[65_536..66_536].fill(0);
+    run(dir.path(), "nbdcopy", &[uri, "copy.img"]);
+    assert!(std::fs::read(dir.path().join("copy.img")).unwrap() == bytes);
+    assert!(server.stop());
+    run(dir.path(), "qemu-img", &["check", "-q", "top.qcow2"]);
+    let compare = ["compare", "-q", "-f", "qcow2", "-F", "raw", "top.qcow2", "copy.img"];
+    run(dir.path(), "qemu-img", &compare);
+}
+
+#[test]
+fn references_outside_the_directory_need_leave() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = image(dir.path());
+    let inner = dir.path().join("inner");
+    std::fs::create_dir(&inner).unwrap();
+    create_qcow2(&inner, "top.qcow2", Some(("../disk.img", "raw")));
+    let export = "--export=one=inner/top.qcow2,read-only";
+    let mut server = Running::start(dir.path(), &["--listen=unix:socket", export]);
+    assert!(!server.child.wait().unwrap().success());
+    assert!(server.errors().contains("disk.img"));
+    for leave in ["--allow-references=.", "--allow-references=any"] {
+        let mut server = Running::start(dir.path(), &["--listen=unix:socket", export, leave]);
+        server.address();
+        run(dir.path(), "nbdcopy", &["nbd+unix:///?socket=socket", "copy.img"]);
+        assert!(std::fs::read(dir.path().join("copy.img")).unwrap() == bytes);
+        assert!(server.stop());
+    }
+}
+
 #[test]
 fn a_read_only_export_is_one() {
     let dir = tempfile::tempdir().unwrap();

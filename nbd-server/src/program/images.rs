@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use block::{BlockDevice, RawDevice};
+use qcow2::{Image, OpenOptions, References};
 
 use super::options::{AllowReferences, ExportSpec, Format};
 
@@ -33,7 +34,7 @@ impl Opened {
 /// Opens the image of an export.
 pub(super) async fn open(
     spec: &ExportSpec,
-    _references: Option<&AllowReferences>,
+    references: Option<&AllowReferences>,
 ) -> anyhow::Result<Opened> {
     let path = &spec.path;
     let cannot = || format!("cannot open {} for export {:?}", path.display(), spec.name);
@@ -43,9 +44,22 @@ pub(super) async fn open(
     };
     let device: Arc<dyn BlockDevice> = match format {
         Format::Raw => RawDevice::open(path, spec.read_only).await.with_context(cannot)?,
-        Format::Qcow2 => bail!("{}: qcow2 images cannot be served yet", cannot()),
+        Format::Qcow2 => {
+            let options = qcow2_options(spec.read_only, references);
+            Arc::new(Image::open(path, options).await.with_context(cannot)?)
+        }
     };
     Ok(Opened { path: path.clone(), device })
+}
+
+/// Locked, direct, and with backing files where they are allowed to be.
+fn qcow2_options(read_only: bool, references: Option<&AllowReferences>) -> OpenOptions {
+    let options = if read_only { OpenOptions::reading() } else { OpenOptions::writing() };
+    options.references(match references {
+        None => References::Confined,
+        Some(AllowReferences::Any) => References::Any,
+        Some(AllowReferences::Below(directory)) => References::Under(directory.clone()),
+    })
 }
 
 /// Recognises qcow2. Anything else must be named: a guest could write a header into a raw disk, and would be believed.

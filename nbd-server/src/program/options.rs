@@ -20,7 +20,7 @@ pub(crate) struct Options {
     #[arg(long = "export", value_name = "NAME=PATH[,...]", required = true)]
     pub(crate) exports: Vec<ExportSpec>,
 
-    /// Where backing files may lie beyond the directory of their image: below DIR, or anywhere
+    /// Where backing files may lie: below DIR, or anywhere [default: below the directory of the image]
     #[arg(long, value_name = "DIR|any")]
     pub(crate) allow_references: Option<AllowReferences>,
 

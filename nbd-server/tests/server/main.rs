@@ -2,6 +2,8 @@
 
 mod device;
 mod lifecycle;
+#[cfg(feature = "client")]
+mod own_client;
 mod peers;
 mod raw;
 mod transmission;

@@ -17,6 +17,14 @@ impl ExportDirectory for OneExport {
         vec![("disk".to_owned(), "a disk".to_owned())]
     }
 
+    fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
+        self.look_up(name)
+    }
+
+    fn is_shutting_down(&self) -> bool {
+        false
+    }
+
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
         if !matches!(name, "" | "disk") {
             return Err(Unavailable::Unknown);

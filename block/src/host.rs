@@ -1,5 +1,10 @@
 //! A host file at any alignment: direct I/O where it fits, bounce buffers and read-modify-write where it does not,
-//! lengths and growth. What the bytes mean is the formats' business.
+//! holes, and the lock that keeps neighbours apart. What the bytes mean is the formats' business.
+
+mod bounce;
+mod length;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,20 +12,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
-use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+use tokio::sync::Mutex as AsyncMutex;
 
+use self::bounce::Locks;
 use crate::buffer::{Buffer, BufferPool, ZEROS_BYTES, zeros};
 use crate::storage::{Effect, Hold, Keep, Lengths, Op, Outcome, Request, Storage, StorageFacts};
-use crate::{ByteRange, Engine, HostError, HostOp, RangeGuard, RangeLock};
+use crate::{ByteRange, Engine, HostError, HostOp, RangeLock};
 
-/// The largest piece, in bytes, that goes through a bounce buffer at once.
-const BOUNCE_BYTES: u64 = 1 << 20;
 /// The unit, in bytes, in which ranges are punched and zeroed on the host; the edges are written.
 const HOLE_BYTES: u64 = 4096;
-/// The least and the most that [`HostFile::ensure_capacity`] grows ahead, in bytes.
-const GROW_AHEAD_BYTES: (u64, u64) = (8 << 20, 256 << 20);
-/// Where growing ahead stops halving its step on a full file system, in bytes.
-const GROW_LEAST_BYTES: u64 = 64 << 10;
 /// How many data ranges are asked for at once.
 const MAP_RANGES: usize = 1024;
 
@@ -320,123 +320,6 @@ impl HostFile {
         Ok(())
     }
 
-    /// Makes the file at least `len` bytes long, with space behind its present end allocated and reading as zeros.
-    /// Never shrinks; [`HostFile::len`] counts it. Where the host cannot allocate, the file gets a hole instead.
-    ///
-    /// # Errors
-    /// [`HostError`] with [`HostOp::Allocate`] or [`HostOp::Resize`].
-    pub async fn grow(&self, len: u64) -> Result<(), HostError> {
-        let inner = &self.inner;
-        let range = ByteRange::between(self.len(), len);
-        if range.is_empty() {
-            return Ok(());
-        }
-        inner.check_change(HostOp::Allocate, range)?;
-        let resize = inner.lock_resize().await;
-        let effect = Effect::Grows { logical: len, physical: len };
-        let keep = inner.resize_keep(&resize, effect);
-        let start = inner.physical_len().min(self.len());
-        let op = Op::Allocate { range: ByteRange::between(start, len) };
-        match inner.run(op, HostOp::Allocate, keep).await {
-            Err(error) if is_unsupported(&error.source) => {
-                inner.can_allocate.store(false, Ordering::Relaxed);
-            }
-            other => return other.map(drop),
-        }
-        if inner.physical_len() >= len {
-            inner.lengths.logical.fetch_max(len, Ordering::AcqRel);
-            return Ok(());
-        }
-        let keep = inner.resize_keep(&resize, Effect::Grows { logical: len, physical: len });
-        inner.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop)
-    }
-
-    /// Allocates ahead so that a write up to `end` does not have to lengthen the file: cheap if it need not, otherwise
-    /// an eighth of the file (8 to 256 MiB) at once, less where the host is nearly full. [`HostFile::len`] does not
-    /// count it; [`HostFile::give_back`] returns what was not used. Does nothing where the host cannot.
-    ///
-    /// # Errors
-    /// [`HostError`] with [`HostOp::Allocate`] if not even `end` can be reached: [`crate::ErrorKind::NoSpace`].
-    pub async fn ensure_capacity(&self, end: u64) -> Result<(), HostError> {
-        let inner = &self.inner;
-        let enough = || {
-            end <= inner.physical_len()
-                || inner.facts.fixed_len
-                || !inner.can_allocate.load(Ordering::Relaxed)
-        };
-        if enough() {
-            return Ok(());
-        }
-        inner.check_change(HostOp::Allocate, ByteRange::between(end, end))?;
-        let resize = inner.lock_resize().await;
-        let mut step = (end / 8).clamp(GROW_AHEAD_BYTES.0, GROW_AHEAD_BYTES.1);
-        while !enough() {
-            let target = end.saturating_add(step);
-            let effect = Effect::Grows { logical: 0, physical: target };
-            let range = ByteRange::between(inner.physical_len(), target);
-            let keep = inner.resize_keep(&resize, effect);
-            match inner.run(Op::Allocate { range }, HostOp::Allocate, keep).await {
-                Ok(_) => return Ok(()),
-                Err(error) if is_unsupported(&error.source) => {
-                    inner.can_allocate.store(false, Ordering::Relaxed);
-                }
-                Err(error) if step > 0 && error.kind() == crate::ErrorKind::NoSpace => {
-                    step = if step > GROW_LEAST_BYTES { step / 4 } else { 0 };
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Cuts off what was allocated ahead and not written: the host's length becomes [`HostFile::len`].
-    ///
-    /// # Errors
-    /// [`HostError`] with [`HostOp::Resize`] or [`HostOp::Stat`].
-    pub async fn give_back(&self) -> Result<(), HostError> {
-        let inner = &self.inner;
-        if inner.facts.fixed_len || inner.facts.read_only {
-            return Ok(());
-        }
-        let resize = inner.lock_resize().await;
-        let guard = inner.lock_from(self.len()).await;
-        let len = self.len();
-        let host = inner.storage.len();
-        if host.map_err(|e| HostError::whole(self.path(), HostOp::Stat, e))? == len {
-            inner.lengths.physical.store(len, Ordering::Release);
-            return Ok(());
-        }
-        let mut keep = inner.resize_keep(&resize, Effect::Physical(len));
-        keep.guard = Some(guard);
-        inner.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop)
-    }
-
-    /// Sets the length: cuts the file, or lengthens it by a hole that reads as zeros. Waits for writes behind the cut.
-    ///
-    /// # Errors
-    /// [`HostError`] with [`HostOp::Resize`]; a block device refuses any length but its own.
-    pub async fn set_len(&self, len: u64) -> Result<(), HostError> {
-        let inner = &self.inner;
-        let range = ByteRange::between(len, len);
-        inner.check_change(HostOp::Resize, range)?;
-        if inner.facts.fixed_len {
-            let same = len == self.len();
-            let refused = || inner.error(HostOp::Resize, range, io::ErrorKind::Unsupported.into());
-            return if same { Ok(()) } else { Err(refused()) };
-        }
-        let resize = inner.lock_resize().await;
-        let guard = inner.lock_from(len.min(self.len())).await;
-        let old = self.len();
-        // What lies between the logical and the host's end may be left of a failed write: it must not become visible.
-        let steps = if len > old && inner.physical_len() > old { &[old, len][..] } else { &[len] };
-        for len in steps.iter().copied() {
-            let mut keep = inner.resize_keep(&resize, Effect::Sets(len));
-            keep.guard = Some(Arc::clone(&guard));
-            inner.run(Op::SetLen { len }, HostOp::Resize, keep).await?;
-        }
-        Ok(())
-    }
-
     /// Makes durable every write whose call had returned before this one began, and the lengths to find them.
     ///
     /// # Errors
@@ -479,13 +362,6 @@ impl HostFile {
             Err(error) => Err(error),
         }
     }
-}
-
-/// What an operation that must not meet others holds.
-#[derive(Default)]
-struct Locks {
-    guard: Option<Arc<RangeGuard>>,
-    resize: Option<Arc<OwnedMutexGuard<()>>>,
 }
 
 impl Inner {
@@ -537,24 +413,6 @@ impl Inner {
         )
     }
 
-    async fn lock_resize(&self) -> Arc<OwnedMutexGuard<()>> {
-        Arc::new(Arc::clone(&self.resize).lock_owned().await)
-    }
-
-    /// Keeps every write out that touches the block of `offset` or a later one.
-    async fn lock_from(&self, offset: u64) -> Arc<RangeGuard> {
-        let start = offset - offset % self.facts.offset_align;
-        Arc::new(self.locks.lock_exclusive(ByteRange::between(start, u64::MAX)).await)
-    }
-
-    fn resize_keep(&self, resize: &Arc<OwnedMutexGuard<()>>, effect: Effect) -> Keep {
-        Keep {
-            resize: Some(Arc::clone(resize)),
-            effect: Some((Arc::clone(&self.lengths), effect)),
-            ..Keep::default()
-        }
-    }
-
     fn keep(&self, hold: &Hold, locks: &Locks, logical: u64, physical: u64) -> Keep {
         Keep {
             hold: hold.clone(),
@@ -586,91 +444,6 @@ impl Inner {
         result.map_err(|source| self.error(what, range, source))
     }
 
-    async fn write_unaligned(
-        &self,
-        range: ByteRange,
-        wide: ByteRange,
-        data: Bytes,
-        hold: Hold,
-    ) -> Result<(), HostError> {
-        if range.end() == wide.end() || wide.end() <= self.physical_len() {
-            let guard = Some(Arc::new(self.locks.lock_exclusive(wide).await));
-            // Only a cut of the file, which waits for this lock or has gone before it, makes it shorter.
-            if range.end() == wide.end() || wide.end() <= self.physical_len() {
-                let locks = Locks { guard, resize: None };
-                return self.write_pieces(range, wide, &data, &hold, &locks).await;
-            }
-        }
-        let resize = self.lock_resize().await;
-        let guard = self.lock_from(wide.start()).await;
-        let host_len = self.physical_len();
-        let locks = Locks { guard: Some(Arc::clone(&guard)), resize: Some(Arc::clone(&resize)) };
-        let written = self.write_pieces(range, wide, &data, &hold, &locks).await;
-        if wide.end() <= host_len {
-            return written;
-        }
-        let len = host_len.max(range.end());
-        let mut keep = self.resize_keep(&resize, Effect::Physical(len));
-        keep.guard = Some(guard);
-        keep.hold = hold;
-        let cut = self.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop);
-        written.and(cut)
-    }
-
-    /// Writes in pieces, copying what has to be aligned. The locks are the caller's and cover all of `wide`.
-    async fn write_pieces(
-        &self,
-        range: ByteRange,
-        wide: ByteRange,
-        data: &Bytes,
-        hold: &Hold,
-        locks: &Locks,
-    ) -> Result<(), HostError> {
-        for piece in wide.pieces(BOUNCE_BYTES.max(self.facts.offset_align)) {
-            let inside = piece.intersection(range);
-            let skip = ByteRange::between(range.start(), inside.start());
-            let skip = self.memory_len(skip, HostOp::Write)?;
-            let len = self.memory_len(inside, HostOp::Write)?;
-            let part = data.slice(skip..skip + len);
-            let block = if inside == piece && self.is_memory_aligned(&part) {
-                part
-            } else {
-                self.bounce(piece, inside, &part).await?
-            };
-            let keep = self.keep(hold, locks, inside.end(), piece.end());
-            let op = Op::Write { at: piece.start(), data: block };
-            self.run(op, HostOp::Write, keep).await?;
-        }
-        Ok(())
-    }
-
-    /// Copies `part` into aligned memory for all of `piece`, with what the file holds around it.
-    async fn bounce(
-        &self,
-        piece: ByteRange,
-        inside: ByteRange,
-        part: &Bytes,
-    ) -> Result<Bytes, HostError> {
-        let align = self.facts.offset_align;
-        let len = self.memory_len(piece, HostOp::Write)?;
-        let mut whole = self.pool.get_now(len);
-        let first = ByteRange::between(piece.start(), piece.start() + align);
-        let last = ByteRange::between(piece.end() - align, piece.end());
-        let needs_first = inside.start() > piece.start() || inside.end() < first.end();
-        if needs_first {
-            let block = self.read_block(first).await?;
-            whole[..block.len()].copy_from_slice(&block);
-        }
-        if inside.end() < piece.end() && !(needs_first && first == last) {
-            let block = self.read_block(last).await?;
-            whole[len - block.len()..].copy_from_slice(&block);
-        }
-        let skip =
-            self.memory_len(ByteRange::between(piece.start(), inside.start()), HostOp::Write)?;
-        whole[skip..skip + part.len()].copy_from_slice(part);
-        Ok(whole.freeze())
-    }
-
     /// Reads whole blocks.
     async fn read_block(&self, block: ByteRange) -> Result<Buffer, HostError> {
         let buffer = self.pool.get_now(self.memory_len(block, HostOp::Read)?);
@@ -700,6 +473,3 @@ impl std::fmt::Debug for HostFile {
             .finish_non_exhaustive()
     }
 }
-
-#[cfg(test)]
-mod tests;

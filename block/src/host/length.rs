@@ -1,0 +1,157 @@
+//! The two lengths of a host file: what was written, and what the host has. Growing, allocating ahead, giving back and
+//! cutting; plain writes change the lengths by their completions.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::OwnedMutexGuard;
+
+use super::{HostFile, Inner, is_unsupported};
+use crate::storage::{Effect, Keep, Op};
+use crate::{ByteRange, HostError, HostOp, RangeGuard};
+
+/// The least and the most that [`HostFile::ensure_capacity`] grows ahead, in bytes.
+const GROW_AHEAD_BYTES: (u64, u64) = (8 << 20, 256 << 20);
+/// Where growing ahead stops halving its step on a full file system, in bytes.
+const GROW_LEAST_BYTES: u64 = 64 << 10;
+
+impl HostFile {
+    /// Makes the file at least `len` bytes long, with space behind its present end allocated and reading as zeros.
+    /// Never shrinks; [`HostFile::len`] counts it. Where the host cannot allocate, the file gets a hole instead. (Where a
+    /// write behind the old end has failed, what it left may show; [`HostFile::set_len`] clears that.)
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Allocate`] or [`HostOp::Resize`].
+    pub async fn grow(&self, len: u64) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let range = ByteRange::between(self.len(), len);
+        if range.is_empty() {
+            return Ok(());
+        }
+        inner.check_change(HostOp::Allocate, range)?;
+        let resize = inner.lock_resize().await;
+        let effect = Effect::Grows { logical: len, physical: len };
+        let keep = inner.resize_keep(&resize, effect);
+        let start = inner.physical_len().min(self.len());
+        let op = Op::Allocate { range: ByteRange::between(start, len) };
+        match inner.run(op, HostOp::Allocate, keep).await {
+            Err(error) if is_unsupported(&error.source) => {
+                inner.can_allocate.store(false, Ordering::Relaxed);
+            }
+            other => return other.map(drop),
+        }
+        if inner.physical_len() >= len {
+            inner.lengths.logical.fetch_max(len, Ordering::AcqRel);
+            return Ok(());
+        }
+        let keep = inner.resize_keep(&resize, Effect::Grows { logical: len, physical: len });
+        inner.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop)
+    }
+
+    /// Allocates ahead so that a write up to `end` does not have to lengthen the file: cheap if it need not, otherwise
+    /// an eighth of the file (8 to 256 MiB) at once, less where the host is nearly full. [`HostFile::len`] does not
+    /// count it; [`HostFile::give_back`] returns what was not used. Does nothing where the host cannot.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Allocate`] if not even `end` can be reached: [`crate::ErrorKind::NoSpace`].
+    pub async fn ensure_capacity(&self, end: u64) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let enough = || {
+            end <= inner.physical_len()
+                || inner.facts.fixed_len
+                || !inner.can_allocate.load(Ordering::Relaxed)
+        };
+        if enough() {
+            return Ok(());
+        }
+        inner.check_change(HostOp::Allocate, ByteRange::between(end, end))?;
+        let resize = inner.lock_resize().await;
+        let mut step = (end / 8).clamp(GROW_AHEAD_BYTES.0, GROW_AHEAD_BYTES.1);
+        while !enough() {
+            let target = end.saturating_add(step);
+            let effect = Effect::Grows { logical: 0, physical: target };
+            let range = ByteRange::between(inner.physical_len(), target);
+            let keep = inner.resize_keep(&resize, effect);
+            match inner.run(Op::Allocate { range }, HostOp::Allocate, keep).await {
+                Ok(_) => return Ok(()),
+                Err(error) if is_unsupported(&error.source) => {
+                    inner.can_allocate.store(false, Ordering::Relaxed);
+                }
+                Err(error) if step > 0 && error.kind() == crate::ErrorKind::NoSpace => {
+                    step = if step > GROW_LEAST_BYTES { step / 4 } else { 0 };
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts off what was allocated ahead and not written: the host's length becomes [`HostFile::len`].
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Resize`] or [`HostOp::Stat`].
+    pub async fn give_back(&self) -> Result<(), HostError> {
+        let inner = &self.inner;
+        if inner.facts.fixed_len || inner.facts.read_only {
+            return Ok(());
+        }
+        let resize = inner.lock_resize().await;
+        let guard = inner.lock_from(self.len()).await;
+        let len = self.len();
+        let host = inner.storage.len();
+        if host.map_err(|e| HostError::whole(self.path(), HostOp::Stat, e))? == len {
+            inner.lengths.physical.store(len, Ordering::Release);
+            return Ok(());
+        }
+        let mut keep = inner.resize_keep(&resize, Effect::Physical(len));
+        keep.guard = Some(guard);
+        inner.run(Op::SetLen { len }, HostOp::Resize, keep).await.map(drop)
+    }
+
+    /// Sets the length: cuts the file, or lengthens it by a hole that reads as zeros. Waits for writes behind the cut.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Resize`]; a block device refuses any length but its own.
+    pub async fn set_len(&self, len: u64) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let range = ByteRange::between(len, len);
+        inner.check_change(HostOp::Resize, range)?;
+        if inner.facts.fixed_len {
+            let same = len == self.len();
+            let refused = || inner.error(HostOp::Resize, range, io::ErrorKind::Unsupported.into());
+            return if same { Ok(()) } else { Err(refused()) };
+        }
+        let resize = inner.lock_resize().await;
+        let guard = inner.lock_from(len.min(self.len())).await;
+        let old = self.len();
+        // What lies between the logical and the host's end may be left of a failed write: it must not become visible.
+        let steps = if len > old && inner.physical_len() > old { &[old, len][..] } else { &[len] };
+        for len in steps.iter().copied() {
+            let mut keep = inner.resize_keep(&resize, Effect::Sets(len));
+            keep.guard = Some(Arc::clone(&guard));
+            inner.run(Op::SetLen { len }, HostOp::Resize, keep).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    pub(super) async fn lock_resize(&self) -> Arc<OwnedMutexGuard<()>> {
+        Arc::new(Arc::clone(&self.resize).lock_owned().await)
+    }
+
+    /// Keeps every write out that touches the block of `offset` or a later one.
+    pub(super) async fn lock_from(&self, offset: u64) -> Arc<RangeGuard> {
+        let start = offset - offset % self.facts.offset_align;
+        Arc::new(self.locks.lock_exclusive(ByteRange::between(start, u64::MAX)).await)
+    }
+
+    pub(super) fn resize_keep(&self, resize: &Arc<OwnedMutexGuard<()>>, effect: Effect) -> Keep {
+        Keep {
+            resize: Some(Arc::clone(resize)),
+            effect: Some((Arc::clone(&self.lengths), effect)),
+            ..Keep::default()
+        }
+    }
+}

@@ -131,17 +131,29 @@ impl Directory {
         let temporary = temporary_name(name);
         // Left behind by a crash: the lease of the repository says that nobody else is writing it.
         self.remove_file(&temporary)?;
-        let path = self.path.join(&temporary);
+        let renamed = self.write_new(&temporary, bytes).and_then(|()| {
+            rustix::fs::renameat(&self.fd, &temporary, &self.fd, name)
+                .map_err(|error| FileOp::Rename.failed(&self.path.join(name), error))
+        });
+        if let Err(error) = renamed {
+            if let Err(second) = self.remove_file(&temporary) {
+                tracing::warn!(file = temporary, %second, "a temporary file stays behind");
+            }
+            return Err(error);
+        }
+        self.sync()
+    }
+
+    /// Writes a file that must not exist, durably, except for its name.
+    fn write_new(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.path.join(name);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(FILE_MODE);
-        let fd = rustix::fs::openat(&self.fd, &temporary, flags, mode)
+        let fd = rustix::fs::openat(&self.fd, name, flags, mode)
             .map_err(|error| FileOp::Open.failed(&path, error))?;
         let mut file = File::from(fd);
         file.write_all(bytes).map_err(|error| FileOp::Write.failed(&path, error))?;
-        file.sync_all().map_err(|error| FileOp::Sync.failed(&path, error))?;
-        rustix::fs::renameat(&self.fd, &temporary, &self.fd, name)
-            .map_err(|error| FileOp::Rename.failed(&path, error))?;
-        self.sync()
+        file.sync_all().map_err(|error| FileOp::Sync.failed(&path, error))
     }
 
     /// Removes a file (or a link, not what it leads to); `false` where there was nothing.

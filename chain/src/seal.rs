@@ -88,10 +88,12 @@ impl Repository {
     /// Finishes a layer: closes its image, makes the file and the directories down to it durable, and only then puts
     /// the manifest beside it. When this returns, the layer is a point in time and may be a parent.
     ///
+    /// The image must not have been closed by somebody else: whether that went well could not be known here.
+    ///
     /// # Errors
-    /// [`Error::Device`] if the image failed now or before: then its content cannot be trusted. [`Error::Request`] for
-    /// an over-long change id; [`Error::Host`]; what [`Repository::create_layer`] says of the layers below. In every
-    /// case the layer is closed and stays unsealed, to be discarded.
+    /// [`Error::Device`] if the image failed now or before, or was closed: then its content cannot be trusted.
+    /// [`Error::Request`] for an over-long change id; [`Error::Host`]; what [`Repository::create_layer`] says of the
+    /// layers below. In every case the layer is closed and stays unsealed, to be discarded.
     pub async fn seal_layer(&self, layer: OpenLayer, facts: SealFacts) -> Result<Manifest, Error> {
         let OpenLayer { image, plan, layer_uuid, reservation } = layer;
         let closed = close(&image).await;
@@ -129,7 +131,7 @@ impl Repository {
     }
 }
 
-/// Flushes and closes, and says what failed first.
+/// Flushes and closes, and says what failed first. A second close is fine with everything, so the flush counts, too.
 async fn close(image: &Image) -> Result<(), DeviceError> {
     let flushed = image.flush().await;
     let closed = image.close().await;
@@ -220,7 +222,13 @@ fn seal(
         .to_bytes()
         .map_err(|rule| Error::Manifest { file: disk.path().join(&name), rule })?;
     sync_up(inner, &plan.path, &disk)?;
-    disk.replace(&name, &text)?;
+    if let Err(error) = disk.replace(&name, &text) {
+        // It may be there, but not durably: then it says more than is known.
+        if let Err(second) = disk.remove_file(&name) {
+            tracing::warn!(layer = %plan.path, %second, "a doubtful manifest stays behind");
+        }
+        return Err(error);
+    }
     Ok(manifest)
 }
 
@@ -237,4 +245,87 @@ fn sync_up(inner: &Inner, path: &LayerPath, disk: &Directory) -> Result<(), Erro
 fn existing_directory(inner: &Inner, path: &LayerPath) -> Result<Directory, Error> {
     disk_directory(&inner.directory, path)?
         .ok_or_else(|| Error::Layer { file: inner.host_path(path), rule: LayerRule::Missing })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use block::{Durability, HostFile, MemoryStorage, OpKind};
+    use bytes::Bytes;
+    use qcow2::{CreateOptions, OpenOptions};
+
+    use super::*;
+    use crate::names::LayerKind;
+    use crate::plan::LayerRequest;
+    use crate::walk::State;
+
+    fn request() -> LayerRequest<'static> {
+        LayerRequest {
+            vm_name: "web".to_owned(),
+            context: "web".to_owned(),
+            disk_index: 0,
+            disk_key: None,
+            kind: LayerKind::Full,
+            timestamp: "2025-10-07T14:30:22Z".parse().unwrap(),
+            size_bytes: 1 << 20,
+            backup_id: "b".to_owned(),
+            job_id: "j".to_owned(),
+            parent: None,
+        }
+    }
+
+    /// Puts an image on a failing disk in the place of the layer's own, and tries to seal that.
+    async fn seal_with_failing(kind: OpKind, flush_first: bool) -> (tempfile::TempDir, Repository) {
+        let temp = tempfile::tempdir().unwrap();
+        let repository = Repository::open(temp.path()).await.unwrap();
+        let plan = repository.plan_layer(&request()).unwrap();
+        let mut layer = repository.create_layer(&plan).await.unwrap();
+
+        let storage = MemoryStorage::new();
+        let faults = storage.clone();
+        let file = HostFile::from_storage(Path::new("failing"), storage.into_dyn()).unwrap();
+        Image::create_on(&file, &CreateOptions::new(1 << 20)).await.unwrap();
+        layer.image = Image::open_on(file, None, OpenOptions::writing()).await.unwrap();
+        let data = Bytes::from(vec![7; 65536]);
+        layer.image.write(0, data, Durability::Deferred).await.unwrap();
+        faults.fail_nth(0, io::ErrorKind::StorageFull, move |op| op.kind == kind);
+        if flush_first {
+            assert!(layer.image.flush().await.is_err());
+        }
+
+        let error = repository.seal_layer(layer, SealFacts::default()).await.unwrap_err();
+        assert!(matches!(error, Error::Device { .. }), "{error}");
+        let found = repository.layers().await.unwrap();
+        assert!(matches!(found[..], [crate::Found { state: State::Unsealed, .. }]), "{found:?}");
+        (temp, repository)
+    }
+
+    #[tokio::test]
+    async fn an_image_that_fails_while_it_is_closed_is_not_sealed() {
+        for kind in [OpKind::Write, OpKind::Sync] {
+            let (_temp, repository) = seal_with_failing(kind, false).await;
+            repository
+                .discard_layer(&repository.plan_layer(&request()).unwrap().path)
+                .await
+                .unwrap();
+            assert!(repository.layers().await.unwrap().is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_that_failed_once_is_not_sealed_although_the_disk_works_again() {
+        seal_with_failing(OpKind::Sync, true).await;
+    }
+
+    #[tokio::test]
+    async fn an_image_that_somebody_else_closed_is_not_sealed() {
+        let temp = tempfile::tempdir().unwrap();
+        let repository = Repository::open(temp.path()).await.unwrap();
+        let plan = repository.plan_layer(&request()).unwrap();
+        let layer = repository.create_layer(&plan).await.unwrap();
+        layer.device().close().await.unwrap();
+        let error = repository.seal_layer(layer, SealFacts::default()).await.unwrap_err();
+        assert!(matches!(error, Error::Device { .. }), "{error}");
+    }
 }

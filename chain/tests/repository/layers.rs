@@ -4,9 +4,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{BlockDevice, ByteRange, DeviceError, Durability};
+use block::{BlockDevice, ByteRange, DeviceError, Durability, ZeroMode};
 use bytes::Bytes;
 use chain::{Error, LayerRef, LayerRequest, Repository, RequestRule, State, chain_bytes};
+use proptest::collection::vec;
+use proptest::prelude::*;
 
 use crate::support::{
     Bench, DISK_BYTES, facts, moment, noise, qemu_checks, qemu_img, qemu_reads, read_all, request,
@@ -51,6 +53,77 @@ async fn each_point_of_a_chain_reads_as_the_disk_was_then() {
     let stored: u64 = manifests.iter().map(|manifest| manifest.allocated_bytes).sum();
     assert_eq!(chain_bytes(&manifests), stored);
     assert_eq!(bench.states().await, ["sealed"; 4]);
+}
+
+/// One change of a disk.
+#[derive(Clone, Debug)]
+enum Change {
+    Noise { at: u64, len: usize, seed: u64 },
+    Zeroes { at: u64, len: u64 },
+}
+
+fn any_change() -> impl Strategy<Value = Change> {
+    let len = 1..300_000_u64;
+    (any::<bool>(), 0..DISK_BYTES - 300_000, len, any::<u64>()).prop_map(|(zero, at, len, seed)| {
+        if zero {
+            Change::Zeroes { at, len }
+        } else {
+            Change::Noise { at, len: usize::try_from(len).unwrap(), seed }
+        }
+    })
+}
+
+impl Change {
+    async fn apply(self, image: &qcow2::Image, model: &mut [u8]) {
+        match self {
+            Self::Noise { at, len, seed } => {
+                let bytes = noise(seed, len);
+                put(model, at, &bytes);
+                image.write(at, Bytes::from(bytes), Durability::Deferred).await.unwrap();
+            }
+            Self::Zeroes { at, len } => {
+                put(model, at, &vec![0; usize::try_from(len).unwrap()]);
+                let range = ByteRange::new(at, len).unwrap();
+                let mode = ZeroMode::default();
+                image.write_zeroes(range, mode, Durability::Deferred).await.unwrap();
+            }
+        }
+    }
+}
+
+/// Makes a chain with these changes in each layer, and compares every point with a plain vector.
+async fn compare_with_model(layers: Vec<Vec<Change>>) {
+    let bench = Bench::new().await;
+    let (mut model, mut points): (_, Vec<(LayerRef, Vec<u8>)>) = (zeroed(), Vec::new());
+    for (hour, changes) in (0..).zip(layers) {
+        let parent = points.last().map(|(layer, _)| layer);
+        let layer = bench.written(&request(hour, parent), &[]).await;
+        for change in changes {
+            change.apply(&layer.image, &mut model).await;
+        }
+        let path = layer.plan.path.clone();
+        let manifest = bench.repository.seal_layer(layer, facts(hour)).await.unwrap();
+        points.push((LayerRef::new(path, &manifest), model.clone()));
+    }
+    for (layer, model) in &points {
+        let point = bench.repository.open_point(&layer.path).await.unwrap();
+        assert!(read_all(&point).await == *model, "our view of {}", layer.path);
+        qemu_checks(&bench.file(layer));
+    }
+    let (top, model) = points.last().unwrap();
+    assert!(qemu_reads(&bench.file(top)) == *model, "QEMU's view of {}", top.path);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_is_written_every_point_reads_like_a_plain_vector(
+        layers in vec(vec(any_change(), 0..8), 1..5),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(compare_with_model(layers));
+    }
 }
 
 #[tokio::test]
@@ -216,6 +289,30 @@ async fn the_disks_of_a_machine_share_its_directory() {
     bench.repository.seal_layer(second, facts(0)).await.unwrap();
     qemu_checks(&bench.temp.path().join(&path));
     assert_eq!(bench.states().await, ["sealed"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn disks_that_come_and_go_at_once_never_lose_their_directory() {
+    let bench = Bench::new().await;
+    let tasks = (0..8_u32).map(|disk_index| {
+        let repository = bench.repository.clone();
+        tokio::spawn(async move {
+            let request = LayerRequest { disk_index, ..request(0, None) };
+            let plan = repository.plan_layer(&request).unwrap();
+            for round in 0..6 {
+                let layer = repository.create_layer(&plan).await.unwrap();
+                if round == 5 && disk_index % 2 == 0 {
+                    repository.seal_layer(layer, facts(0)).await.unwrap();
+                } else {
+                    repository.abandon_layer(layer).await.unwrap();
+                }
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    assert_eq!(bench.states().await, ["sealed"; 4]);
 }
 
 #[tokio::test]

@@ -73,11 +73,13 @@ impl BufferPool {
         };
         let reservation = match turn {
             None => self.reservation(capacity),
-            Some(turn) => match turn.await {
-                Ok(reservation) => reservation,
-                // The pool lives as long as this future and never forgets a waiter; overdraw rather than fail.
-                Err(_) => self.reserve_now(capacity),
-            },
+            Some(turn) => {
+                let mut leaving = Leaving(Some(self));
+                let answer = turn.await;
+                leaving.0 = None;
+                // The pool never forgets a waiter; if it did, overdraw rather than fail.
+                answer.unwrap_or_else(|_| self.reserve_now(capacity))
+            }
         };
         self.buffer(len, reservation)
     }
@@ -155,18 +157,22 @@ impl BufferPool {
     }
 
     fn release(self: &Arc<Self>, bytes: usize) {
+        self.state.lock().in_use_bytes -= bytes;
+        self.grant();
+    }
+
+    /// Gives those who wait, in order, what has become free.
+    fn grant(self: &Arc<Self>) {
         let mut undeliverable = Vec::new();
         {
             let mut state = self.state.lock();
-            state.in_use_bytes -= bytes;
-            while let Some((capacity, _)) = state.waiting.front() {
-                let capacity = *capacity;
-                if !state.fits(capacity, self.cap_bytes) {
-                    break;
-                }
-                let Some((_, grant)) = state.waiting.pop_front() else { break };
+            while let Some((capacity, grant)) = state.waiting.pop_front() {
                 if grant.is_closed() {
                     continue;
+                }
+                if !state.fits(capacity, self.cap_bytes) {
+                    state.waiting.push_front((capacity, grant));
+                    break;
                 }
                 state.in_use_bytes += capacity;
                 if let Err(back) = grant.send(self.reservation(capacity)) {
@@ -176,6 +182,18 @@ impl BufferPool {
         }
         // Dropped without the lock, because each comes back here.
         drop(undeliverable);
+    }
+}
+
+/// A place in the queue: whoever leaves it early may have been in somebody's way.
+struct Leaving<'a>(Option<&'a Arc<BufferPool>>);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        // What it waited with is dropped already, so that its place counts as left.
+        if let Some(pool) = self.0 {
+            pool.grant();
+        }
     }
 }
 
@@ -398,20 +416,18 @@ mod tests {
 
     #[test]
     fn a_dropped_waiter_blocks_nobody_and_loses_no_bytes() {
-        let pool = BufferPool::new(4096);
+        let pool = BufferPool::new(8192);
         let first = pool.get_now(4096);
+        let mut gone = Box::pin(pool.get(8192));
         let mut second = pin!(pool.get(4096));
-        {
-            let mut gone_waiting = pin!(pool.get(4096));
-            assert!(poll_once(gone_waiting.as_mut()).is_pending());
-            let mut gone_granted = Box::pin(pool.get(4096));
-            assert!(poll_once(gone_granted.as_mut()).is_pending());
-        }
+        assert!(poll_once(gone.as_mut()).is_pending());
         assert!(poll_once(second.as_mut()).is_pending());
+        drop(gone);
+        assert!(poll_once(second.as_mut()).is_ready(), "there was room for it all the time");
         drop(first);
-        assert!(poll_once(second.as_mut()).is_ready());
         assert_eq!(pool.in_use_bytes(), 0);
 
+        let pool = BufferPool::new(4096);
         let first = pool.get_now(4096);
         let mut granted = Box::pin(pool.get(4096));
         assert!(poll_once(granted.as_mut()).is_pending());

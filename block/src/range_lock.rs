@@ -66,7 +66,10 @@ impl RangeLock {
             state.waiting.push_back((claim, grant));
             turn
         };
-        match turn.await {
+        let mut leaving = Leaving(Some(self));
+        let answer = turn.await;
+        leaving.0 = None;
+        match answer {
             Ok(guard) => guard,
             // Waiters are only ever taken out of the queue to be granted, and this one still listens.
             Err(_) => unreachable!("a waiter was forgotten while its lock lives"),
@@ -78,10 +81,18 @@ impl RangeLock {
     }
 
     fn release(&self, id: u64) {
+        self.state.lock().let_go(id);
+        self.grant();
+    }
+
+    /// Gives everybody who waits, in order, what has become free.
+    fn grant(&self) {
         let mut undeliverable = Vec::new();
         {
             let mut state = self.state.lock();
-            state.let_go(id);
+            if state.waiting.is_empty() {
+                return;
+            }
             let mut still_waiting: VecDeque<(Claim, oneshot::Sender<RangeGuard>)> = VecDeque::new();
             for (claim, grant) in std::mem::take(&mut state.waiting) {
                 if grant.is_closed() {
@@ -100,6 +111,18 @@ impl RangeLock {
         }
         // Dropped without the lock, because each comes back here.
         drop(undeliverable);
+    }
+}
+
+/// A place in the queue: whoever leaves it early may have been in somebody's way.
+struct Leaving<'a>(Option<&'a RangeLock>);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        // What it waited with is dropped already, so that its place counts as left.
+        if let Some(lock) = self.0 {
+            lock.grant();
+        }
     }
 }
 
@@ -214,8 +237,8 @@ mod tests {
         let mut late = pin!(lock.lock_shared(LOW));
         assert!(poll_once(late.as_mut()).is_pending());
         drop(gone);
-        drop(holder);
         drop(take(late));
+        drop(holder);
 
         let holder = take(pin!(lock.lock_shared(LOW)));
         let mut granted = Box::pin(lock.lock_exclusive(LOW));

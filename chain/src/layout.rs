@@ -236,7 +236,9 @@ mod tests {
         }
 
         #[test]
-        fn a_path_that_is_read_never_leaves_the_root(path in "[a-z./\\-0-9]{0,30}|ctx-[a./]{1,9}/disk-0/[a./]{1,9}\\.qcow2") {
+        fn a_path_that_is_read_never_leaves_the_root(
+            path in "[a-z./\\-0-9]{0,30}|ctx-[a./]{1,9}/disk-0/[a./]{1,9}\\.qcow2",
+        ) {
             if let Ok(layer) = LayerPath::parse(Path::new(&path)) {
                 prop_assert!(layer.components().all(|c| matches!(c, Component::Normal(_))));
                 prop_assert_eq!(layer.components().count(), 3);

@@ -24,8 +24,8 @@ pub const MAX_MANIFEST_BYTES: usize = 256 << 10;
 ///
 /// On disk: `{"version": 1, "crc32": "01234567", "layer": {…}}`. The checksum (CRC-32 as in zip, eight lower-case hex
 /// digits) covers the text of `layer` exactly as it stands in the file, so that any flipped bit is found, also one
-/// that JSON would not mind. Fields that this version does not know are kept in [`Manifest::extra`] and written again: a
-/// newer program may add some without changing the version. What stands around `layer` is fixed.
+/// that JSON would not mind. Fields that this version does not know are kept in [`Manifest::extra`] and written
+/// again: a newer program may add some without changing the version. What stands around `layer` is fixed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// The backup that the layer belongs to, as the hub calls it.

@@ -243,3 +243,6 @@ fn joined(segments: &Segments) -> Option<Bytes> {
         _ => Some(segments.to_vec().into()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -62,6 +62,12 @@ impl Source {
         Ok(Self { device: RawDevice::new(file), nbd: None, bitmap: None })
     }
 
+    /// A device that is open already.
+    #[cfg(test)]
+    pub(crate) fn of(device: Arc<dyn BlockDevice>) -> Self {
+        Self { device, nbd: None, bitmap: None }
+    }
+
     /// What it is.
     pub(crate) fn info(&self) -> SourceInfo {
         SourceInfo {

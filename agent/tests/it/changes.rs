@@ -134,6 +134,37 @@ async fn without_a_usable_baseline_everything_is_sent_and_the_reason_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_shrank_is_sent_whole() {
+    let bench = Bench::new();
+    let (source, target) = pair(&bench, 40, 30);
+    let full = {
+        let server = bench.serve("server", &target);
+        bench.run_one(source.spec(), server.target(""), None).await.unwrap()
+    };
+    for disk in [&source, &target] {
+        disk.resize(35 * BLOCK + 512);
+    }
+    let server = bench.serve("small", &target);
+    let previous = Some(full.disk().change_id.as_str());
+    let ran = bench.run_one(source.spec(), server.target(""), previous).await.unwrap();
+    assert_same(&source, &target);
+    assert!(ran.disk().full_reason.as_deref().is_some_and(|reason| reason.contains("shrank")));
+    assert_eq!(ran.disk().changed_bytes, 35 * BLOCK + 512);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_disk_is_sent_like_any_other() {
+    let bench = Bench::new();
+    let source = Disk::sparse(bench.path(), "source", 0);
+    let target = Disk::sparse(bench.path(), "target", 0);
+    let server = bench.serve("server", &target);
+    let full = bench.run_one(source.spec(), server.target(""), None).await.unwrap();
+    let previous = Some(full.disk().change_id.as_str());
+    let ran = bench.run_one(source.spec(), server.target(""), previous).await.unwrap();
+    assert_eq!((ran.disk().incremental, ran.disk().changed_bytes), (true, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_that_was_asked_for_needs_no_reason() {
     let bench = Bench::new();
     let (source, target) = pair(&bench, 40, 30);

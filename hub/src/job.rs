@@ -1,5 +1,5 @@
 //! The life of a backup job as a pure machine: events in, effects out. It does no I/O, reads no clock and knows neither
-//! database nor agent; [`crate::runner`] performs what it asks for and tells it what came of it.
+//! database nor agent; the runner performs what it asks for and tells it what came of it.
 
 use std::fmt;
 

@@ -1,2 +1,5 @@
-//! Placeholder.
-fn main() {}
+//! The command line for people and scripts. Everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    hub::ctl::main()
+}

@@ -1,2 +1,5 @@
-//! Placeholder.
-fn main() {}
+//! The control plane's program. Everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    hub::program::main()
+}

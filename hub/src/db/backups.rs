@@ -279,20 +279,20 @@ impl Database {
         .await
     }
 
-    /// Notes the disks of a job, before their layers are made: a crash afterwards knows what to remove.
+    /// Notes a disk of a job, before its layer is made: a crash afterwards knows what to remove. Replaces what was noted
+    /// of the same disk before.
     ///
     /// # Errors
     /// Where the database fails.
-    pub async fn insert_disks(&self, id: &str, new: Vec<NewDisk>) -> DbResult<()> {
+    pub async fn put_disk(&self, id: &str, disk: NewDisk) -> DbResult<()> {
         let id = id.to_owned();
         self.call(move |connection| {
             let tx = connection.transaction()?;
-            for disk in &new {
-                insert_disk(&tx, &id, disk)?;
-            }
+            replace_disk(&tx, &id, &disk)?;
             tx.execute(
                 "UPDATE backup_jobs SET
-                     total_bytes = (SELECT total(capacity_bytes) FROM backup_disks WHERE backup_id = ?1),
+                     total_bytes = (SELECT coalesce(sum(capacity_bytes), 0)
+                         FROM backup_disks WHERE backup_id = ?1),
                      parent_backup_id = (SELECT parent_backup_id FROM backup_disks
                          WHERE backup_id = ?1 ORDER BY disk_index LIMIT 1)
                  WHERE id = ?1",
@@ -300,6 +300,25 @@ impl Database {
             )?;
             tx.commit()?;
             Ok(())
+        })
+        .await
+    }
+
+    /// The layers that jobs of this repository noted and that no backup has: whatever is left of them is rubbish.
+    ///
+    /// # Errors
+    /// Where the database fails.
+    pub async fn dead_layers(&self, repository_id: &str) -> DbResult<Vec<String>> {
+        let repository_id = repository_id.to_owned();
+        self.call(move |connection| {
+            all(
+                connection,
+                "SELECT d.path FROM backup_disks d JOIN backup_jobs j ON j.id = d.backup_id
+                 WHERE j.repository_id = ?1 AND j.status IN ('failed', 'cancelled')
+                 ORDER BY j.sequence DESC, d.disk_index",
+                [&repository_id],
+                |row| row.get(0),
+            )
         })
         .await
     }
@@ -412,9 +431,9 @@ fn next_stamp(connection: &Connection, context_id: &str, now: Timestamp) -> DbRe
     })
 }
 
-fn insert_disk(connection: &Connection, id: &str, disk: &NewDisk) -> DbResult<()> {
+fn replace_disk(connection: &Connection, id: &str, disk: &NewDisk) -> DbResult<()> {
     connection.execute(
-        "INSERT INTO backup_disks (backup_id, disk_index, disk_key, kind, full_reason, status,
+        "INSERT OR REPLACE INTO backup_disks (backup_id, disk_index, disk_key, kind, full_reason, status,
              parent_backup_id, previous_change_id, capacity_bytes, path, export_name)
          VALUES (?1, ?2, ?3, ?4, ?5, 'running', ?6, ?7, ?8, ?9, ?10)",
         params![

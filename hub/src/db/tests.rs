@@ -63,8 +63,10 @@ impl Fixture {
         let job = self.start(backup_type).await.unwrap();
         self.db.begin(&job.id, now()).await.unwrap();
         let parents = self.db.parents(&job.vm_context_id, &job.repository_id).await.unwrap();
-        let disks = (0..2).map(|index| self.disk(&job, index, backup_type, &parents)).collect();
-        self.db.insert_disks(&job.id, disks).await.unwrap();
+        for index in 0..2 {
+            let disk = self.disk(&job, index, backup_type, &parents);
+            self.db.put_disk(&job.id, disk).await.unwrap();
+        }
         job
     }
 

@@ -1,0 +1,97 @@
+//! A device that remembers why it failed first. An NBD client only learns an error number; the job log shall say which
+//! file and what the kernel said.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use block::{
+    BlockDevice, ByteRange, DeviceError, Durability, ErrorKind, Extent, Limits, Segments, ZeroMode,
+};
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::error::describe;
+
+/// The first failure of a device, in words.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fault {
+    first: Arc<Mutex<Option<String>>>,
+}
+
+impl Fault {
+    /// What went wrong first, if anything did.
+    pub(crate) fn first(&self) -> Option<String> {
+        self.first.lock().clone()
+    }
+
+    fn note<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
+        if let Err(error) = &result {
+            // What the peer did wrong is no fault of the device, and a closed one has said why before.
+            let ours = matches!(
+                error.kind(),
+                ErrorKind::NoSpace | ErrorKind::NoMemory | ErrorKind::Io | ErrorKind::ReadOnly
+            ) && !matches!(error, DeviceError::WritePastEnd { .. });
+            if ours {
+                self.first.lock().get_or_insert_with(|| describe(error));
+            }
+        }
+        result
+    }
+}
+
+/// A device with its [`Fault`].
+pub(crate) struct Remembering {
+    inner: Arc<dyn BlockDevice>,
+    fault: Fault,
+}
+
+impl Remembering {
+    pub(crate) fn new(inner: Arc<dyn BlockDevice>, fault: Fault) -> Self {
+        Self { inner, fault }
+    }
+}
+
+#[async_trait]
+impl BlockDevice for Remembering {
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<Segments, DeviceError> {
+        self.fault.note(self.inner.read(range).await)
+    }
+
+    async fn write(
+        &self,
+        offset: u64,
+        data: Bytes,
+        durability: Durability,
+    ) -> Result<(), DeviceError> {
+        self.fault.note(self.inner.write(offset, data, durability).await)
+    }
+
+    async fn write_zeroes(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+        durability: Durability,
+    ) -> Result<(), DeviceError> {
+        self.fault.note(self.inner.write_zeroes(range, mode, durability).await)
+    }
+
+    async fn discard(&self, range: ByteRange, durability: Durability) -> Result<(), DeviceError> {
+        self.fault.note(self.inner.discard(range, durability).await)
+    }
+
+    async fn flush(&self) -> Result<(), DeviceError> {
+        self.fault.note(self.inner.flush().await)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
+        self.fault.note(self.inner.extents(range).await)
+    }
+
+    async fn close(&self) -> Result<(), DeviceError> {
+        self.fault.note(self.inner.close().await)
+    }
+}

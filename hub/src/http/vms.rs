@@ -1,0 +1,42 @@
+//! `/vms`: what is backed up.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+
+use super::extract::{Body, Segments};
+use super::problem::Refused;
+use super::{Shared, views};
+use crate::api::{AddVm, VmList, VmView};
+
+/// `POST /vms`
+pub(super) async fn add(
+    State(hub): Shared,
+    Body(wish): Body<AddVm>,
+) -> Result<(StatusCode, Json<VmView>), Refused> {
+    let vm = hub.add_vm(wish).await?;
+    Ok((StatusCode::CREATED, Json(views::vm(vm))))
+}
+
+/// `GET /vms`
+pub(super) async fn list(State(hub): Shared) -> Result<Json<VmList>, Refused> {
+    let vms = hub.db.vms().await?.into_iter().map(views::vm).collect();
+    Ok(Json(VmList { vms }))
+}
+
+/// `GET /vms/{name}`
+pub(super) async fn show(
+    State(hub): Shared,
+    Segments(name): Segments<String>,
+) -> Result<Json<VmView>, Refused> {
+    Ok(Json(views::vm(hub.db.vm(&name).await?)))
+}
+
+/// `DELETE /vms/{name}`
+pub(super) async fn delete(
+    State(hub): Shared,
+    Segments(name): Segments<String>,
+) -> Result<StatusCode, Refused> {
+    hub.db.delete_vm(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

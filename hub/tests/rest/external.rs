@@ -1,0 +1,165 @@
+//! Agents outside of the hub: one that does its work through the real library and sockets, and ones that fall silent,
+//! give up or are told to stop.
+
+use std::time::Duration;
+
+use agent::{Address, CancelToken, DiskJob, EventSender, RunOptions, SourceSpec, Target};
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::fixture::{Disk, Fixture, assert_same};
+
+const SIZE: u64 = 3 << 20;
+
+/// Tells progress until the hub has taken it: the job may still be on its way to the agent's step.
+async fn speak(f: &Fixture, id: &str) -> Value {
+    let event = json!({"event": "warning", "message": "hello"});
+    let (status, answer) = f.post(&format!("/backups/{id}/progress"), event).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    answer
+}
+
+/// Asks until the job has reached a step.
+async fn reach(f: &Fixture, id: &str, step: &str) -> Value {
+    loop {
+        let (_, view) = f.get(&format!("/backups/{id}")).await;
+        if view["step"] == step {
+            return view;
+        }
+        assert!(matches!(view["status"].as_str(), Some("pending" | "running")), "{view:#}");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// What an agent elsewhere does: asks for its disks, sends them, reports.
+async fn send(f: &Fixture, id: &str, disk: &Disk) -> Value {
+    let view = reach(f, id, "agent").await;
+    let told = &view["disks"][0];
+    let job = DiskJob {
+        index: 0,
+        key: told["disk_key"].as_i64().unwrap(),
+        source: SourceSpec::File(disk.path.clone()),
+        target: Target {
+            address: Address::Tcp {
+                host: view["nbd"]["host"].as_str().unwrap().to_owned(),
+                port: u16::try_from(view["nbd"]["port"].as_u64().unwrap()).unwrap(),
+            },
+            export: told["export_name"].as_str().unwrap().to_owned(),
+        },
+        previous_change_id: told["previous_change_id"].as_str().map(str::to_owned),
+        full: told["full"].as_bool().unwrap(),
+    };
+    assert_eq!(speak(f, id).await, json!({"status": "running", "cancel": false}));
+    let options = RunOptions::new(f.dir.path().join("elsewhere"), id);
+    let report =
+        agent::run(vec![job], options, EventSender::discard(), CancelToken::new()).await.unwrap();
+    let report = serde_json::to_value(report).unwrap();
+    let (status, _) = f.post(&format!("/backups/{id}/complete"), report).await;
+    assert_eq!(status, StatusCode::ACCEPTED);
+    f.ended(id).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_external_agent_makes_full_and_incremental_backups_over_tcp() {
+    let f = Fixture::with_repository().await;
+    let disk = Disk::new(&f.dir, "far.raw", SIZE);
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    let full = send(&f, &id, &disk).await;
+    assert_eq!(full["status"], "completed", "{full:#}");
+    assert_eq!(full["disks"][0]["disk_key"], 2016);
+
+    disk.fill(100, 5000, 60);
+    let id = f.begin("far", "incremental").await;
+    let incremental = send(&f, &id, &disk).await;
+    assert_eq!(incremental["status"], "completed", "{incremental:#}");
+    assert!(incremental["bytes_transferred"].as_u64().unwrap() < 2 * 65536);
+    let (restored, _) = f.restore(&id, 0, "restored.raw").await;
+    assert_same(&restored, &disk.path);
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_backup_of_a_busy_virtual_machine_is_409_and_a_cancelled_one_leaves_nothing() {
+    let f = Fixture::with_repository().await;
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    reach(&f, &id, "agent").await;
+    assert_eq!(f.hub.export_names().len(), 1);
+    let again = json!({"vm_name": "far", "repository": "main", "backup_type": "full"});
+    let (status, body) = f.post("/backup/start", again).await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    assert!(body["detail"].as_str().unwrap().contains(&id));
+    assert_eq!(f.delete(&format!("/backups/{id}")).await.0, StatusCode::CONFLICT);
+    assert_eq!(f.delete("/vms/far").await.0, StatusCode::CONFLICT);
+
+    assert_eq!(f.post(&format!("/backups/{id}/cancel"), json!(null)).await.0, StatusCode::ACCEPTED);
+    let ended = f.ended(&id).await;
+    assert_eq!(ended["status"], "cancelled", "{ended:#}");
+    assert!(f.hub.export_names().is_empty());
+    assert!(f.stored("main").is_empty(), "{:?}", f.stored("main"));
+    let late = json!({"event": "warning", "message": "late"});
+    let (status, _) = f.post(&format!("/backups/{id}/progress"), late).await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_gives_up_fails_the_job_with_its_reason() {
+    let f = Fixture::with_repository().await;
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    reach(&f, &id, "agent").await;
+    let (status, _) = f.post(&format!("/backups/{id}/fail"), json!({"error": "no snapshot"})).await;
+    assert_eq!(status, StatusCode::ACCEPTED);
+    let ended = f.ended(&id).await;
+    assert_eq!(
+        (&ended["status"], &ended["error_message"]),
+        (&json!("failed"), &json!("no snapshot"))
+    );
+    assert!(f.stored("main").is_empty());
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_must_name_disks_of_the_backup_at_their_size() {
+    let f = Fixture::with_repository().await;
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    reach(&f, &id, "agent").await;
+    let path = format!("/backups/{id}/complete");
+    let other_disk = json!({"change_id": "x/1", "disk_id": 3, "bytes": 1});
+    assert_eq!(f.post(&path, other_disk).await.0, StatusCode::NOT_FOUND);
+    let no_change_id = json!({"change_id": "", "disk_id": 0, "bytes": 1});
+    assert_eq!(f.post(&path, no_change_id).await.0, StatusCode::UNPROCESSABLE_ENTITY);
+    let plain = json!({"change_id": "52 de/4", "disk_id": 0, "bytes": 1});
+    assert_eq!(f.post(&path, plain).await.0, StatusCode::ACCEPTED);
+    let ended = f.ended(&id).await;
+    assert_eq!((&ended["status"], &ended["change_id"]), (&json!("completed"), &json!("52 de/4")));
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_never_connects_or_falls_silent_is_lost() {
+    let dir = std::sync::Arc::new(tempfile::tempdir().unwrap());
+    let f = Fixture::start_in(dir, |config| {
+        config.connect_timeout = Duration::from_millis(50);
+        config.agent_timeout = Duration::from_millis(50);
+    })
+    .await;
+    f.add_repository("main").await;
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    let ended = f.ended(&id).await;
+    assert!(ended["error_message"].as_str().unwrap().contains("never connected"), "{ended:#}");
+    let dir = f.stop().await;
+
+    let f = Fixture::start_in(dir, |config| config.agent_timeout = Duration::from_millis(50)).await;
+    let id = f.begin("far", "full").await;
+    reach(&f, &id, "agent").await;
+    speak(&f, &id).await;
+    let ended = f.ended(&id).await;
+    assert!(ended["error_message"].as_str().unwrap().contains("stopped reporting"), "{ended:#}");
+    assert!(f.stored("main").is_empty() && f.hub.export_names().is_empty());
+    f.stop().await;
+}

@@ -80,7 +80,7 @@ impl NbdDevice {
         Ok(Arc::new(Self::new(info, connections, options, counters)))
     }
 
-    fn new(
+    pub(super) fn new(
         export: ExportInfo,
         connections: Vec<Connection>,
         options: ClientOptions,

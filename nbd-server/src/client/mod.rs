@@ -6,6 +6,8 @@ mod connection;
 mod device;
 mod error;
 mod export;
+#[cfg(test)]
+mod fake;
 mod handshake;
 mod memory;
 mod options;

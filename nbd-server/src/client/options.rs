@@ -27,7 +27,8 @@ pub struct ClientOptions {
     pub stall_timeout: Option<Duration>,
     /// How long a disconnect may take before the socket is closed without ceremony.
     pub disconnect_timeout: Duration,
-    /// Where the buffers of reads come from; `None` takes a pool that all clients of the process share. It must not be
+    /// Where the buffers of reads come from; `None` takes a pool that all clients of the process share. A read waits
+    /// while the pool is exhausted: a caller that keeps all it has read cannot have more than the pool. It must not be
     /// the pool of a server in the same process that answers this client.
     pub pool: Option<Arc<BufferPool>>,
 }

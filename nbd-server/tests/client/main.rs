@@ -2,3 +2,4 @@
 
 mod nbdkit;
 mod peer;
+mod qemu;

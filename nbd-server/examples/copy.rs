@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use block::{BlockDevice, ByteRange, Durability, RawDevice, Segment, ZeroMode};
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{TryStreamExt, stream};
 use nbd_server::client::{ClientOptions, NbdDevice, NbdUri};
 
 /// The bytes moved at once.

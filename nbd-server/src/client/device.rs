@@ -238,14 +238,17 @@ impl NbdDevice {
 
     async fn read_range(&self, range: ByteRange) -> Result<Segments, ClientError> {
         let wide = self.widen(range);
-        let pieces: Vec<_> = wide.pieces(self.payload_bytes()).enumerate().collect();
-        let read = |(index, piece): (usize, ByteRange)| async move {
-            let len = usize::try_from(piece.len())
-                .map_err(|_| ClientError::NotSupported { what: "reads of this length" })?;
+        let mut pieces: Vec<_> =
+            wide.pieces(self.payload_bytes()).map(|piece| (piece, None)).collect();
+        if let Some((piece, memory)) = pieces.first_mut() {
+            // Waited for before anything is held: memory for the other pieces is taken without waiting.
+            *memory = Some(Destination::wait(self.pool(), buffer_len(*piece)?).await);
+        }
+        let read = |(piece, memory): (ByteRange, Option<Destination>)| async move {
             let mut call = simple(command::READ, 0, piece, Wants::Data);
-            call.destination = match index {
-                0 => Destination::wait(self.pool(), len).await,
-                _ => Destination::now(self.pool(), len),
+            call.destination = match memory {
+                Some(memory) => memory,
+                None => Destination::now(self.pool(), buffer_len(piece)?),
             };
             match self.call(call).await? {
                 Answer::Data(segments) => Ok(segments),
@@ -496,6 +499,12 @@ impl std::fmt::Debug for NbdDevice {
 fn simple(command: u16, flags: u16, range: ByteRange, wants: Wants) -> Call {
     let destination = Destination::none();
     Call { command, flags, range, payload: Bytes::new(), wants, destination }
+}
+
+/// The length of the buffer for a piece.
+fn buffer_len(piece: ByteRange) -> Result<usize, ClientError> {
+    let too_long = ClientError::NotSupported { what: "reads of this length" };
+    usize::try_from(piece.len()).map_err(|_| too_long)
 }
 
 /// Whether a further connection sees what the first one sees.

@@ -28,8 +28,8 @@ impl Destination {
         Self(Some(pool.get(len).await))
     }
 
-    /// `len` bytes at once, for a further piece of a read that holds memory already: two such reads that waited could
-    /// wait for each other.
+    /// `len` bytes at once, for a further piece of a read that holds memory already: one that waited could wait for
+    /// itself.
     pub(super) fn now(pool: &Arc<BufferPool>, len: usize) -> Self {
         Self(Some(pool.get_now(len)))
     }

@@ -147,7 +147,7 @@ async fn filters_that_take_abilities_away_change_nothing_for_the_caller() {
         "--filter=noextents",
         "memory",
         "1M",
-        "fuamode=none",
+        "fuamode=discard",
         "zeromode=none",
     ]);
     let device = open(&peer.address(), ClientOptions::default()).await;

@@ -269,3 +269,16 @@ async fn an_nbd_source_is_compared_by_digests_too() {
     assert_same(&source, &target);
     assert_eq!((ran.disk().data_bytes_sent, ran.disk().zero_bytes_sent), (2 * BLOCK, BLOCK));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_block_status_is_read_whole() {
+    let bench = Bench::new();
+    let (source, target) = pair(&bench, 30, 10);
+    let arguments = ["--no-sr", "--readonly", "file", source.path_text()];
+    let reader = Peer::nbdkit(bench.path(), "reader", &arguments);
+    let server = bench.serve("server", &target);
+    let full = bench.run_one(reader.source(None), server.target(""), None).await.unwrap();
+    assert_same(&source, &target);
+    assert_eq!(full.disk().read_bytes, 30 * BLOCK);
+    assert_eq!(full.disk().data_bytes_sent, 10 * BLOCK, "zeros are zeros, whoever says so");
+}

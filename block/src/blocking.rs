@@ -201,7 +201,7 @@ mod tests {
                 engine.call(call).await
             }
         });
-        let answers = futures_util::future::try_join_all(calls).await.expect("all are answered");
+        let answers = crate::try_join_all(calls).await.expect("all are answered");
         assert_eq!(answers, (0..100).collect::<Vec<_>>());
         assert!((1..=2).contains(&most.load(Ordering::SeqCst)));
     }

@@ -38,6 +38,7 @@ mod device;
 mod engine;
 mod error;
 mod host;
+mod join;
 mod lock;
 mod memory;
 mod memory_storage;
@@ -57,6 +58,7 @@ pub use device::{
 pub use engine::{ENGINE_VARIABLE, Engine};
 pub use error::{DeviceError, ErrorKind, HostError, HostOp};
 pub use host::{Create, HostFile, OpenOptions};
+pub use join::{TryJoinAll, try_join_all};
 pub use lock::{LockConflict, Permission};
 pub use memory::MemoryDevice;
 pub use memory_storage::{CrashChoice, HeldOps, LoggedOp, MemoryStorage, OpView, TEAR_BYTES};

@@ -6,18 +6,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
 use crate::{
     BlockDevice, ByteRange, DeviceError, Durability, Extent, HostFile, Limits, MAX_EXTENTS,
-    OpenOptions, Segment, Segments, ZeroMode,
+    OpenOptions, Segment, Segments, ZeroMode, try_join_all,
 };
 
 /// The largest piece, in bytes, of a read that is one operation on the host.
 const READ_PIECE_BYTES: u64 = 1 << 20;
-/// How many pieces of one read are in flight at once.
-const READ_PIECES: usize = 16;
 /// The least that a raw device likes to be asked for, in bytes.
 const PREFERRED_BYTES: u32 = 4096;
 
@@ -104,8 +101,7 @@ impl BlockDevice for RawDevice {
             let file = self.file.clone();
             async move { file.read(piece).await }
         });
-        let mut reads = stream::iter(reads).buffered(READ_PIECES);
-        while let Some(bytes) = reads.try_next().await? {
+        for bytes in try_join_all(reads).await? {
             segments.push(Segment::Data(bytes));
         }
         Ok(segments)

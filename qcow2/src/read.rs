@@ -1,7 +1,8 @@
 //! Reading, and telling how a range is stored: in this layer alone, or through the whole chain.
 
-use block::{BlockDevice, ByteRange, Extent as DeviceExtent, MAX_EXTENTS, Segment, Segments};
-use futures_util::future::try_join_all;
+use block::{
+    BlockDevice, ByteRange, Extent as DeviceExtent, MAX_EXTENTS, Segment, Segments, try_join_all,
+};
 
 use crate::error::Error;
 use crate::image::{Inner, Live};

@@ -4,8 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use block::{ByteRange, Hold, HostError};
-use futures_util::future::try_join_all;
+use block::{ByteRange, Hold, HostError, try_join_all};
 use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 

@@ -3,9 +3,8 @@
 
 use std::sync::Arc;
 
-use block::{BufferPool, ByteRange, Hold, RangeGuard, Segment, ZeroMode, is_zero};
+use block::{BufferPool, ByteRange, Hold, RangeGuard, Segment, ZeroMode, is_zero, try_join_all};
 use bytes::Bytes;
-use futures_util::future::try_join_all;
 use parking_lot::Mutex;
 
 use crate::core::Core;

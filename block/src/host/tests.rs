@@ -279,14 +279,14 @@ fn more_operations_than_a_ring_holds_all_complete() {
                 let (file, data) = (file.clone(), pattern(4096, 0, fill(block)));
                 async move { file.write(block * 4096, data, None).await }
             });
-            futures_util::future::try_join_all(writes).await.expect("writes");
+            crate::try_join_all(writes).await.expect("writes");
             file.sync().await.expect("sync");
             let reads = (0..BLOCKS).map(|block| {
                 let file = file.clone();
                 let range = ByteRange::between(block * 4096, (block + 1) * 4096);
                 async move { file.read(range).await.map(|bytes| (block, bytes)) }
             });
-            let read = futures_util::future::try_join_all(reads).await.expect("reads");
+            let read = crate::try_join_all(reads).await.expect("reads");
             for (block, bytes) in read {
                 assert!(bytes == pattern(4096, 0, fill(block)), "block {block}");
             }

@@ -9,6 +9,8 @@ mod rows;
 mod schema;
 mod vms;
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -46,6 +48,14 @@ pub enum DbError {
         path: PathBuf,
         /// What went wrong.
         source: rusqlite::Error,
+    },
+    /// The file cannot be made or opened.
+    #[error("the database {} cannot be opened: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
     },
     /// The thread could not be started.
     #[error("no thread for the database: {0}")]
@@ -113,6 +123,12 @@ pub enum Refusal {
         /// The disk.
         disk_index: u32,
     },
+    /// A parent that was deleted meanwhile.
+    #[error("{backup_id} is no longer there to be built on")]
+    ParentGone {
+        /// The parent.
+        backup_id: String,
+    },
     /// A completion that lacks a disk's change id.
     #[error("disk {disk_index} has no change id")]
     NoChangeId {
@@ -178,6 +194,9 @@ impl Database {
 
 /// Opens the file, sets what every connection needs, and brings the schema up to date after a copy.
 fn prepare(path: &Path, migrations: &Migrations<'_>) -> DbResult<Connection> {
+    // Made here where it is missing, for its owner only; SQLite gives its other files the same mode.
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    file.map_err(|source| DbError::File { path: path.to_owned(), source })?;
     let mut connection = Connection::open(path)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;

@@ -95,3 +95,30 @@ impl BlockDevice for Remembering {
         self.fault.note(self.inner.close().await)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use block::{HostFile, MemoryStorage, OpKind, RawDevice};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_first_failure_of_the_host_is_remembered_and_the_peers_mistakes_are_not() {
+        let storage = MemoryStorage::from_bytes(vec![0; 1 << 20], 512);
+        let full = std::io::ErrorKind::StorageFull;
+        storage.fail_from(1, full, |op| op.kind == OpKind::Write);
+        let file = HostFile::from_storage("layer.raw".as_ref(), storage.into_dyn()).unwrap();
+        let fault = Fault::default();
+        let device = Remembering::new(RawDevice::new(file), fault.clone());
+        let data = |len: usize| Bytes::from(vec![7; len]);
+        device.write(0, data(4096), Durability::Deferred).await.unwrap();
+        device.write(1 << 20, data(1), Durability::Deferred).await.unwrap_err();
+        device.read(ByteRange::between(1 << 20, 2 << 20)).await.unwrap_err();
+        assert_eq!(fault.first(), None);
+        device.write(8192, data(4096), Durability::Deferred).await.unwrap_err();
+        let first = fault.first().unwrap();
+        assert!(first.contains("layer.raw") && first.contains("offset 8192"), "{first}");
+        device.write(65536, data(4096), Durability::Deferred).await.unwrap_err();
+        assert_eq!(fault.first(), Some(first));
+    }
+}

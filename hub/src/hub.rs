@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -345,6 +345,11 @@ impl Hub {
         });
     }
 
+    /// Returns once the hub was told to stop.
+    pub(crate) async fn stopping(&self) {
+        self.stopping.cancelled().await;
+    }
+
     /// The hold on a job that has not ended.
     pub(crate) fn job(&self, id: &str) -> Option<JobHandle> {
         self.jobs.lock().get(id).cloned()
@@ -417,7 +422,12 @@ impl Hub {
                 Some(step) => format!("its step {step} was in work"),
                 None => "it was waiting".to_owned(),
             };
-            self.bury(&job, &format!("the hub stopped while {doing}")).await?;
+            // One whose end had been announced keeps its own reason.
+            let reason = match &job.error_message {
+                Some(reason) => reason.clone(),
+                None => format!("the hub stopped while {doing}"),
+            };
+            self.bury(&job, &reason).await?;
         }
         for backup in self.db.half_deleted().await? {
             if let Err(error) = self.delete_backup(&backup.id).await {
@@ -488,6 +498,10 @@ fn open_data(data: &Path) -> Result<File, StartError> {
         move |source| StartError::Data { path, source }
     };
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data).map_err(failed(data))?;
+    let mode = std::fs::metadata(data).map_err(failed(data))?.permissions().mode();
+    if mode & 0o077 != 0 {
+        tracing::warn!("{} may be entered by others than its owner; chmod 700 it", data.display());
+    }
     let path = data.join("hub.lock");
     let lock = OpenOptions::new()
         .write(true)

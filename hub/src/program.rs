@@ -2,6 +2,7 @@
 //! What it runs is [`Hub`] and [`crate::http`].
 
 use std::future::Future;
+use std::io::IsTerminal;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -103,7 +104,10 @@ pub fn main() -> ExitCode {
 fn start_log(format: LogFormat) {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("SENDENSE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
@@ -142,6 +146,11 @@ async fn serve(options: Serve) -> anyhow::Result<()> {
     println!("listening on http://{}", listener.local_addr()?);
     if let Some(address) = hub.nbd_address() {
         tracing::info!("NBD for external agents on {address}");
+        if !address.ip().is_loopback() {
+            tracing::warn!(
+                "NBD has neither encryption nor a password yet: whoever reaches {address} can write to backups in work"
+            );
+        }
     }
     run(hub, listener, auth, stop).await
 }
@@ -158,23 +167,30 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let ended = Arc::new(tokio::sync::Notify::new());
     let app = router(Arc::clone(&hub), auth);
-    let server = tokio::spawn({
+    let mut server = tokio::spawn({
         let ended = Arc::clone(&ended);
         async move {
-            axum::serve(listener, app)
-                .with_graceful_shutdown(async move { ended.notified().await })
-                .await
+            let ended = async move { ended.notified().await };
+            axum::serve(listener, app).with_graceful_shutdown(ended).await
         }
     });
-    stop.await;
+    let early = tokio::select! {
+        () = stop => None,
+        result = &mut server => Some(result),
+    };
     tracing::info!("stopping");
     // The interface answers while jobs end, so that their end can be seen.
     hub.stop().await;
     ended.notify_one();
-    match tokio::time::timeout(HTTP_STOP, server).await {
+    let result = match early {
+        Some(result) => Ok(result),
+        None => tokio::time::timeout(HTTP_STOP, server).await,
+    };
+    match result {
         Ok(Ok(result)) => result.context("the REST interface"),
+        Ok(Err(_)) => bail!("the REST interface died of a bug"),
         // Connections that stay open end with the process.
-        Ok(Err(_)) | Err(_) => Ok(()),
+        Err(_) => Ok(()),
     }
 }
 

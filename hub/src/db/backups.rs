@@ -279,15 +279,18 @@ impl Database {
         .await
     }
 
-    /// Notes a disk of a job, before its layer is made: a crash afterwards knows what to remove. Replaces what was noted
-    /// of the same disk before.
+    /// Notes a disk of a job, before its layer is made: a crash afterwards knows what to remove, and from now on its
+    /// parent is not deleted. Replaces what was noted of the same disk before.
     ///
     /// # Errors
-    /// Where the database fails.
+    /// [`Refusal::ParentGone`].
     pub async fn put_disk(&self, id: &str, disk: NewDisk) -> DbResult<()> {
         let id = id.to_owned();
         self.call(move |connection| {
             let tx = connection.transaction()?;
+            if let Some(parent) = &disk.parent_backup_id {
+                require_parent(&tx, parent)?;
+            }
             replace_disk(&tx, &id, &disk)?;
             tx.execute(
                 "UPDATE backup_jobs SET
@@ -429,6 +432,19 @@ fn next_stamp(connection: &Connection, context_id: &str, now: Timestamp) -> DbRe
         Some(last) if last >= now => last + SignedDuration::from_secs(1),
         _ => now,
     })
+}
+
+/// Refuses a parent that is not, or no longer, a backup.
+fn require_parent(connection: &Connection, parent: &str) -> DbResult<()> {
+    let there = connection
+        .prepare_cached(
+            "SELECT 1 FROM backup_jobs WHERE id = ?1 AND status = 'completed' AND deleting = 0",
+        )?
+        .exists([parent])?;
+    match there {
+        true => Ok(()),
+        false => Err(Refusal::ParentGone { backup_id: parent.to_owned() }.into()),
+    }
 }
 
 fn replace_disk(connection: &Connection, id: &str, disk: &NewDisk) -> DbResult<()> {

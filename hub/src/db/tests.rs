@@ -326,6 +326,18 @@ async fn a_job_in_work_is_not_deleted_and_a_parent_in_use_neither() {
 }
 
 #[tokio::test]
+async fn nothing_is_put_on_a_backup_that_is_being_deleted() {
+    let f = fixture().await;
+    let full = f.completed(BackupType::Full).await;
+    let parents = f.db.parents("vm-web", "repository-main").await.unwrap();
+    let job = f.start(BackupType::Incremental).await.unwrap();
+    f.db.begin_delete(&full.id, now()).await.unwrap();
+    let disk = f.disk(&job, 0, BackupType::Incremental, &parents);
+    let refused = refusal(f.db.put_disk(&job.id, disk).await);
+    assert_eq!(refused, Refusal::ParentGone { backup_id: full.id });
+}
+
+#[tokio::test]
 async fn a_virtual_machine_with_backups_stays_and_takes_only_failures_with_it() {
     let f = fixture().await;
     let job = f.running(BackupType::Full).await;

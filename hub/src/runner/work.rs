@@ -2,6 +2,7 @@
 //! of it undone. Their order and what follows a failure is the machine's business.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use nbd_server::{Export, Removal};
 use tokio::task::JoinHandle;
 
 use super::base::{self, Base};
-use crate::db::{DiskOutcome, NewDisk, Parent};
+use crate::db::{DbError, DiskOutcome, NewDisk, Parent};
 use crate::error::describe;
 use crate::fault::{Fault, Remembering};
 use crate::hub::Hub;
@@ -26,6 +27,9 @@ use crate::progress::{DiskProgress, Progress};
 
 /// How long the agent in this process may take to stop before it is dropped.
 const AGENT_STOP: Duration = Duration::from_secs(10);
+
+/// How long to wait before the database is told again what it did not take.
+const INSIST_EVERY: Duration = Duration::from_secs(2);
 
 /// A reason, in words for people.
 type Reason = String;
@@ -314,7 +318,7 @@ impl Work {
     /// was reported wrongly would be found there, and then the files stay.
     pub(super) async fn undo(&mut self, ending: &Ending) {
         let id = &self.job.id;
-        if let Err(error) = self.hub.db.announce_end(id, &ending.reason).await {
+        if let Err(error) = self.insist(|| self.hub.db.announce_end(id, &ending.reason)).await {
             tracing::error!(backup = %id, %error, "a job cannot be ended; its files are left for the next start");
             return;
         }
@@ -347,10 +351,29 @@ impl Work {
             }
         }
         let sent = self.progress.sum().sent;
-        let ended =
-            self.hub.db.end(id, ending.status(), &ending.reason, sent, Timestamp::now()).await;
+        let (status, now) = (ending.status(), Timestamp::now());
+        let ended = self.insist(|| self.hub.db.end(id, status, &ending.reason, sent, now)).await;
         if let Err(error) = ended {
             tracing::error!(backup = %id, %error, "the end of a job was not noted");
+        }
+    }
+
+    /// Tells the database until it takes it, refuses it, or the hub stops: a full disk must not leave a job in work for
+    /// ever.
+    async fn insist<F>(&self, mut tell: impl FnMut() -> F) -> Result<(), DbError>
+    where
+        F: Future<Output = Result<(), DbError>>,
+    {
+        loop {
+            let error = match tell().await {
+                Err(error) if !matches!(error, DbError::Refused(_) | DbError::Closed) => error,
+                told => return told,
+            };
+            tracing::error!(backup = %self.job.id, %error, "the database does not take the end of a job; trying again");
+            tokio::select! {
+                () = tokio::time::sleep(INSIST_EVERY) => {}
+                () = self.hub.stopping() => return Err(error),
+            }
         }
     }
 

@@ -163,3 +163,28 @@ async fn an_agent_that_never_connects_or_falls_silent_is_lost() {
     assert!(f.stored("main").is_empty() && f.hub.export_names().is_empty());
     f.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_beyond_the_limit_wait_their_turn_and_can_be_cancelled_while_they_wait() {
+    let f = Fixture::with_repository().await;
+    let mut ids = Vec::new();
+    for number in 0..hub::MAX_RUNNING_JOBS + 2 {
+        let vm = format!("far-{number}");
+        f.add_external_vm(&vm, SIZE).await;
+        ids.push(f.begin(&vm, "full").await);
+    }
+    // They are served in order.
+    let (running, waiting) = ids.split_at(hub::MAX_RUNNING_JOBS);
+    for id in running {
+        reach(&f, id, "agent").await;
+    }
+    for id in waiting {
+        assert_eq!(f.get(&format!("/backups/{id}")).await.1["status"], "pending");
+    }
+    let cancel = |id: &str| format!("/backups/{id}/cancel");
+    assert_eq!(f.post(&cancel(&waiting[0]), json!(null)).await.0, StatusCode::ACCEPTED);
+    assert_eq!(f.ended(&waiting[0]).await["status"], "cancelled");
+    f.post(&cancel(&ids[0]), json!(null)).await;
+    reach(&f, &waiting[1], "agent").await;
+    f.stop().await;
+}

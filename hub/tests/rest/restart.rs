@@ -101,3 +101,56 @@ async fn a_crash_ends_jobs_and_removes_even_sealed_layers_that_were_never_commit
     assert_eq!(next["parent_backup_id"], full["backup_id"]);
     f.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_that_was_away_at_the_restart_is_cleaned_when_it_is_back() {
+    let f = Fixture::with_repository().await;
+    f.add_external_vm("far", 1 << 20).await;
+    let path = f.repository_path("main");
+    let away = path.with_extension("away");
+    let dir = f.stop().await;
+
+    // A job of a hub that was killed, with half a layer, in a repository that is not there any more.
+    let db = Database::open(&dir.path().join("data/hub.db")).unwrap();
+    let job = db
+        .insert_job(NewJob {
+            vm_name: "far".to_owned(),
+            repository: "main".to_owned(),
+            backup_type: BackupType::Full,
+            now: Timestamp::now(),
+        })
+        .await
+        .unwrap();
+    db.begin(&job.id, Timestamp::now()).await.unwrap();
+    let layer = "ctx-far-20260101T000000/disk-0/backup-far-20260101T000000-full.qcow2";
+    let row = NewDisk {
+        index: 0,
+        key: 2016,
+        kind: BackupType::Full,
+        full_reason: None,
+        parent_backup_id: None,
+        previous_change_id: None,
+        capacity_bytes: 1 << 20,
+        path: layer.to_owned(),
+        export_name: "half".to_owned(),
+    };
+    db.put_disk(&job.id, row).await.unwrap();
+    drop(db);
+    std::fs::create_dir_all(path.join(layer).parent().unwrap()).unwrap();
+    std::fs::write(path.join(layer), "half").unwrap();
+    std::fs::rename(&path, &away).unwrap();
+
+    let f = Fixture::start_in(dir, |_| {}).await;
+    let (_, view) = f.get(&format!("/backups/{}", job.id)).await;
+    assert_eq!(view["status"], "failed");
+    let (_, list) = f.get("/repositories").await;
+    assert_eq!(list["repositories"][0]["online"], false);
+    let refused = f.begin("far", "full").await;
+    let refused = f.ended(&refused).await;
+    assert!(refused["error_message"].as_str().unwrap().contains("offline"), "{refused:#}");
+
+    std::fs::rename(&away, &path).unwrap();
+    assert_eq!(f.get("/repositories").await.1["repositories"][0]["online"], true);
+    assert!(f.stored("main").is_empty(), "{:?}", f.stored("main"));
+    f.stop().await;
+}

@@ -29,7 +29,7 @@ pub(crate) struct Core {
     pub(crate) refs: Refcounts,
     /// Clusters with refcount 0 that may be taken.
     pub(crate) free: FreeRuns,
-    /// The cluster behind the last that is used: where the file grows.
+    /// The cluster behind the last that is used: where the file grows. 0 until [`Core::find_end`] has found it.
     pub(crate) end: u64,
     /// Clusters from here on were never written: they read as zeros.
     pub(crate) virgin_floor: u64,
@@ -70,7 +70,7 @@ impl Core {
             map,
             refs,
             free: FreeRuns::default(),
-            end: clusters,
+            end: 0,
             virgin_floor: clusters,
             capacity_bytes: file_bytes,
             fixed,

@@ -45,7 +45,7 @@ pub struct ImageInfo {
     pub is_corrupt: bool,
     /// It was opened for reading only.
     pub read_only: bool,
-    /// The length of the image file up to the last cluster in use, in bytes.
+    /// The length of the image file up to the last cluster in use, in bytes; all of it where it is open for reading.
     pub file_bytes: u64,
 }
 
@@ -79,7 +79,8 @@ impl Image {
     /// What the image says of itself.
     pub fn info(&self) -> ImageInfo {
         let core = self.inner.core.lock();
-        let file_bytes = core.end * core.geometry.bytes();
+        let used = core.end * core.geometry.bytes();
+        let file_bytes = if used == 0 { core.capacity_bytes } else { used };
         ImageInfo { file_bytes, ..self.inner.info.info.clone() }
     }
 }

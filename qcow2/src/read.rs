@@ -36,6 +36,8 @@ pub struct LayerExtent {
 impl Inner {
     /// Reads a range of the disk.
     pub(crate) async fn read(&self, range: ByteRange) -> Result<Segments, Error> {
+        // Refused at once where the image is closing, instead of waiting until it is closed.
+        self.live()?;
         let _guard = self.guests.lock_shared(self.widen(range)).await;
         let live = self.live()?;
         let mut all = Segments::default();

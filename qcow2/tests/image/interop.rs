@@ -1,11 +1,9 @@
 //! Images against `qemu-img` and `qemu-io`: ours read by them, theirs read and changed by us.
 
-mod common;
-
-use block::{BlockDevice, Durability, ZeroMode};
-use common::{
+use crate::common::{
     block_on, pattern, qemu_check, qemu_create, qemu_img, qemu_io, range, raw_of, read_all,
 };
+use block::{BlockDevice, Durability, ZeroMode};
 use qcow2::{BackingFormat, CreateOptions, Image, OpenOptions};
 
 const MIB: u64 = 1 << 20;

@@ -1,7 +1,5 @@
 //! What the tests of images share: running futures, patterns, and `qemu-img` as the judge.
 
-#![allow(dead_code, reason = "every test binary uses its own part")]
-
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -33,7 +31,7 @@ pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// The whole disk.
-pub async fn read_all(image: &Image) -> Vec<u8> {
+pub(crate) async fn read_all(image: &Image) -> Vec<u8> {
     let size = image.limits().size_bytes;
     let mut all = Vec::new();
     for piece in ByteRange::between(0, size).pieces(1 << 20) {
@@ -90,7 +88,8 @@ pub(crate) fn raw_of(path: &Path) -> Vec<u8> {
 pub(crate) struct Check {
     /// 0: clean, 2: corrupt, 3: leaks only.
     pub(crate) code: i32,
-    /// What it printed.
+    /// What it printed, for messages.
+    #[expect(dead_code, reason = "read through Debug when an assertion fails")]
     pub(crate) text: String,
 }
 

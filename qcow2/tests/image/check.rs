@@ -1,0 +1,142 @@
+//! A checker that shares no code with the crate: it walks every table of an image in memory and compares what is
+//! referenced with what is counted. Written from the specification alone.
+
+use std::collections::HashMap;
+
+/// What a walk found.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// Clusters that are used more often than counted, flags that lie, entries that point nowhere.
+    pub(crate) errors: Vec<String>,
+    /// Clusters that are counted and not used.
+    pub(crate) leaks: u64,
+    /// Clusters of guest data.
+    pub(crate) data_clusters: u64,
+}
+
+impl Findings {
+    pub(crate) fn assert_consistent(&self, what: &str) {
+        assert!(self.errors.is_empty(), "{what}: {:?}", self.errors);
+    }
+
+    pub(crate) fn assert_clean(&self, what: &str) {
+        self.assert_consistent(what);
+        assert_eq!(self.leaks, 0, "{what}: leaked clusters");
+    }
+}
+
+struct Walk<'a> {
+    bytes: &'a [u8],
+    cluster: u64,
+    used: HashMap<u64, u64>,
+    found: Findings,
+}
+
+/// Checks a version 3 image with 16 bit refcounts and without snapshots.
+pub(crate) fn check(bytes: &[u8]) -> Findings {
+    let mut walk = Walk { bytes, cluster: 0, used: HashMap::new(), found: Findings::default() };
+    walk.cluster = 1 << walk.u32(20);
+    let (l1_at, l1_len) = (walk.u64(40), u64::from(walk.u32(36)));
+    let (table_at, table_len) = (walk.u64(48), u64::from(walk.u32(56)) * walk.cluster);
+    assert_eq!(walk.u32(96), 4, "this checker knows 16 bit refcounts");
+    walk.take(0, walk.cluster, "header");
+    walk.take(l1_at, l1_len * 8, "L1 table");
+    walk.take(table_at, table_len, "refcount table");
+    let blocks: Vec<u64> = (0..table_len / 8).map(|at| walk.u64(table_at + at * 8)).collect();
+    for block in blocks.iter().filter(|block| **block != 0) {
+        walk.take(*block, walk.cluster, "refcount block");
+    }
+    let mut copied = Vec::new();
+    for at in 0..l1_len {
+        let entry = walk.u64(l1_at + at * 8);
+        let table = entry & 0x00ff_ffff_ffff_fe00;
+        if table == 0 {
+            continue;
+        }
+        walk.take(table, walk.cluster, "L2 table");
+        copied.push((table, entry >> 63));
+        for slot in 0..walk.cluster / 8 {
+            let entry = walk.u64(table + slot * 8);
+            let host = entry & 0x00ff_ffff_ffff_fe00;
+            if entry >> 62 & 1 == 1 {
+                walk.found.errors.push(format!("compressed entry {entry:#x}"));
+            } else if host != 0 {
+                walk.take(host, walk.cluster, "data");
+                walk.found.data_clusters += 1;
+                copied.push((host, entry >> 63));
+            }
+        }
+    }
+    walk.compare(&blocks, &copied);
+    walk.found
+}
+
+impl Walk<'_> {
+    fn u32(&self, at: u64) -> u32 {
+        let at = usize::try_from(at).unwrap();
+        self.bytes.get(at..at + 4).map_or(0, |b| u32::from_be_bytes(b.try_into().unwrap()))
+    }
+
+    fn u64(&self, at: u64) -> u64 {
+        u64::from(self.u32(at)) << 32 | u64::from(self.u32(at + 4))
+    }
+
+    fn take(&mut self, at: u64, len: u64, what: &str) {
+        if !at.is_multiple_of(self.cluster) {
+            self.found.errors.push(format!("{what} at {at:#x} is not aligned"));
+        }
+        for cluster in at / self.cluster..(at + len).div_ceil(self.cluster) {
+            let users = self.used.entry(cluster).or_default();
+            *users += 1;
+            if *users > 1 {
+                self.found.errors.push(format!("{what}: cluster {cluster} is used twice"));
+            }
+        }
+    }
+
+    fn count(&self, blocks: &[u64], cluster: u64) -> u64 {
+        let per_block = self.cluster / 2;
+        let block = blocks.get(usize::try_from(cluster / per_block).unwrap()).copied().unwrap_or(0);
+        if block == 0 {
+            return 0;
+        }
+        let at = usize::try_from(block + cluster % per_block * 2).unwrap();
+        self.bytes
+            .get(at..at + 2)
+            .map_or(0, |b| u64::from(u16::from_be_bytes(b.try_into().unwrap())))
+    }
+
+    fn compare(&mut self, blocks: &[u64], copied: &[(u64, u64)]) {
+        let counted = blocks.len() as u64 * (self.cluster / 2);
+        for cluster in self.used.keys().filter(|cluster| **cluster >= counted) {
+            self.found.errors.push(format!("cluster {cluster} lies behind all refcounts"));
+        }
+        for (block, _) in blocks.iter().enumerate().filter(|(_, at)| **at != 0) {
+            let first = block as u64 * (self.cluster / 2);
+            for cluster in first..first + self.cluster / 2 {
+                let (count, used) =
+                    (self.count(blocks, cluster), self.used.get(&cluster).copied().unwrap_or(0));
+                if count < used {
+                    let error = format!("cluster {cluster} has {used} users and refcount {count}");
+                    self.found.errors.push(error);
+                }
+                self.found.leaks += u64::from(count > used);
+            }
+        }
+        let uncovered: Vec<_> = self
+            .used
+            .keys()
+            .filter(|cluster| self.count(blocks, **cluster) == 0)
+            .copied()
+            .collect();
+        for cluster in uncovered {
+            self.found.errors.push(format!("cluster {cluster} is used and has refcount 0"));
+        }
+        for (at, flag) in copied {
+            let once = self.count(blocks, at / self.cluster) == 1;
+            if once != (*flag == 1) {
+                self.found.errors.push(format!("{at:#x} has the wrong copied flag"));
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Tests of whole images through the public interface: in memory with faults and power cuts, and on real files with
+//! `qemu-img` as the judge. Tests of single parts stand beside them in the crate.
+
+mod check;
+mod common;
+mod crash;
+mod faults;
+mod hostile;
+mod interop;
+mod memory;
+mod model;
+mod order;
+mod shape;

@@ -104,12 +104,10 @@ impl Core {
         match table {
             Table::L2 { l1, at } => {
                 self.map.insert_loaded(l1, at, bytes)?;
-                self.map.evict(self.l2_cache_tables());
             }
             Table::Refcounts { block, at } => {
                 self.refs.insert_loaded(block, at, bytes.to_vec());
                 self.collect_free(block);
-                self.refs.evict(self.refcount_cache_blocks());
             }
         }
         Ok(())
@@ -166,9 +164,16 @@ impl Core {
         self.fixed.iter().any(|fixed| fixed.overlaps(run)) || self.refs.table_overlaps(run)
     }
 
-    /// Whether so much waits to be written that a flush is due before more is loaded.
-    pub(crate) fn wants_flush(&self) -> bool {
+    /// Forgets tables where there are too many. Whether so many of them wait to be written that only a flush helps.
+    pub(crate) fn is_full(&mut self) -> bool {
         let (tables, blocks) = (self.l2_cache_tables(), self.refcount_cache_blocks());
+        if self.map.loaded_tables() > tables {
+            // More than one, so that this is not done at every turn.
+            self.map.evict(tables - tables / 8);
+        }
+        if self.refs.loaded_blocks() > blocks {
+            self.refs.evict(blocks - blocks / 8);
+        }
         (self.map.loaded_tables() > tables && self.map.dirty_tables() > tables / 2)
             || (self.refs.loaded_blocks() > blocks && self.refs.dirty_blocks() > blocks / 2)
     }

@@ -159,12 +159,18 @@ impl Header {
         self.incompatible & CORRUPT != 0
     }
 
-    /// Clears the autoclear bits, all of which describe data that we do not keep up to date. Says whether any was set.
-    pub(crate) fn clear_autoclear(&mut self) -> bool {
-        let any = self.autoclear != 0;
+    /// The first sector with all autoclear bits off (all of them describe data that we do not keep up to date), where
+    /// one is on.
+    pub(crate) fn sector_without_autoclear(&self) -> Option<Vec<u8>> {
+        let mut cleared = self.clone();
+        cleared.clear_autoclear();
+        (self.autoclear != 0).then_some(cleared.sector)
+    }
+
+    /// Notes that the autoclear bits are off on disk.
+    pub(crate) fn clear_autoclear(&mut self) {
         self.autoclear = 0;
         self.patch(88, &[0; 8]);
-        any
     }
 
     /// Records another place for the refcount table.

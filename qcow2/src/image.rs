@@ -168,17 +168,12 @@ impl Inner {
         mut ask: impl FnMut(&mut Core) -> Result<Step<T>, Fault>,
     ) -> Result<T, Error> {
         loop {
-            let (step, full) = {
-                let mut core = self.core.lock();
-                let step = ask(&mut core).map_err(|fault| self.fault(fault))?;
-                (step, core.wants_flush())
-            };
+            if self.core.lock().is_full() {
+                self.flush(live).await?;
+            }
+            let step = ask(&mut self.core.lock()).map_err(|fault| self.fault(fault))?;
             match step {
                 Step::Ready(answer) => return Ok(answer),
-                Step::Load(_) if full => {
-                    self.flush(live).await?;
-                    self.serve(live, step).await?;
-                }
                 needs => self.serve(live, needs).await?,
             }
         }
@@ -247,17 +242,17 @@ impl Inner {
     pub(crate) async fn before_change(&self, live: &Live) -> Result<(), Error> {
         self.first_change
             .get_or_try_init(|| async {
-                let sector = {
-                    let mut core = self.core.lock();
-                    core.header.clear_autoclear().then(|| core.header.sector().to_vec())
-                };
+                let sector = self.core.lock().header.sector_without_autoclear();
                 let Some(sector) = sector else { return Ok(()) };
                 let write = live.file.write(HostOffset(0).0, sector.into(), None).await;
                 let done = match write {
                     Ok(()) => live.file.sync().await,
                     failed => failed,
                 };
-                done.map_err(|error| self.poison(Error::Host(error)))
+                done.map_err(|error| self.poison(Error::Host(error)))?;
+                // Not before: whoever drops this future half-way leaves it to the next.
+                self.core.lock().header.clear_autoclear();
+                Ok(())
             })
             .await
             .copied()

@@ -8,7 +8,7 @@ use block::ByteRange;
 
 use crate::entry::{Hosted, L1Entry, L2Entry};
 use crate::error::{Corruption, Fault, Feature};
-use crate::refcount::{MetaWrite, big_endian, entry_writes, join, sectors};
+use crate::refcount::{MetaWrite, big_endian, entry_writes, join, write_units};
 use crate::units::{ClusterGeometry, GuestOffset, HostOffset, index};
 
 /// What a question to the core needs: its answer, or something of the driver first.
@@ -344,7 +344,7 @@ impl Mapping {
         let mut captured = CapturedMapping::default();
         for (l1, table) in &mut self.tables {
             let Some(dirty) = table.dirty.take() else { continue };
-            let dirty = sectors(dirty, table.entries.len() * 8);
+            let dirty = write_units(dirty, table.entries.len() * 8);
             let entries = &table.entries[dirty.start / 8..dirty.end / 8];
             let write = MetaWrite {
                 at: HostOffset(table.at.0 + dirty.start as u64),

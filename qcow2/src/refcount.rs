@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::entry;
 use crate::error::Fault;
-use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, SECTOR_BYTES, index};
+use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, TABLE_WRITE_BYTES, index};
 
 /// The width of a refcount: 1 to 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -281,7 +281,7 @@ impl Refcounts {
         let mut captured = CapturedRefcounts::default();
         for (at, block) in &mut self.blocks {
             let Some(dirty) = block.dirty.take() else { continue };
-            let dirty = sectors(dirty, block.bytes.len());
+            let dirty = write_units(dirty, block.bytes.len());
             first.push(MetaWrite {
                 at: HostOffset(block.at.0 + dirty.start as u64),
                 bytes: block.bytes[dirty.clone()].to_vec(),
@@ -365,10 +365,10 @@ pub(crate) fn join(range: Option<Range<usize>>, other: Range<usize>) -> Range<us
     }
 }
 
-/// Widens a range of a cluster to sectors.
-pub(crate) fn sectors(range: Range<usize>, len: usize) -> Range<usize> {
-    let sector = index(SECTOR_BYTES);
-    range.start / sector * sector..range.end.next_multiple_of(sector).min(len)
+/// Widens a range of a table of `len` bytes to what is written at once.
+pub(crate) fn write_units(range: Range<usize>, len: usize) -> Range<usize> {
+    let unit = index(TABLE_WRITE_BYTES);
+    range.start / unit * unit..range.end.next_multiple_of(unit).min(len)
 }
 
 /// A table as it lies on disk.
@@ -376,28 +376,31 @@ pub(crate) fn big_endian(entries: &[u64]) -> Vec<u8> {
     entries.iter().flat_map(|entry| entry.to_be_bytes()).collect()
 }
 
-/// Writes for the sectors of a table at `at` that hold the entries `dirty`, which come in order.
+/// Writes for the parts of a table at `at` that hold the entries `dirty`, which come in order.
 pub(crate) fn entry_writes(
     at: HostOffset,
     table: &[u64],
     dirty: impl Iterator<Item = u64>,
 ) -> Vec<MetaWrite> {
-    let per_sector = SECTOR_BYTES / 8;
-    let mut sectors: Vec<Range<u64>> = Vec::new();
+    let per_unit = TABLE_WRITE_BYTES / 8;
+    let mut units: Vec<Range<u64>> = Vec::new();
     for entry in dirty {
-        let sector = entry / per_sector;
-        match sectors.last_mut() {
-            Some(last) if sector < last.end => {}
-            Some(last) if sector == last.end => last.end += 1,
-            _ => sectors.push(sector..sector + 1),
+        let unit = entry / per_unit;
+        match units.last_mut() {
+            Some(last) if unit < last.end => {}
+            Some(last) if unit == last.end => last.end += 1,
+            _ => units.push(unit..unit + 1),
         }
     }
     let write = |range: Range<u64>| {
-        let end = index(range.end * per_sector).min(table.len());
-        let entries = table.get(index(range.start * per_sector)..end).unwrap_or_default();
-        MetaWrite { at: HostOffset(at.0 + range.start * SECTOR_BYTES), bytes: big_endian(entries) }
+        let end = index(range.end * per_unit).min(table.len());
+        let entries = table.get(index(range.start * per_unit)..end).unwrap_or_default();
+        MetaWrite {
+            at: HostOffset(at.0 + range.start * TABLE_WRITE_BYTES),
+            bytes: big_endian(entries),
+        }
     };
-    sectors.into_iter().map(write).collect()
+    units.into_iter().map(write).collect()
 }
 
 #[cfg(test)]
@@ -420,12 +423,12 @@ mod tests {
     }
 
     #[test]
-    fn table_writes_cover_the_sectors_of_the_entries_and_no_more() {
-        let table: Vec<u64> = (0..200).collect();
-        let writes = entry_writes(HostOffset(65536), &table, [1, 63, 64, 199].into_iter());
+    fn table_writes_cover_the_entries_in_units_and_no_more() {
+        let table: Vec<u64> = (0..1544).collect();
+        let writes = entry_writes(HostOffset(65536), &table, [1, 511, 1543].into_iter());
         let ranges: Vec<_> = writes.iter().map(|w| (w.at.0 - 65536, w.bytes.len())).collect();
-        assert_eq!(ranges, [(0, 1024), (1536, 64)]);
-        assert_eq!(writes[1].bytes[56..], 199u64.to_be_bytes());
+        assert_eq!(ranges, [(0, 4096), (12288, 64)]);
+        assert_eq!(writes[1].bytes[56..], 1543u64.to_be_bytes());
     }
 
     proptest! {

@@ -13,6 +13,8 @@ pub const MAX_CLUSTER_BITS: u32 = 21;
 pub const DEFAULT_CLUSTER_BYTES: u32 = 1 << 16;
 /// The unit in which the host writes a piece or does not: metadata never relies on more, in bytes.
 pub(crate) const SECTOR_BYTES: u64 = 512;
+/// The unit in which changes of tables are written, in bytes: what direct I/O takes without reading first.
+pub(crate) const TABLE_WRITE_BYTES: u64 = 4096;
 /// Host offsets in L1 and L2 entries have 56 bits; nothing that they point at may lie behind.
 pub(crate) const HOST_OFFSET_END: u64 = 1 << 56;
 

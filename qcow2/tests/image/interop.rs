@@ -148,3 +148,35 @@ fn an_overlay_of_qemu_over_our_image_reads_back() {
         assert_eq!(info.backing.unwrap().name, "base.qcow2");
     });
 }
+
+#[test]
+fn the_deepest_chain_reads_and_one_more_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: usize| dir.path().join(format!("{n}.qcow2"));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+    // On a worker thread: its stack is the small one.
+    let deepest = qcow2::MAX_CHAIN_DEPTH;
+    let paths: Vec<_> = (0..=deepest).map(at).collect();
+    let work = async move {
+        for (n, path) in paths.iter().enumerate() {
+            let mut options = CreateOptions::new(MIB).cluster_bytes(4096);
+            if n > 0 {
+                options = options.backing(format!("{}.qcow2", n - 1), BackingFormat::Qcow2);
+            }
+            Image::create(path, &options).await.unwrap();
+            if n < 2 {
+                let image = Image::open(path, OpenOptions::writing()).await.unwrap();
+                let data = pattern(1 + n as u64, 8192);
+                image.write(n as u64 * 4096, data.into(), Durability::Durable).await.unwrap();
+                image.close().await.unwrap();
+            }
+        }
+        let image = Image::open(&paths[paths.len() - 2], OpenOptions::reading()).await.unwrap();
+        let read = image.read(range(0, 12288)).await.unwrap().to_vec();
+        assert!(read[..4096] == pattern(1, 8192)[..4096] && read[4096..] == pattern(2, 8192));
+        assert_eq!(image.extents(range(0, MIB)).await.unwrap().len(), 2);
+        let deeper = Image::open(&paths[paths.len() - 1], OpenOptions::reading()).await;
+        assert!(matches!(deeper, Err(qcow2::Error::Reference { .. })));
+    };
+    runtime.block_on(async { tokio::spawn(work).await.unwrap() });
+}

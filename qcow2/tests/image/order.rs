@@ -6,13 +6,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use block::{BlockDevice, Durability, LoggedOp, OpKind, ZeroMode};
-use futures_util::future::join_all;
 
 use crate::check::check;
 use crate::common::{block_on, pattern, range, read_all};
 use crate::memory::{Shape, part_mut, read};
 
-fn poll_once<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+fn poll_once<T>(future: std::pin::Pin<&mut (impl Future<Output = T> + ?Sized)>) -> Poll<T> {
     future.poll(&mut Context::from_waker(Waker::noop()))
 }
 
@@ -174,12 +173,13 @@ fn flushes_that_come_together_are_one() {
         image.write(0, pattern(1, 65536).into(), Durability::Deferred).await.unwrap();
         let before = syncs(&storage.log());
         let held = storage.hold(|op| op.kind == OpKind::Sync);
-        let all = join_all((0..50).map(|_| image.flush()));
-        let mut all = pin!(all);
-        assert!(poll_once(all.as_mut()).is_pending());
+        let mut all: Vec<_> = (0..50).map(|_| image.flush()).collect();
+        for flush in &mut all {
+            assert!(poll_once(flush.as_mut()).is_pending());
+        }
         drop(held);
-        for flushed in all.await {
-            flushed.unwrap();
+        for flush in all {
+            flush.await.unwrap();
         }
         // The first needs two; all others share one more, which has nothing left to write.
         assert_eq!(syncs(&storage.log()) - before, 3);

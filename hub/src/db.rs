@@ -4,6 +4,7 @@
 mod backups;
 mod deletion;
 mod events;
+mod lifecycle;
 mod repositories;
 mod rows;
 mod schema;

@@ -1,11 +1,14 @@
 //! The hub: the database, the repositories, the NBD server and the jobs in work, and what may be asked of them. It knows
 //! neither HTTP nor command lines, and leaves what a job does to [`crate::runner`].
 
+mod checks;
+mod data;
+mod recovery;
+
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,16 +17,13 @@ use chain::Repository;
 use jiff::Timestamp;
 use nbd_server::{Server, ServerConfig};
 use parking_lot::Mutex;
-use rustix::fs::{FlockOperation, flock};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use crate::db::{Database, DbError, NewJob, NewVm, NewVmDisk, Refusal};
-use crate::error::{HubError, describe};
+use crate::db::{Database, DbError, NewJob, Refusal};
+use crate::error::HubError;
 use crate::job::{Ending, Step};
-use crate::model::{
-    AgentKind, Backup, BackupDisk, BackupType, Level, RepositoryRow, RepositoryType, Status, Vm,
-};
+use crate::model::{AgentKind, Backup, BackupType, Level, RepositoryRow, RepositoryType, Vm};
 use crate::restore::Restores;
 use crate::runner::{self, JobHandle, Message};
 use crate::stores::{self, Stores};
@@ -129,7 +129,7 @@ impl Hub {
     /// # Errors
     /// [`StartError`].
     pub async fn start(config: Config) -> Result<Arc<Self>, StartError> {
-        let lock = open_data(&config.data)?;
+        let lock = data::open(&config.data)?;
         let path = config.data.join("hub.db");
         let db = tokio::task::spawn_blocking(move || Database::open(&path))
             .await
@@ -215,7 +215,7 @@ impl Hub {
     /// # Errors
     /// [`HubError::Invalid`] for what breaks a rule, [`Refusal::Exists`].
     pub async fn add_vm(&self, wish: api::AddVm) -> Result<Vm, HubError> {
-        let new = check_vm(wish)?;
+        let new = checks::vm(wish)?;
         Ok(self.db.insert_vm(new).await?)
     }
 
@@ -227,7 +227,7 @@ impl Hub {
         &self,
         wish: api::AddRepository,
     ) -> Result<RepositoryRow, HubError> {
-        check_name("a repository", &wish.name)?;
+        checks::name("a repository", &wish.name)?;
         if wish.kind != RepositoryType::Local {
             return Err(HubError::Invalid(format!(
                 "repositories of type {} cannot be used yet; only local",
@@ -410,58 +410,6 @@ impl Hub {
         Ok(())
     }
 
-    /// Ends what a stop of the hub interrupted: jobs in work, deletions half done. What was completed is not touched.
-    async fn recover(&self) -> Result<(), StartError> {
-        for row in self.db.repositories().await? {
-            if let Err(error) = self.repository(&row).await {
-                tracing::warn!(repository = row.name, %error, "a repository is offline");
-            }
-        }
-        for job in self.db.active_jobs().await? {
-            let doing = match &job.step {
-                Some(step) => format!("its step {step} was in work"),
-                None => "it was waiting".to_owned(),
-            };
-            // One whose end had been announced keeps its own reason.
-            let reason = match &job.error_message {
-                Some(reason) => reason.clone(),
-                None => format!("the hub stopped while {doing}"),
-            };
-            self.bury(&job, &reason).await?;
-        }
-        for backup in self.db.half_deleted().await? {
-            if let Err(error) = self.delete_backup(&backup.id).await {
-                tracing::warn!(backup = %backup.id, %error, "a deletion is still not finished");
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends a job that has no driver any more, and removes its layers.
-    async fn bury(&self, job: &Backup, reason: &str) -> Result<(), DbError> {
-        self.db.announce_end(&job.id, reason).await?;
-        let (_, disks) = self.db.backup_with_disks(&job.id).await?;
-        if let Err(error) = self.remove_files(job, &disks).await {
-            let message = format!("layers are left until the repository is opened again: {error}");
-            self.log(&job.id, None, Level::Warning, &message).await;
-        }
-        self.db.end(&job.id, Status::Failed, reason, 0, Timestamp::now()).await
-    }
-
-    async fn remove_files(&self, job: &Backup, disks: &[BackupDisk]) -> Result<(), String> {
-        let row = self.db.repository(&job.repository_id).await.map_err(|error| describe(&error))?;
-        let repository = self.repository(&row).await.map_err(|error| describe(&error))?;
-        for disk in disks {
-            // The export of a driver that died may still hold the layer open.
-            if let Ok(device) =
-                self.server.remove_export(&disk.export_name, nbd_server::Removal::Cut).await
-            {
-                let _ = device.close().await;
-            }
-        }
-        runner::remove_layers(&repository, disks).await
-    }
-
     /// Stops: accepts no jobs, ends those in work with a reason, closes all connections. Bounded in time.
     pub async fn stop(&self) {
         self.stopping.cancel();
@@ -489,78 +437,4 @@ fn stop_handle(handle: &JobHandle) {
         // A full mailbox: the step in work gives up, and the job fails with its words.
         handle.stop.cancel();
     }
-}
-
-/// Makes the data directory, for its owner only, and takes its lock.
-fn open_data(data: &Path) -> Result<File, StartError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| StartError::Data { path, source }
-    };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data).map_err(failed(data))?;
-    let mode = std::fs::metadata(data).map_err(failed(data))?.permissions().mode();
-    if mode & 0o077 != 0 {
-        tracing::warn!("{} may be entered by others than its owner; chmod 700 it", data.display());
-    }
-    let path = data.join("hub.lock");
-    let lock = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(failed(&path))?;
-    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::InUse(data.to_owned())),
-        Err(error) => Err(failed(&path)(error.into())),
-    }
-}
-
-/// Checks a virtual machine before it is stored.
-fn check_vm(wish: api::AddVm) -> Result<NewVm, HubError> {
-    let invalid = |text: String| Err(HubError::Invalid(text));
-    check_name("a virtual machine", &wish.name)?;
-    if wish.disks.is_empty() || wish.disks.len() > MAX_DISKS {
-        return invalid(format!("a virtual machine has 1 to {MAX_DISKS} disks"));
-    }
-    let mut disks: Vec<NewVmDisk> = Vec::with_capacity(wish.disks.len());
-    for (index, disk) in wish.disks.into_iter().enumerate() {
-        let source: agent::SourceSpec = match disk.source.parse() {
-            Ok(source) => source,
-            Err(error) => return invalid(format!("disk {index}: {error}")),
-        };
-        if matches!(&source, agent::SourceSpec::File(path) if !path.is_absolute()) {
-            return invalid(format!("disk {index}: {} needs an absolute path", disk.source));
-        }
-        match disk.capacity_bytes {
-            None if wish.agent == AgentKind::External => {
-                return invalid(format!("disk {index}: an external agent needs capacity_bytes"));
-            }
-            Some(bytes) if bytes == 0 || i64::try_from(bytes).is_err() => {
-                return invalid(format!("disk {index}: {bytes} bytes is no size of a disk"));
-            }
-            _ => {}
-        }
-        let key = disk.key.unwrap_or(2000 + i64::try_from(index).unwrap_or(0));
-        if disks.iter().any(|other| other.key == key) {
-            return invalid(format!("disk {index}: another disk has the key {key}"));
-        }
-        disks.push(NewVmDisk { key, source: disk.source, capacity_bytes: disk.capacity_bytes });
-    }
-    let (context_id, now) = (names::fresh_id("vm"), Timestamp::now());
-    Ok(NewVm { context_id, name: wish.name, agent: wish.agent, disks, now })
-}
-
-/// Names are any text, but one: a path segment `.` or `..` cannot be asked for, and a NUL ends names elsewhere.
-fn check_name(what: &str, name: &str) -> Result<(), HubError> {
-    if name.is_empty() || name.len() > MAX_NAME_BYTES {
-        return Err(HubError::Invalid(format!(
-            "the name of {what} has 1 to {MAX_NAME_BYTES} bytes"
-        )));
-    }
-    if name.contains('\0') || matches!(name, "." | "..") {
-        return Err(HubError::Invalid(format!("{name:?} cannot be the name of {what}")));
-    }
-    Ok(())
 }

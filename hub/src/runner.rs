@@ -2,6 +2,8 @@
 //! step does is in `work`; how jobs are found and stopped is in [`crate::hub`].
 
 mod base;
+mod disk;
+mod layers;
 mod work;
 
 use std::collections::{BTreeMap, VecDeque};

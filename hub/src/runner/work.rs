@@ -7,22 +7,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use agent::{
-    Address, AgentError, CancelToken, DiskJob, DiskReport, RunOptions, RunReport, SourceSpec,
-    Target,
-};
-use chain::{LayerKind, LayerPlan, LayerRequest, Manifest, OpenLayer, Repository, SealFacts};
+use agent::{Address, AgentError, CancelToken, DiskJob, DiskReport, RunOptions, RunReport, Target};
+use chain::{Repository, SealFacts};
 use jiff::Timestamp;
 use nbd_server::{Export, Removal};
 use tokio::task::JoinHandle;
 
-use super::base::{self, Base};
-use crate::db::{DbError, DiskOutcome, NewDisk, Parent};
+use super::disk::{DiskWork, look_at};
+use crate::db::DbError;
 use crate::error::describe;
-use crate::fault::{Fault, Remembering};
+use crate::fault::Remembering;
 use crate::hub::Hub;
 use crate::job::{Ending, Step};
-use crate::model::{AgentKind, Backup, BackupDisk, BackupType, Level, VmDisk};
+use crate::model::{AgentKind, Backup, BackupDisk, Level};
 use crate::progress::{DiskProgress, Progress};
 
 /// How long the agent in this process may take to stop before it is dropped.
@@ -32,34 +29,18 @@ const AGENT_STOP: Duration = Duration::from_secs(10);
 const INSIST_EVERY: Duration = Duration::from_secs(2);
 
 /// A reason, in words for people.
-type Reason = String;
+pub(super) type Reason = String;
 
 /// What the steps of one job work on.
 pub(super) struct Work {
-    hub: Arc<Hub>,
-    job: Backup,
-    progress: Arc<Progress>,
-    stop: CancelToken,
-    agent: AgentKind,
-    repository: Option<Arc<Repository>>,
-    disks: Vec<DiskWork>,
-    run: Option<JoinHandle<Result<RunReport, AgentError>>>,
-}
-
-/// One disk of a job.
-struct DiskWork {
-    index: u32,
-    key: i64,
-    source: SourceSpec,
-    size_bytes: u64,
-    parent: Option<Parent>,
-    full_reason: Option<String>,
-    plan: Option<LayerPlan>,
-    layer: Option<OpenLayer>,
-    export: Option<String>,
-    fault: Fault,
-    report: Option<DiskReport>,
-    manifest: Option<Manifest>,
+    pub(super) hub: Arc<Hub>,
+    pub(super) job: Backup,
+    pub(super) progress: Arc<Progress>,
+    pub(super) stop: CancelToken,
+    pub(super) agent: AgentKind,
+    pub(super) repository: Option<Arc<Repository>>,
+    pub(super) disks: Vec<DiskWork>,
+    pub(super) run: Option<JoinHandle<Result<RunReport, AgentError>>>,
 }
 
 impl Work {
@@ -125,80 +106,6 @@ impl Work {
         let row = row.map_err(|error| describe(&error))?;
         let repository = self.hub.repository(&row).await.map_err(|error| describe(&error))?;
         self.repository = Some(repository);
-        Ok(())
-    }
-
-    async fn make_layers(&mut self) -> Result<(), Reason> {
-        let repository = self.repository.clone().ok_or("the repository is not open")?;
-        let parents = self.hub.db.parents(&self.job.vm_context_id, &self.job.repository_id).await;
-        let parents = parents.map_err(|error| describe(&error))?;
-        for at in 0..self.disks.len() {
-            let Some(disk) = self.disks.get(at) else { continue };
-            let latest = parents.iter().find(|parent| parent.disk_index == disk.index);
-            let base = base::choose(self.job.backup_type, latest, disk.key, disk.size_bytes);
-            let Err(error) = self.make_layer(&repository, at, base.clone()).await else { continue };
-            match (base, error) {
-                (Base::Layer(parent), LayerTrouble::Parent(why)) => {
-                    let why =
-                        format!("the layer of {} cannot be built on: {why}", parent.backup_id);
-                    self.log(Step::Layers, Level::Warning, &why).await;
-                    let base = Base::Nothing(Some(why));
-                    self.make_layer(&repository, at, base)
-                        .await
-                        .map_err(LayerTrouble::into_reason)?;
-                }
-                (_, trouble) => return Err(trouble.into_reason()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Plans the layer of one disk, notes it in the database, and only then makes its file: a crash in between leaves
-    /// a row that says what to remove.
-    async fn make_layer(
-        &mut self,
-        repository: &Repository,
-        at: usize,
-        base: Base,
-    ) -> Result<(), LayerTrouble> {
-        let Some(disk) = self.disks.get_mut(at) else { return Ok(()) };
-        let (parent, full_reason) = match base {
-            Base::Nothing(reason) => (None, reason),
-            Base::Layer(parent) => (Some(parent), None),
-        };
-        let below = match &parent {
-            Some(parent) => Some(
-                repository
-                    .layer_ref(Path::new(&parent.path))
-                    .await
-                    .map_err(|error| LayerTrouble::of_parent(&error))?,
-            ),
-            None => None,
-        };
-        let plan = repository
-            .plan_unused_layer(&LayerRequest {
-                vm_name: self.job.vm_name.clone(),
-                context: self.job.vm_name.clone(),
-                disk_index: disk.index,
-                disk_key: Some(disk.key),
-                kind: if below.is_some() { LayerKind::Incremental } else { LayerKind::Full },
-                timestamp: self.job.stamp,
-                size_bytes: disk.size_bytes,
-                backup_id: self.job.id.clone(),
-                job_id: self.job.id.clone(),
-                parent: below.as_ref(),
-            })
-            .await
-            .map_err(|error| LayerTrouble::of_parent(&error))?;
-        let row = new_disk(disk, parent.as_ref(), full_reason.clone(), &plan);
-        let noted = self.hub.db.put_disk(&self.job.id, row).await;
-        noted.map_err(|error| LayerTrouble::Other(describe(&error)))?;
-        disk.plan = Some(plan.clone());
-        let layer = repository
-            .create_layer(&plan)
-            .await
-            .map_err(|error| LayerTrouble::of_parent(&error))?;
-        (disk.parent, disk.full_reason, disk.layer) = (parent, full_reason, Some(layer));
         Ok(())
     }
 
@@ -314,14 +221,9 @@ impl Work {
         done.map_err(|error| describe(&error))
     }
 
-    /// Removes every trace of the job but its rows, then ends it. The end is announced first: a commit whose failure
-    /// was reported wrongly would be found there, and then the files stay.
+    /// Removes every trace of the job but its rows, then ends it. The end is announced before files go: a commit
+    /// whose failure was reported wrongly would be found there, and then they stay.
     pub(super) async fn undo(&mut self, ending: &Ending) {
-        let id = &self.job.id;
-        if let Err(error) = self.insist(|| self.hub.db.announce_end(id, &ending.reason)).await {
-            tracing::error!(backup = %id, %error, "a job cannot be ended; its files are left for the next start");
-            return;
-        }
         if let Some(mut run) = self.run.take() {
             self.stop.cancel();
             if tokio::time::timeout(AGENT_STOP, &mut run).await.is_err() {
@@ -334,6 +236,13 @@ impl Work {
                 // It can only be missing already, which is what is wanted.
                 let _ = self.hub.server.remove_export(&name, Removal::Cut).await;
             }
+        }
+        let id = &self.job.id;
+        if let Err(error) = self.insist(|| self.hub.db.announce_end(id, &ending.reason)).await {
+            tracing::error!(backup = %id, %error, "a job cannot be ended; its files are left for the next start");
+            return;
+        }
+        for disk in &mut self.disks {
             if let Some(layer) = disk.layer.take() {
                 // Whatever it says, the layer is removed below.
                 if let Some(repository) = &self.repository {
@@ -377,105 +286,8 @@ impl Work {
         }
     }
 
-    async fn log(&self, step: Step, level: Level, message: &str) {
+    pub(super) async fn log(&self, step: Step, level: Level, message: &str) {
         self.hub.log(&self.job.id, Some(step), level, message).await;
-    }
-}
-
-impl DiskWork {
-    fn outcome(&self) -> Option<DiskOutcome> {
-        let (report, manifest) = (self.report.as_ref()?, self.manifest.as_ref()?);
-        Some(DiskOutcome {
-            index: self.index,
-            change_id: report.change_id.clone(),
-            full_reason: report.full_reason.clone(),
-            bytes_transferred: report.wire_bytes,
-            bytes_read: report.read_bytes,
-            stored_bytes: manifest.allocated_bytes,
-        })
-    }
-}
-
-/// Why a layer was not made.
-enum LayerTrouble {
-    /// Its parent is not what it was: a full can be made instead.
-    Parent(Reason),
-    /// Anything else.
-    Other(Reason),
-}
-
-impl LayerTrouble {
-    fn of_parent(error: &chain::Error) -> Self {
-        let reason = describe(error);
-        match error {
-            chain::Error::Manifest { .. }
-            | chain::Error::Layer { .. }
-            | chain::Error::NotSealed { .. }
-            | chain::Error::Shrunk { .. }
-            | chain::Error::Path { .. }
-            | chain::Error::Request { rule: chain::RequestRule::TooDeep { .. } } => {
-                Self::Parent(reason)
-            }
-            _ => Self::Other(reason),
-        }
-    }
-
-    fn into_reason(self) -> Reason {
-        match self {
-            Self::Parent(reason) | Self::Other(reason) => reason,
-        }
-    }
-}
-
-/// Opens a disk's source, where it can be reached from here, to learn its size.
-async fn look_at(agent: AgentKind, disk: &VmDisk) -> Result<DiskWork, Reason> {
-    let source: SourceSpec =
-        disk.source.parse().map_err(|error| format!("disk {}: {error}", disk.index))?;
-    let size_bytes = match (agent, disk.capacity_bytes) {
-        (AgentKind::Local, _) => {
-            let found = agent::probe(&source).await;
-            found.map_err(|error| format!("disk {}: {}", disk.index, describe(&error)))?.size_bytes
-        }
-        (AgentKind::External, Some(size_bytes)) => size_bytes,
-        (AgentKind::External, None) => {
-            return Err(format!("disk {}: its size is not known", disk.index));
-        }
-    };
-    if size_bytes == 0 {
-        return Err(format!("disk {}: {} is empty", disk.index, disk.source));
-    }
-    Ok(DiskWork {
-        index: disk.index,
-        key: disk.key,
-        source,
-        size_bytes,
-        parent: None,
-        full_reason: None,
-        plan: None,
-        layer: None,
-        export: None,
-        fault: Fault::default(),
-        report: None,
-        manifest: None,
-    })
-}
-
-fn new_disk(
-    disk: &DiskWork,
-    parent: Option<&Parent>,
-    full_reason: Option<String>,
-    plan: &LayerPlan,
-) -> NewDisk {
-    NewDisk {
-        index: disk.index,
-        key: disk.key,
-        kind: if parent.is_some() { BackupType::Incremental } else { BackupType::Full },
-        full_reason,
-        parent_backup_id: parent.map(|parent| parent.backup_id.clone()),
-        previous_change_id: parent.map(|parent| parent.change_id.clone()),
-        capacity_bytes: disk.size_bytes,
-        path: plan.path.to_string(),
-        export_name: plan.export_name.clone(),
     }
 }
 

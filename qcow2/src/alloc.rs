@@ -52,8 +52,13 @@ impl Core {
     /// back with [`Core::give_back`]. Says whether the run was never written.
     pub(crate) fn reserve(&mut self, count: u64) -> Result<Step<(Run, bool)>, Fault> {
         self.settle_loaded()?;
-        if let Some(run) = self.free.find(count) {
-            return self.reserve_hole(run);
+        while let Some(run) = self.free.find(count) {
+            match self.reserve_hole(run)? {
+                Step::Ready(None) => {}
+                Step::Ready(Some(found)) => return Ok(Step::Ready(found)),
+                Step::Load(table) => return Ok(Step::Load(table)),
+                Step::Grow(to) => return Ok(Step::Grow(to)),
+            }
         }
         loop {
             let Some(layout) = (match self.layout(count)? {
@@ -67,7 +72,8 @@ impl Core {
         }
     }
 
-    fn reserve_hole(&mut self, run: Run) -> Result<Step<(Run, bool)>, Fault> {
+    /// Takes a run that is said to be free. `None`: some of it was not, and is no longer said to be.
+    fn reserve_hole(&mut self, run: Run) -> Result<Step<Option<(Run, bool)>>, Fault> {
         let mut fits = true;
         for cluster in run.clusters() {
             match self.refs.get(cluster)? {
@@ -84,7 +90,7 @@ impl Core {
             }
         }
         if !fits {
-            return self.reserve(run.count);
+            return Ok(Step::Ready(None));
         }
         for cluster in run.clusters() {
             self.refs.set(cluster, 1);
@@ -92,7 +98,7 @@ impl Core {
         self.free.remove(run);
         let virgin = run.start.0 >= self.virgin_floor;
         self.virgin_floor = self.virgin_floor.max(run.end().0);
-        Ok(Step::Ready((run, virgin)))
+        Ok(Step::Ready(Some((run, virgin))))
     }
 
     /// Plans an append: new refcount blocks, then a moved refcount table, then the run. `None`: the end moved, again.
@@ -171,6 +177,7 @@ impl Core {
         }
         for (block, cluster) in layout.blocks.iter().zip(layout.start..) {
             self.refs.insert_new(*block, HostCluster(cluster));
+            self.tables.insert(HostCluster(cluster));
         }
         for cluster in layout.start..layout.end() {
             self.refs.set(HostCluster(cluster), 1);

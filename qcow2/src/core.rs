@@ -1,6 +1,8 @@
 //! All that an image knows about itself, behind one lock: mapping, refcounts, free space. It decides and never does
 //! I/O; what it needs of the driver it says with [`Step`].
 
+use std::collections::HashSet;
+
 use block::ByteRange;
 
 use crate::error::{Corruption, Fault, TableKind};
@@ -37,6 +39,8 @@ pub(crate) struct Core {
     pub(crate) capacity_bytes: u64,
     /// Metadata that never moves: header, L1 table, snapshot table.
     pub(crate) fixed: Vec<Run>,
+    /// The clusters of L2 tables and refcount blocks. Only for writing: a wrong refcount must not make room of them.
+    pub(crate) tables: HashSet<HostCluster>,
     /// References that are gone in memory, and on disk after the next flush: their refcounts may drop then.
     pub(crate) dropped: Vec<Run>,
     /// References that are gone on disk, too: their refcounts may drop now.
@@ -62,6 +66,12 @@ impl Core {
             fixed.push(Run::one(geometry.host_cluster(header.snapshots_at)));
         }
         let clusters = geometry.clusters(file_bytes);
+        let tables = if refs.table_entries() == 0 {
+            HashSet::new()
+        } else {
+            let places = map.table_places().chain(refs.block_places());
+            places.map(|at| geometry.host_cluster(at)).collect()
+        };
         Self {
             geometry,
             size_bytes: header.size_bytes,
@@ -74,6 +84,7 @@ impl Core {
             virgin_floor: clusters,
             capacity_bytes: file_bytes,
             fixed,
+            tables,
             dropped: Vec::new(),
             ready: Vec::new(),
         }
@@ -138,11 +149,14 @@ impl Core {
                 what: Corruption::BehindFile { table: kind, host: at },
             });
         }
-        self.check_target(kind, at, at)
+        if self.is_fixed(Run::one(self.geometry.host_cluster(at))) {
+            let what = Corruption::OverlapsMetadata { table: kind, host: at };
+            return Err(Fault::Corrupt { at, what });
+        }
+        Ok(())
     }
 
-    /// Refuses a cluster that belongs to the header, the L1 table or the refcount table: writing there, or believing
-    /// what it says, would break the image.
+    /// Refuses a cluster that holds metadata: writing guest data there would break the image.
     ///
     /// # Errors
     /// [`Corruption::OverlapsMetadata`] for the entry of a `table` that lies at `entry_at`.
@@ -159,8 +173,13 @@ impl Core {
         Ok(())
     }
 
-    /// Whether a run touches the header, the L1 table or the refcount table.
+    /// Whether a run touches the header, a table of tables, an L2 table or a refcount block.
     pub(crate) fn is_metadata(&self, run: Run) -> bool {
+        self.is_fixed(run) || run.clusters().any(|cluster| self.tables.contains(&cluster))
+    }
+
+    /// Whether a run touches the header, the L1 table or the refcount table.
+    fn is_fixed(&self, run: Run) -> bool {
         self.fixed.iter().any(|fixed| fixed.overlaps(run)) || self.refs.table_overlaps(run)
     }
 

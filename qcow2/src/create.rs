@@ -43,7 +43,7 @@ pub struct BackingName {
 /// What a new image is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateOptions {
-    /// The size of the virtual disk in bytes.
+    /// The size of the virtual disk in bytes. QEMU sees whole sectors of 512 bytes only.
     pub size_bytes: u64,
     /// The size of a cluster in bytes: a power of two from 512 to 2 MiB.
     pub cluster_bytes: u32,

@@ -220,6 +220,15 @@ impl Mapping {
             .map_err(|what| Fault::Corrupt { at: HostOffset(self.l1_at.0 + l1 * 8), what })
     }
 
+    /// Where the L2 tables lie, as far as the entries make sense.
+    pub(crate) fn table_places(&self) -> impl Iterator<Item = HostOffset> {
+        let set = self.l1.iter().filter(|raw| **raw != 0);
+        set.filter_map(|raw| match L1Entry::decode(*raw, self.geometry) {
+            Ok(L1Entry::Table(hosted)) => Some(hosted.at),
+            Ok(L1Entry::Absent) | Err(_) => None,
+        })
+    }
+
     /// Where an entry of a table in memory lies, for messages.
     pub(crate) fn entry_at(&self, l1: u64, l2: u64) -> HostOffset {
         HostOffset(self.tables.get(&l1).map_or(0, |table| table.at.0) + l2 * 8)

@@ -291,7 +291,9 @@ impl Core {
             Step::Grow(to) => return Ok(Step::Grow(to)),
         };
         self.map.insert_new(l1, self.geometry.host_offset(run.start));
+        self.tables.insert(run.start);
         if let TableState::Shared(old) = state {
+            self.tables.remove(&self.geometry.host_cluster(old));
             self.drop_reference(self.geometry.host_cluster(old));
         }
         Ok(Step::Ready(()))

@@ -178,6 +178,12 @@ impl Refcounts {
         self.table.iter().rposition(|raw| *raw != 0).map(|at| at as u64)
     }
 
+    /// Where the blocks lie, as far as the entries make sense.
+    pub(crate) fn block_places(&self) -> impl Iterator<Item = HostOffset> {
+        let set = self.table.iter().filter(|raw| **raw != 0);
+        set.filter_map(|raw| entry::refcount_block(*raw, self.geometry).ok().flatten())
+    }
+
     /// Whether the refcounts of block `at` are in memory.
     pub(crate) fn state(&self, at: u64) -> Result<BlockState, Fault> {
         if self.blocks.contains_key(&at) {

@@ -15,6 +15,8 @@ use crate::image::{Inner, Live};
 use crate::refcount::MetaWrite;
 use crate::units::Run;
 
+/// The unit in which hosts allocate, in bytes.
+const HOST_BLOCK_BYTES: u64 = 4096;
 /// How often closing flushes at most: each round frees what the one before made free.
 const CLOSE_ROUNDS: usize = 8;
 
@@ -96,8 +98,9 @@ impl Inner {
                 }
             }
             for run in pass.unused() {
-                let range = self.core.lock().geometry.host_range(run);
+                let range = whole_blocks(self.core.lock().geometry.host_range(run));
                 if live.file.can_punch()
+                    && !range.is_empty()
                     && let Err(error) = live.file.punch(range, hold.clone()).await
                 {
                     tracing::debug!(image = %self.path.display(), %error, "space was not given back");
@@ -190,6 +193,12 @@ impl Pass {
             self.core.lock().release(&unused);
         }
     }
+}
+
+/// The part of a range that the host can give back: its edges would have to be written.
+fn whole_blocks(range: ByteRange) -> ByteRange {
+    let start = range.start().next_multiple_of(HOST_BLOCK_BYTES);
+    ByteRange::between(start, range.end() - range.end() % HOST_BLOCK_BYTES)
 }
 
 async fn write_plan(live: &Live, plan: FlushPlan, hold: &Hold) -> Result<(), HostError> {

@@ -114,8 +114,8 @@ fn entries_that_point_at_metadata_are_never_written_through() {
         let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
         let l1_at = usize::try_from(word(40)).unwrap();
         let l2_at = usize::try_from(word(l1_at) & 0x00ff_ffff_ffff_fe00).unwrap();
-        // The L1 table, the refcount table, and a table of tables.
-        for target in [word(40), word(48)] {
+        let block_at = word(usize::try_from(word(48)).unwrap());
+        for target in [word(40), word(48), block_at, l2_at as u64] {
             let mut bytes = bytes.clone();
             bytes[l2_at..l2_at + 8].copy_from_slice(&(target | 1 << 63).to_be_bytes());
             let storage = MemoryStorage::from_bytes(bytes.clone(), 1);
@@ -134,6 +134,37 @@ fn entries_that_point_at_metadata_are_never_written_through() {
         bytes[l1_at..l1_at + 8].copy_from_slice(&(word(40) | 1 << 63).to_be_bytes());
         let image = shape.open(&MemoryStorage::from_bytes(bytes, 1)).await.unwrap();
         assert!(image.read(range(0, 1)).await.is_err());
+    });
+}
+
+#[test]
+fn tables_that_are_not_counted_are_not_given_away() {
+    let shape = Shape::new(4096);
+    block_on(async {
+        let storage = shape.create().await;
+        let image = shape.open(&storage).await.unwrap();
+        image.write(0, pattern(1, 8192).into(), Durability::Deferred).await.unwrap();
+        image.close().await.unwrap();
+        let mut bytes = storage.snapshot();
+        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let l2_at = word(usize::try_from(word(40)).unwrap()) & 0x00ff_ffff_ffff_fe00;
+        let block_at = word(usize::try_from(word(48)).unwrap());
+        for table in [l2_at, block_at] {
+            let place = usize::try_from(block_at + table / 4096 * 2).unwrap();
+            bytes[place..place + 2].fill(0);
+        }
+        let storage = MemoryStorage::from_bytes(bytes, 1);
+        let image = shape.open(&storage).await.unwrap();
+        for at in 3..20 {
+            image.write(at * 4096, pattern(at, 4096).into(), Durability::Durable).await.unwrap();
+        }
+        image.close().await.unwrap();
+        let again = shape.open_read_only(&storage).await.unwrap();
+        assert!(again.read(range(0, 8192)).await.unwrap().to_vec() == pattern(1, 8192));
+        for at in 3..20 {
+            let read = again.read(range(at * 4096, 4096)).await.unwrap().to_vec();
+            assert!(read == pattern(at, 4096));
+        }
     });
 }
 

@@ -19,6 +19,15 @@ pub struct HubOptions {
     pub mounts: Option<String>,
 }
 
+/// Where a disk's layer of a backup lies; the hub tells it relative to the repository.
+///
+/// # Errors
+/// Where the backup names none.
+pub fn layer(repository: &Path, backup: &Value, disk: usize) -> Result<PathBuf> {
+    let path = backup["disks"][disk]["path"].as_str();
+    Ok(repository.join(path.with_context(|| format!("no layer of disk {disk} in {backup:#}"))?))
+}
+
 /// A virtual machine as the hub is told of it.
 pub struct Vm<'a> {
     /// Its name.

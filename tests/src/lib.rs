@@ -8,7 +8,7 @@ mod nbdkit;
 mod program;
 
 pub use disk::{BLOCK, Disk, digest};
-pub use hub::{Hub, HubOptions, Vm};
+pub use hub::{Hub, HubOptions, Vm, layer};
 pub use judge::{assert_clean, assert_same, qemu_img};
 pub use nbdkit::Nbdkit;
 pub use program::{Running, program, run, wait_until};

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 use tests::{
-    Disk, Hub, HubOptions, Nbdkit, Running, Vm, assert_clean, assert_same, digest, program,
+    Disk, Hub, HubOptions, Nbdkit, Running, Vm, assert_clean, assert_same, digest, layer, program,
 };
 
 const MIB: u64 = 1 << 20;
@@ -98,7 +98,7 @@ impl Scene {
 
     /// The point equals the disk, by qemu-img and by a restore.
     fn equals_the_disk(&self, backup: &Value) -> Result<()> {
-        let layer = PathBuf::from(backup["disks"][0]["path"].as_str().context("a path")?);
+        let layer = layer(&self.repository(), backup, 0)?;
         assert_clean(&layer)?;
         assert_same(self.disk.path(), &layer)?;
         let target = self.folder.path().join("restored.raw");
@@ -114,8 +114,7 @@ impl Scene {
         for backup in backups["backups"].as_array().context("a list")? {
             let id = backup["backup_id"].as_str().context("an id")?;
             if backup["status"] == "completed" {
-                let path = self.hub()?.backup(id)?["disks"][0]["path"].clone();
-                known.insert(PathBuf::from(path.as_str().context("a path")?));
+                known.insert(layer(&self.repository(), &self.hub()?.backup(id)?, 0)?);
             }
         }
         let mut found = BTreeSet::new();

@@ -1,9 +1,7 @@
 //! Several machines at once: one hub, one repository, every disk right.
 
-use std::path::PathBuf;
-
-use anyhow::{Context, Result};
-use tests::{Disk, Hub, HubOptions, Vm, assert_clean, assert_same, digest};
+use anyhow::Result;
+use tests::{Disk, Hub, HubOptions, Vm, assert_clean, assert_same, digest, layer};
 
 const MIB: u64 = 1 << 20;
 
@@ -38,8 +36,7 @@ fn six_vms_with_two_disks_each_are_backed_up_at_once() -> Result<()> {
             let backup = hub.ended(id)?;
             assert_eq!(backup["status"], "completed", "{backup:#}");
             for (number, disk) in pair.iter_mut().enumerate() {
-                let layer =
-                    PathBuf::from(backup["disks"][number]["path"].as_str().context("a path")?);
+                let layer = layer(&repository, &backup, number)?;
                 assert_clean(&layer)?;
                 assert_same(disk.path(), &layer)?;
                 let target = folder.path().join("restored.raw");

@@ -1,11 +1,11 @@
 //! Large sparse disks through the whole system: a full, five increments of about 5 %, and every point restored. What
 //! crosses the wire is what changed.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use tests::{BLOCK, Disk, Hub, HubOptions, Vm, assert_clean, assert_same, digest};
+use tests::{BLOCK, Disk, Hub, HubOptions, Vm, assert_clean, assert_same, digest, layer};
 
 const GIB: u64 = 1 << 30;
 
@@ -14,10 +14,6 @@ const OVERHEAD_PERCENT: u64 = 1;
 
 fn figure(backup: &Value, name: &str) -> Result<u64> {
     backup["disks"][0][name].as_u64().with_context(|| format!("no {name} in {backup:#}"))
-}
-
-fn layer(backup: &Value) -> Result<PathBuf> {
-    Ok(PathBuf::from(backup["disks"][0]["path"].as_str().context("a path")?))
 }
 
 /// Restores a point to a raw file and compares it with the digest that the source had.
@@ -51,19 +47,19 @@ fn a_chain_of_six_points(size_bytes: u64, data_bytes: u64) -> Result<()> {
         let incremental = hub.back_up("big", "main", "incremental")?;
         assert_eq!(incremental["backup_type"], "incremental");
         let changed = touched.len() as u64 * BLOCK;
-        let wire = figure(&incremental, "wire_bytes")?;
+        let wire = figure(&incremental, "bytes_transferred")?;
         let most = changed + changed * OVERHEAD_PERCENT / 100;
         assert!(wire <= most, "{wire} bytes on the wire for {changed} changed");
-        let stored = std::fs::metadata(layer(&incremental)?)?;
+        let stored = std::fs::metadata(layer(&repository, &incremental, 0)?)?;
         let stored = std::os::unix::fs::MetadataExt::blocks(&stored) * 512;
         assert!(stored <= changed * 12 / 10 + (64 << 20), "{stored} stored for {changed} changed");
         points.push((incremental, disk.digest()?));
     }
 
-    let newest = layer(&points.last().context("a point")?.0)?;
+    let newest = layer(&repository, &points.last().context("a point")?.0, 0)?;
     assert_same(disk.path(), &newest)?;
     for (backup, expected) in &points {
-        assert_clean(&layer(backup)?)?;
+        assert_clean(&layer(&repository, backup, 0)?)?;
         restores_to(&hub, backup, expected, folder.path())?;
     }
     assert_eq!(hub.stop()?, 0);

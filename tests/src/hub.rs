@@ -207,21 +207,6 @@ impl Hub {
         Ok(backup)
     }
 
-    /// Waits until a backup has moved at least `percent` of its bytes, or has ended.
-    ///
-    /// # Errors
-    /// Where neither happens.
-    pub fn reached(&self, id: &str, percent: u64) -> Result<()> {
-        wait_until("progress", || {
-            let backup = self.backup(id)?;
-            let done = backup["progress"]["bytes_done"].as_u64().unwrap_or(0);
-            let total = backup["progress"]["bytes_total"].as_u64().unwrap_or(0);
-            let ended = !matches!(backup["status"].as_str(), Some("pending" | "running"));
-            anyhow::ensure!(!ended, "ended before {percent} %: {backup:#}");
-            Ok(total > 0 && done * 100 >= total * percent)
-        })
-    }
-
     /// Runs `sendense-ctl` against this hub; answers what it printed.
     ///
     /// # Errors

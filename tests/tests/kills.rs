@@ -2,8 +2,9 @@
 //! parent, the job ends as failed with its reason, and the next backup completes and restores.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -12,7 +13,7 @@ use tests::{
 };
 
 const MIB: u64 = 1 << 20;
-const DISK_BYTES: u64 = 256 * MIB;
+const DISK_BYTES: u64 = 128 * MIB;
 
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,7 +28,7 @@ struct Scene {
     folder: tempfile::TempDir,
     hub: Option<Hub>,
     disk: Disk,
-    _slow: Nbdkit,
+    slow: Option<Nbdkit>,
 }
 
 impl Scene {
@@ -35,16 +36,29 @@ impl Scene {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
         std::fs::create_dir(folder.path().join("repository"))?;
         let mut disk = Disk::create(&folder.path().join("disk.raw"), DISK_BYTES)?;
-        disk.write(0, 128 * MIB)?;
-        let raw = disk.path().to_str().context("a path in UTF-8")?.to_owned();
-        let socket = folder.path().join("source");
-        let slow = Nbdkit::start(&socket, &["--filter=rate", "file", &raw, "rate=512M"])?;
-        let mut scene = Self { folder, hub: None, disk, _slow: slow };
+        disk.write(0, DISK_BYTES)?;
+        let mut scene = Self { folder, hub: None, disk, slow: None };
+        let source = scene.serve_source()?;
         scene.start_hub()?;
         scene.hub()?.add_repository("main", &scene.repository())?;
-        let disks = vec![(scene._slow.source(), DISK_BYTES)];
+        let disks = vec![(source, DISK_BYTES)];
         scene.hub()?.add_vm(&Vm { name: "victim", agent: "external", disks })?;
         Ok(scene)
+    }
+
+    /// Serves the disk at a bounded rate, anew for each agent: nbdkit itself may die of a client that was killed.
+    fn serve_source(&mut self) -> Result<String> {
+        self.slow = None;
+        let socket = self.folder.path().join("source");
+        if socket.exists() {
+            std::fs::remove_file(&socket)?;
+        }
+        let raw = self.disk.path().to_str().context("a path in UTF-8")?;
+        let arguments = ["--filter=rate", "file", raw, "rate=512M", "burstiness=0.1"];
+        let slow = Nbdkit::start(&socket, &arguments)?;
+        let source = slow.source();
+        self.slow = Some(slow);
+        Ok(source)
     }
 
     fn start_hub(&mut self) -> Result<()> {
@@ -62,20 +76,21 @@ impl Scene {
         self.folder.path().join("repository")
     }
 
-    fn start_agent(&self, job: &str) -> Result<Running> {
+    fn start_agent(&mut self, job: &str) -> Result<Running> {
+        self.serve_source()?;
         let hub = self.hub()?;
         let mut command = Command::new(program("sendense-agent"));
-        command.args(["migrate", "--progress", "none", "--job-id", job, "--hub", hub.url()]);
+        command.args(["migrate", "--progress", "json", "--job-id", job, "--hub", hub.url()]);
         command.arg("--token-file").arg(hub.token_file());
         command.arg("--state").arg(self.folder.path().join("agent"));
-        Running::start(&mut command)
+        Running::start(command.stdout(Stdio::piped()))
     }
 
     /// Starts a backup, kills at `percent`, and answers what the hub says of the job afterwards.
     fn killed(&mut self, kind: &str, victim: Victim, percent: u64) -> Result<Value> {
         let job = self.hub()?.start_backup("victim", "main", kind)?;
-        let agent = self.start_agent(&job)?;
-        self.hub()?.reached(&job, percent)?;
+        let mut agent = self.start_agent(&job)?;
+        wait_for_progress(&mut agent, percent)?;
         if matches!(victim, Victim::Agent | Victim::Both) {
             agent.kill()?;
         }
@@ -87,7 +102,7 @@ impl Scene {
     }
 
     /// A backup that must complete, with the agent that it needs.
-    fn completes(&self, kind: &str) -> Result<Value> {
+    fn completes(&mut self, kind: &str) -> Result<Value> {
         let job = self.hub()?.start_backup("victim", "main", kind)?;
         let mut agent = self.start_agent(&job)?;
         let backup = self.hub()?.ended(&job)?;
@@ -122,6 +137,20 @@ impl Scene {
         anyhow::ensure!(found == known, "images {found:?}, completed {known:?}");
         Ok(())
     }
+}
+
+/// Reads the agent's own events until it has done so much of its disk; the hub hears of that later.
+fn wait_for_progress(agent: &mut Running, percent: u64) -> Result<()> {
+    for line in BufReader::new(agent.stdout().context("a piped output")?).lines() {
+        let event: Value = serde_json::from_str(&line?)?;
+        let figure = |name: &str| event[name].as_u64().unwrap_or(0);
+        if figure("bytes_total") > 0
+            && figure("bytes_done") * 100 >= figure("bytes_total") * percent
+        {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("the agent ended before {percent} %")
 }
 
 fn images(folder: &Path, found: &mut BTreeSet<PathBuf>) -> Result<()> {

@@ -180,3 +180,38 @@ fn the_deepest_chain_reads_and_one_more_is_refused() {
     };
     runtime.block_on(async { tokio::spawn(work).await.unwrap() });
 }
+
+#[test]
+fn many_writers_on_a_real_file_leave_what_qemu_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let size = 48 * MIB;
+    let mut model = vec![0; usize::try_from(size).unwrap()];
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).build().unwrap();
+    runtime.block_on(async {
+        Image::create(&path, &CreateOptions::new(size)).await.unwrap();
+        let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+        let mut tasks = Vec::new();
+        for n in 0..40u64 {
+            // Neighbours share clusters, and nothing is aligned.
+            let (at, data) = (n * 1_000_003, pattern(n + 1, 1_000_003));
+            let start = usize::try_from(at).unwrap();
+            model[start..start + data.len()].copy_from_slice(&data);
+            let image = image.clone();
+            tasks.push(tokio::spawn(async move {
+                image.write(at, data.into(), Durability::Deferred).await.unwrap();
+                if n % 8 == 0 {
+                    image.flush().await.unwrap();
+                }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert!(read_all(&image).await == model);
+        image.close().await.unwrap();
+    });
+    let check = qemu_check(&path);
+    assert!(check.is_clean(), "{check:?}");
+    assert!(raw_of(&path) == model);
+}

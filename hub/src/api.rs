@@ -257,7 +257,7 @@ pub struct DiskView {
     pub previous_change_id: Option<String>,
     /// The size of the disk.
     pub capacity_bytes: u64,
-    /// The layer, below the repository's root.
+    /// The layer's file on the hub's host.
     pub path: String,
     /// The export that it is written through.
     pub export_name: String,

@@ -47,6 +47,15 @@ impl Progress {
         inner.sample(now);
     }
 
+    /// Raises how far a disk is to what the hub has seen itself, where the agent's last word is older.
+    pub(crate) fn raise(&self, index: u32, done: u64, sent: u64, now: Instant) {
+        let mut inner = self.inner.lock();
+        let Some(disk) = inner.disks.get_mut(&index) else { return };
+        disk.done = disk.done.max(done.min(disk.total));
+        disk.sent = disk.sent.max(sent);
+        inner.sample(now);
+    }
+
     /// The sum over all disks, with the rate.
     pub(crate) fn view(&self, now: Instant) -> ProgressView {
         let inner = self.inner.lock();

@@ -1,5 +1,6 @@
 //! From what the database holds to what answers show, with the live counters of a job in work laid over it.
 
+use std::path::Path;
 use std::time::Instant;
 
 use crate::api::{
@@ -55,6 +56,9 @@ pub(super) async fn backup(hub: &Hub, id: &str) -> DbResult<BackupView> {
     let events = hub.db.events(id).await?.into_iter().map(event).collect();
     let live = handle.as_ref().map(|handle| handle.progress.as_ref());
     let live = live.filter(|_| backup.status.is_active());
+    if let Some(live) = live {
+        refresh(hub, live, &disks);
+    }
     let progress = match live {
         Some(live) => live.view(Instant::now()),
         None => {
@@ -69,9 +73,20 @@ pub(super) async fn backup(hub: &Hub, id: &str) -> DbResult<BackupView> {
     let source = |key| sources.iter().find(|disk| disk.key == key).map(|disk| disk.source.clone());
     let disks = disks
         .into_iter()
-        .map(|one| DiskView { source: source(one.key), ..disk(one, live) })
+        .map(|one| DiskView { source: source(one.key), ..disk(&backup, one, live) })
         .collect();
     Ok(BackupView { summary: summary(&backup), step: backup.step, progress, nbd, disks, events })
+}
+
+/// Agents tell how far they are now and then; what arrived through the exports is known at any moment.
+fn refresh(hub: &Hub, live: &Progress, disks: &[BackupDisk]) {
+    for export in hub.server.exports() {
+        if let Some(disk) = disks.iter().find(|disk| disk.export_name == export.name) {
+            let counted = export.counters;
+            let done = counted.bytes_written.saturating_add(counted.bytes_zeroed);
+            live.raise(disk.index, done, counted.bytes_written, Instant::now());
+        }
+    }
 }
 
 pub(super) fn event(event: JobEvent) -> EventView {
@@ -91,7 +106,7 @@ pub(super) fn chain(vm_name: String, links: Vec<(Backup, Vec<BackupDisk>)>) -> C
         .map(|(backup, disks)| ChainLink {
             summary: summary(&backup),
             stored_bytes: disks.iter().map(|disk| disk.stored_bytes).sum(),
-            disks: disks.into_iter().map(|one| disk(one, None)).collect(),
+            disks: disks.into_iter().map(|one| disk(&backup, one, None)).collect(),
         })
         .collect();
     ChainView {
@@ -102,7 +117,7 @@ pub(super) fn chain(vm_name: String, links: Vec<(Backup, Vec<BackupDisk>)>) -> C
     }
 }
 
-fn disk(disk: BackupDisk, live: Option<&Progress>) -> DiskView {
+fn disk(backup: &Backup, disk: BackupDisk, live: Option<&Progress>) -> DiskView {
     let live = live.and_then(|progress| progress.disk(disk.index));
     let done = if disk.status == Status::Completed { disk.capacity_bytes } else { 0 };
     DiskView {
@@ -117,7 +132,7 @@ fn disk(disk: BackupDisk, live: Option<&Progress>) -> DiskView {
         change_id: disk.change_id,
         previous_change_id: disk.previous_change_id,
         capacity_bytes: disk.capacity_bytes,
-        path: disk.path,
+        path: Path::new(&backup.repository_path).join(disk.path).display().to_string(),
         export_name: disk.export_name,
         bytes_done: live.map_or(done, |live| live.done),
         bytes_transferred: live.map_or(disk.bytes_transferred, |live| live.sent),

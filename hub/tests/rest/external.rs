@@ -4,6 +4,8 @@
 use std::time::Duration;
 
 use agent::{Address, CancelToken, DiskJob, EventSender, RunOptions, SourceSpec, Target};
+use block::{BlockDevice, Durability};
+use nbd_server::client::{ClientOptions, NbdDevice};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
@@ -101,6 +103,28 @@ async fn a_second_backup_of_a_busy_virtual_machine_is_409_and_a_cancelled_one_le
     let late = json!({"event": "warning", "message": "late"});
     let (status, _) = f.post(&format!("/backups/{id}/progress"), late).await;
     assert_eq!(status, StatusCode::CONFLICT);
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_that_arrived_shows_as_progress_before_the_agent_says_so() {
+    let f = Fixture::with_repository().await;
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    let view = reach(&f, &id, "agent").await;
+    let address = Address::Tcp {
+        host: view["nbd"]["host"].as_str().unwrap().to_owned(),
+        port: u16::try_from(view["nbd"]["port"].as_u64().unwrap()).unwrap(),
+    };
+    let export = view["disks"][0]["export_name"].as_str().unwrap();
+    let device = NbdDevice::connect(&address, export, ClientOptions::default()).await.unwrap();
+    let data = bytes::Bytes::from(vec![1; 1 << 20]);
+    device.write(0, data, Durability::Deferred).await.unwrap();
+    device.flush().await.unwrap();
+    let (_, view) = f.get(&format!("/backups/{id}")).await;
+    assert_eq!(view["progress"]["bytes_done"], 1 << 20);
+    assert_eq!(view["disks"][0]["bytes_transferred"], 1 << 20);
+    device.disconnect().await;
     f.stop().await;
 }
 

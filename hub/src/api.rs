@@ -393,8 +393,6 @@ pub struct RestoreView {
     pub progress: ProgressView,
     /// Bytes that were written as data; the rest are holes.
     pub data_bytes: u64,
-    /// BLAKE3 of the whole restored disk, in hexadecimal.
-    pub blake3: Option<String>,
     /// Why it failed.
     pub error_message: Option<String>,
     /// When it began.

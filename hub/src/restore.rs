@@ -57,8 +57,8 @@ struct Restore {
     end: watch::Sender<Option<End>>,
 }
 
-/// When a restore ended, with the digest of its content or the reason why there is none.
-type End = (Timestamp, Result<String, String>);
+/// When a restore ended, and why if it failed.
+type End = (Timestamp, Result<(), String>);
 
 /// Keeps a backup from being restored, until dropped.
 pub(crate) struct Excluded {
@@ -191,7 +191,7 @@ impl Hub {
             };
             let result = done.await;
             match &result {
-                Ok(digest) => tracing::info!(restore = running.id, digest, "restored"),
+                Ok(()) => tracing::info!(restore = running.id, "restored"),
                 Err(error) => tracing::warn!(restore = running.id, error, "a restore failed"),
             }
             running.end.send_replace(Some((Timestamp::now(), result)));
@@ -246,13 +246,13 @@ impl Hub {
 }
 
 impl Restore {
-    /// Writes the point beside the target, then gives it its name. Returns the digest of the content.
+    /// Writes the point beside the target, then gives it its name.
     async fn write(
         &self,
         point: Arc<dyn BlockDevice>,
         overwrite: bool,
         stop: CancelToken,
-    ) -> Result<String, String> {
+    ) -> Result<(), String> {
         let partial = partial_name(&self.target, &self.id);
         let total = point.limits().size_bytes;
         let mut data = 0;
@@ -269,9 +269,7 @@ impl Restore {
             tracing::debug!(%error, "a point did not close cleanly");
         }
         let published = match written {
-            Ok(digest) => {
-                publish(partial.clone(), self.target.clone(), overwrite).await.map(|()| digest)
-            }
+            Ok(()) => publish(partial.clone(), self.target.clone(), overwrite).await,
             Err(error) => Err(error),
         };
         if published.is_err() {
@@ -283,10 +281,10 @@ impl Restore {
 
     fn view(&self) -> RestoreView {
         let end = self.end.borrow();
-        let (status, blake3, error_message) = match end.as_ref() {
-            None => (Status::Running, None, None),
-            Some((_, Ok(digest))) => (Status::Completed, Some(digest.clone()), None),
-            Some((_, Err(error))) => (Status::Failed, None, Some(error.clone())),
+        let (status, error_message) = match end.as_ref() {
+            None => (Status::Running, None),
+            Some((_, Ok(()))) => (Status::Completed, None),
+            Some((_, Err(error))) => (Status::Failed, Some(error.clone())),
         };
         RestoreView {
             restore_id: self.id.clone(),
@@ -296,7 +294,6 @@ impl Restore {
             status,
             progress: self.progress.view(Instant::now()),
             data_bytes: self.data_bytes.load(Ordering::Relaxed),
-            blake3,
             error_message,
             created_at: self.created_at,
             completed_at: end.as_ref().map(|(at, _)| *at),

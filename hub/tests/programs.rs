@@ -115,10 +115,7 @@ fn the_main_job_by_command_line() {
         target.to_str().unwrap(),
     ];
     let restored = hub.json(&words);
-    assert_eq!(
-        restored["blake3"],
-        blake3::hash(&std::fs::read(&disk).unwrap()).to_hex().to_string()
-    );
+    assert_eq!(restored["status"], "completed");
     assert!(std::fs::read(&target).unwrap() == std::fs::read(&disk).unwrap());
     let again = hub.ctl(&words);
     assert_eq!(again.status.code(), Some(1));

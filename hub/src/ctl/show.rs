@@ -192,7 +192,7 @@ pub(super) fn chain(chain: &ChainView) -> String {
 }
 
 pub(super) fn restore(view: &RestoreView) -> String {
-    let mut text = format!(
+    format!(
         "{} disk {} to {}: {}{}\n{} of data",
         line(&view.backup_id),
         view.disk_index,
@@ -200,11 +200,7 @@ pub(super) fn restore(view: &RestoreView) -> String {
         view.status,
         took(Some(view.created_at), view.completed_at),
         bytes(view.data_bytes)
-    );
-    if let Some(digest) = &view.blake3 {
-        let _ = write!(text, "\nblake3 {digest}");
-    }
-    text
+    )
 }
 
 /// How long it took, where it has begun and ended.

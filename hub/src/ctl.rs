@@ -3,10 +3,10 @@
 //!
 //! Exit codes: 0 done, 1 failed or refused, 2 wrong usage.
 
-mod client;
+pub(crate) mod client;
 mod commands;
 mod show;
-mod waiting;
+pub(crate) mod waiting;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -4,6 +4,7 @@
 pub mod api;
 pub mod ctl;
 pub mod db;
+mod demo;
 mod error;
 mod fault;
 pub mod http;

@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::net::TcpListener;
 
+use crate::demo::{self, Demo};
 use crate::http::auth::{Auth, TokenDigest, admin_token};
 use crate::http::router;
 use crate::hub::{Config, Hub};
@@ -32,6 +33,8 @@ pub struct Cli {
 enum Command {
     /// Serve the REST interface and make backups until stopped
     Serve(Serve),
+    /// Show the main job on disks made for it: back up, change, back up again, compare, restore
+    Demo(Demo),
 }
 
 /// What `serve` is told.
@@ -80,8 +83,11 @@ enum LogFormat {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    let Cli { command: Command::Serve(options) } = Cli::parse();
-    start_log(options.log_format);
+    let Cli { command } = Cli::parse();
+    match &command {
+        Command::Serve(options) => start_log(options.log_format, "info"),
+        Command::Demo(_) => start_log(LogFormat::Text, "warn"),
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -89,7 +95,12 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let result = runtime.block_on(serve(options));
+    let result = runtime.block_on(async {
+        match command {
+            Command::Serve(options) => serve(options).await,
+            Command::Demo(options) => demo::run(&options).await,
+        }
+    });
     // What still hangs in a blocking call must not keep the process.
     runtime.shutdown_timeout(HTTP_STOP);
     match result {
@@ -101,9 +112,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn start_log(format: LogFormat) {
+fn start_log(format: LogFormat, default: &str) {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("SENDENSE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_from_env("SENDENSE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())

@@ -1,7 +1,7 @@
 //! Restores: a point in time written out as a raw file, with holes where the disk reads zero. What the point consists of
 //! is the chain's business; the file appears under its name only when it is whole and durable.
 
-mod copy;
+pub(crate) mod copy;
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};

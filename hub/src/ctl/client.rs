@@ -21,7 +21,7 @@ const SERVICE_TOKEN: &str = "/var/lib/sendense/admin.token";
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A connection to a hub.
-pub(super) struct Client {
+pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
     token: Option<String>,
@@ -30,7 +30,12 @@ pub(super) struct Client {
 impl Client {
     /// A client of the hub that the command line names.
     pub(super) fn new(global: &Global) -> anyhow::Result<Self> {
-        let base = global.hub.trim_end_matches('/').to_owned();
+        Self::of(&global.hub, token(global.token_file.as_deref())?)
+    }
+
+    /// A client of the hub at `url`, with the token that it wants.
+    pub(crate) fn of(url: &str, token: Option<String>) -> anyhow::Result<Self> {
+        let base = url.trim_end_matches('/').to_owned();
         if !base.starts_with("http://") {
             bail!(
                 "--hub {base}: only http:// is spoken for now; use it on loopback or through a tunnel"
@@ -41,10 +46,10 @@ impl Client {
             .no_proxy()
             .build()
             .context("no HTTP client")?;
-        Ok(Self { http, base, token: token(global.token_file.as_deref())? })
+        Ok(Self { http, base, token })
     }
 
-    pub(super) async fn get<T: DeserializeOwned>(
+    pub(crate) async fn get<T: DeserializeOwned>(
         &self,
         path: &str,
         query: &[(&str, &str)],
@@ -52,7 +57,7 @@ impl Client {
         self.read(self.send(Method::GET, path, query, None::<&()>).await?).await
     }
 
-    pub(super) async fn post<B: Serialize, T: DeserializeOwned>(
+    pub(crate) async fn post<B: Serialize, T: DeserializeOwned>(
         &self,
         path: &str,
         body: &B,
@@ -60,7 +65,7 @@ impl Client {
         self.read(self.send(Method::POST, path, &[], Some(body)).await?).await
     }
 
-    pub(super) async fn delete(&self, path: &str) -> anyhow::Result<()> {
+    pub(crate) async fn delete(&self, path: &str) -> anyhow::Result<()> {
         self.send(Method::DELETE, path, &[], None::<&()>).await.map(drop)
     }
 
@@ -123,6 +128,6 @@ fn token(file: Option<&Path>) -> anyhow::Result<Option<String>> {
 }
 
 /// Any text as one segment of a path.
-pub(super) fn segment(text: &str) -> String {
+pub(crate) fn segment(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
 }

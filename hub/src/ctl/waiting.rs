@@ -14,7 +14,7 @@ use crate::model::Status;
 const ASK_EVERY: Duration = Duration::from_millis(250);
 
 /// Waits until a backup has ended.
-pub(super) async fn backup(client: &Client, id: &str) -> anyhow::Result<BackupView> {
+pub(crate) async fn backup(client: &Client, id: &str) -> anyhow::Result<BackupView> {
     let path = format!("/backups/{}", segment(id));
     let bar = bar();
     loop {
@@ -29,7 +29,7 @@ pub(super) async fn backup(client: &Client, id: &str) -> anyhow::Result<BackupVi
 }
 
 /// Waits until a restore has ended.
-pub(super) async fn restore(client: &Client, started: RestoreView) -> anyhow::Result<RestoreView> {
+pub(crate) async fn restore(client: &Client, started: RestoreView) -> anyhow::Result<RestoreView> {
     let path = format!("/restores/{}", segment(&started.restore_id));
     let (bar, mut view) = (bar(), started);
     while view.status == Status::Running {

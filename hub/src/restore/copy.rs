@@ -20,7 +20,7 @@ const PIECES: usize = 16;
 ///
 /// # Errors
 /// In words: what the device or the file failed at. The file may be there, in part.
-pub(super) async fn copy(
+pub(crate) async fn copy(
     device: Arc<dyn BlockDevice>,
     path: &Path,
     mut progress: impl FnMut(u64, u64) + Send,

@@ -168,9 +168,9 @@ pub(crate) fn any_act(sectors: u64, bytes: bool) -> impl Strategy<Value = Act> {
     ]
 }
 
-/// How many rounds a test runs: `QCOW2_TEST_ROUNDS` times as many as usual.
+/// How many rounds a test runs: `SENDENSE_TEST_ROUNDS` times as many as usual.
 pub(crate) fn rounds(usual: u32) -> u32 {
-    let factor = std::env::var("QCOW2_TEST_ROUNDS").ok().and_then(|text| text.parse().ok());
+    let factor = std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok());
     usual * factor.unwrap_or(1)
 }
 

@@ -61,7 +61,7 @@ impl Load<'_> {
         let job = &report["jobs"][0];
         anyhow::ensure!(job["error"] == 0, "fio reports error {}", job["error"]);
         let moved = job[key]["io_bytes"].as_u64().unwrap_or(0);
-        anyhow::ensure!(moved == share * u64::from(JOBS) << 20, "fio moved {moved} bytes only");
+        anyhow::ensure!(moved == (share * u64::from(JOBS)) << 20, "fio moved {moved} bytes only");
         job[key]["bw_bytes"].as_f64().context("fio reports no bandwidth")
     }
 }

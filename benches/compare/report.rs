@@ -86,7 +86,8 @@ impl Report {
             std::fs::create_dir_all(parent)?;
         }
         std::fs::write(path, serde_json::to_vec_pretty(self)?)?;
-        Ok(eprintln!("samples in {}", path.display()))
+        eprintln!("samples in {}", path.display());
+        Ok(())
     }
 }
 

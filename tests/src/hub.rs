@@ -19,13 +19,13 @@ pub struct HubOptions {
     pub mounts: Option<String>,
 }
 
-/// Where a disk's layer of a backup lies; the hub tells it relative to the repository.
+/// Where a disk's layer of a backup lies, as the hub sees it.
 ///
 /// # Errors
 /// Where the backup names none.
-pub fn layer(repository: &Path, backup: &Value, disk: usize) -> Result<PathBuf> {
+pub fn layer(backup: &Value, disk: usize) -> Result<PathBuf> {
     let path = backup["disks"][disk]["path"].as_str();
-    Ok(repository.join(path.with_context(|| format!("no layer of disk {disk} in {backup:#}"))?))
+    Ok(PathBuf::from(path.with_context(|| format!("no layer of disk {disk} in {backup:#}"))?))
 }
 
 /// A virtual machine as the hub is told of it.

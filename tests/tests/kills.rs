@@ -113,7 +113,7 @@ impl Scene {
 
     /// The point equals the disk, by qemu-img and by a restore.
     fn equals_the_disk(&self, backup: &Value) -> Result<()> {
-        let layer = layer(&self.repository(), backup, 0)?;
+        let layer = layer(backup, 0)?;
         assert_clean(&layer)?;
         assert_same(self.disk.path(), &layer)?;
         let target = self.folder.path().join("restored.raw");
@@ -129,7 +129,7 @@ impl Scene {
         for backup in backups["backups"].as_array().context("a list")? {
             let id = backup["backup_id"].as_str().context("an id")?;
             if backup["status"] == "completed" {
-                known.insert(layer(&self.repository(), &self.hub()?.backup(id)?, 0)?);
+                known.insert(layer(&self.hub()?.backup(id)?, 0)?);
             }
         }
         let mut found = BTreeSet::new();

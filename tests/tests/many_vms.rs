@@ -36,7 +36,7 @@ fn six_vms_with_two_disks_each_are_backed_up_at_once() -> Result<()> {
             let backup = hub.ended(id)?;
             assert_eq!(backup["status"], "completed", "{backup:#}");
             for (number, disk) in pair.iter_mut().enumerate() {
-                let layer = layer(&repository, &backup, number)?;
+                let layer = layer(&backup, number)?;
                 assert_clean(&layer)?;
                 assert_same(disk.path(), &layer)?;
                 let target = folder.path().join("restored.raw");

@@ -50,16 +50,16 @@ fn a_chain_of_six_points(size_bytes: u64, data_bytes: u64) -> Result<()> {
         let wire = figure(&incremental, "bytes_transferred")?;
         let most = changed + changed * OVERHEAD_PERCENT / 100;
         assert!(wire <= most, "{wire} bytes on the wire for {changed} changed");
-        let stored = std::fs::metadata(layer(&repository, &incremental, 0)?)?;
+        let stored = std::fs::metadata(layer(&incremental, 0)?)?;
         let stored = std::os::unix::fs::MetadataExt::blocks(&stored) * 512;
         assert!(stored <= changed * 12 / 10 + (64 << 20), "{stored} stored for {changed} changed");
         points.push((incremental, disk.digest()?));
     }
 
-    let newest = layer(&repository, &points.last().context("a point")?.0, 0)?;
+    let newest = layer(&points.last().context("a point")?.0, 0)?;
     assert_same(disk.path(), &newest)?;
     for (backup, expected) in &points {
-        assert_clean(&layer(&repository, backup, 0)?)?;
+        assert_clean(&layer(backup, 0)?)?;
         restores_to(&hub, backup, expected, folder.path())?;
     }
     assert_eq!(hub.stop()?, 0);

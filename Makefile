@@ -2,6 +2,7 @@
 
 CARGO ?= cargo
 CASE ?=
+TARGET := $(or $(CARGO_TARGET_DIR),target)
 FUZZ_SECONDS ?= 60
 # cargo-nextest shows each test alone and in parallel; plain `cargo test` runs the same tests.
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
@@ -31,7 +32,7 @@ lint:
 
 bench: peers
 	$(CARGO) build --locked --release -p nbd-server -p benches
-	target/release/compare $(if $(CASE),--case $(CASE))
+	$(TARGET)/release/compare $(if $(CASE),--case $(CASE))
 
 fuzz:
 	scripts/fuzz.sh $(FUZZ_SECONDS)

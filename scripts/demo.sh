@@ -14,4 +14,4 @@ if ! command -v mkfs.ext4 >/dev/null || ! command -v debugfs >/dev/null; then
         exit 1
     fi
 fi
-exec target/release/sendense-hub demo --dir demo
+exec "${CARGO_TARGET_DIR:-target}/release/sendense-hub" demo --dir demo

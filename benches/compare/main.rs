@@ -32,9 +32,9 @@ struct Arguments {
     /// Directories to measure in; each on another kind of file system says more.
     #[arg(long = "dir", default_values_t = [String::from("target"), String::from("/dev/shm")])]
     dirs: Vec<String>,
-    /// The program under test.
-    #[arg(long, default_value = "target/release/nbd-server")]
-    nbd_server: PathBuf,
+    /// The program under test; the one that was built beside this one, unless named.
+    #[arg(long)]
+    nbd_server: Option<PathBuf>,
     /// Where the samples are written as JSON.
     #[arg(long, default_value = "bench-results/compare.json")]
     json: PathBuf,
@@ -49,7 +49,9 @@ fn main() -> Result<()> {
         .collect();
     anyhow::ensure!(!cases.is_empty(), "no such case; there are seq-write and seq-read");
 
-    let line_up = LineUp { nbd_server: arguments.nbd_server.clone() };
+    let beside = || std::env::current_exe().map(|this| this.with_file_name("nbd-server"));
+    let nbd_server = arguments.nbd_server.clone().map_or_else(beside, Ok)?;
+    let line_up = LineUp { nbd_server };
     let mut report = Report::new(host::describe()?, arguments.mib, arguments.rounds);
     for dir in &arguments.dirs {
         let folder = tempfile::Builder::new()

@@ -105,6 +105,9 @@ impl LineUp {
         let bytes_per_sec = load.over_nbd(load.case, socket, "")?;
         let after = Usage::of(server.child.id())?;
         server.stop()?;
+        if has_disk {
+            check_image(disk)?;
+        }
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         let gib = load.mib as f64 / 1024.0;
         Ok(Figures {
@@ -172,7 +175,9 @@ impl Server {
     /// Asks the server to end, so that it writes back what it holds, and waits.
     fn stop(&mut self) -> Result<()> {
         host::terminate(self.child.id())?;
-        self.child.wait()?;
+        let status = self.child.wait()?;
+        // qemu-nbd and nbdkit end well on SIGTERM, too.
+        anyhow::ensure!(status.success(), "the server ended with {status}");
         Ok(())
     }
 }
@@ -193,6 +198,13 @@ fn create_image(disk: &Path, mib: u64) -> Result<()> {
         .status()
         .context("qemu-img does not start")?;
     anyhow::ensure!(status.success(), "qemu-img create failed");
+    Ok(())
+}
+
+/// A server that is fast because it writes a broken image does not count.
+fn check_image(disk: &Path) -> Result<()> {
+    let status = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(disk).status();
+    anyhow::ensure!(status.context("qemu-img does not start")?.success(), "the image is broken");
     Ok(())
 }
 

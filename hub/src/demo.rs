@@ -100,6 +100,16 @@ fn fresh_folder(dir: &Path) -> anyhow::Result<PathBuf> {
         if !dir.join(MARK).exists() && std::fs::read_dir(dir)?.next().is_some() {
             bail!("{} holds something else; name another folder by --dir", dir.display());
         }
+        let data = dir.join("hub");
+        if data.exists() {
+            // A hub may serve what the last demonstration left.
+            let _lock = crate::hub::data::open(&data).with_context(|| {
+                format!(
+                    "{} is in use: stop that hub, or name another folder by --dir",
+                    data.display()
+                )
+            })?;
+        }
         std::fs::remove_dir_all(dir)?;
     }
     std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;

@@ -2,7 +2,7 @@
 //! neither HTTP nor command lines, and leaves what a job does to [`crate::runner`].
 
 mod checks;
-mod data;
+pub(crate) mod data;
 mod recovery;
 
 use std::collections::HashMap;

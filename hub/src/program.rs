@@ -49,7 +49,7 @@ struct Serve {
     data: PathBuf,
 
     /// Where external agents connect by NBD: HOST:PORT, HOST:0 for any port, or off
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:10809")]
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:10808")]
     nbd_listen: String,
 
     /// How long an external agent may be silent before its job fails
@@ -155,7 +155,13 @@ async fn serve(options: Serve) -> anyhow::Result<()> {
             Auth::Token(TokenDigest::of(&token))
         }
     };
-    println!("listening on http://{}", listener.local_addr()?);
+    let address = listener.local_addr()?;
+    println!("listening on http://{address}");
+    if !address.ip().is_loopback() {
+        tracing::warn!(
+            "REST is plain HTTP: whoever sees the traffic to {address} learns the administrator's token"
+        );
+    }
     if let Some(address) = hub.nbd_address() {
         tracing::info!("NBD for external agents on {address}");
         if !address.ip().is_loopback() {

@@ -9,7 +9,7 @@ use rustix::fs::{FlockOperation, flock};
 use super::StartError;
 
 /// Makes the data directory, for its owner only, and takes its lock.
-pub(super) fn open(data: &Path) -> Result<File, StartError> {
+pub(crate) fn open(data: &Path) -> Result<File, StartError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| StartError::Data { path, source }

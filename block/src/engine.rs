@@ -8,9 +8,10 @@ use std::thread;
 
 use crate::blocking::{BLOCKING_THREADS, BlockingEngine};
 use crate::descriptor::Descriptor;
+use crate::patience::{is_conflict, wait_for_lock};
 use crate::storage::Storage;
 use crate::uring::{URING_THREADS, UringEngine};
-use crate::{HostError, HostOp, OpenOptions};
+use crate::{Create, HostError, HostOp, OpenOptions};
 
 /// The environment variable that forces an engine: `blocking` or `uring`.
 pub const ENGINE_VARIABLE: &str = "SENDENSE_IO";
@@ -84,15 +85,22 @@ impl Engine {
         }
     }
 
+    /// Opens and, where that is wanted, locks; waits a little for a lock that another program may be about to release.
     pub(crate) async fn open(
         &self,
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Arc<dyn Storage>, HostError> {
-        let (owned, options) = (path.to_owned(), options.clone());
-        let opened = self.pool.call(move || Descriptor::open(&owned, &options)).await;
-        let descriptor =
-            opened.unwrap_or_else(|source| Err(HostError::whole(path, HostOp::Open, source)))?;
+        let (owned, wanted) = (path.to_owned(), options.clone());
+        let opened = self.pool.call(move || Descriptor::open(&owned, &wanted)).await;
+        let failed = |source| Err(HostError::whole(path, HostOp::Open, source));
+        let descriptor = match opened.unwrap_or_else(failed) {
+            Err(refused) if is_conflict(&refused) && options.create != Create::New => {
+                let (owned, wanted) = (path.to_owned(), options.clone());
+                wait_for_lock(refused, move || Descriptor::open(&owned, &wanted)).await?
+            }
+            opened => opened?,
+        };
         Ok(match &self.rings {
             Some(rings) => rings.attach(descriptor, &self.pool),
             None => self.pool.attach(descriptor),
@@ -123,5 +131,20 @@ mod tests {
         assert_eq!(Engine::choose(Some("no such engine"), refuse).name(), "blocking");
         let rings = Engine::uring().map(|engine| engine.name()).unwrap_or("blocking");
         assert_eq!(Engine::choose(Some("no such engine"), Engine::uring).name(), rings);
+    }
+
+    #[tokio::test]
+    async fn a_file_whose_lock_is_released_in_time_opens() {
+        let held = tempfile::NamedTempFile::new().expect("a file");
+        crate::lock::lock(&held, false).expect("a lock");
+        let (holder, path) = held.into_parts();
+        let engine = Engine::blocking(1);
+        let options = OpenOptions::writing();
+        let mut opening = std::pin::pin!(engine.open(&path, &options));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(opening.as_mut().poll(&mut context).is_pending());
+        // The one thread takes things in order: the first try has been refused when this is done.
+        engine.pool.call(move || drop(holder)).await.expect("a thread");
+        opening.await.map(drop).expect("the holder is gone");
     }
 }

@@ -42,6 +42,7 @@ mod join;
 mod lock;
 mod memory;
 mod memory_storage;
+mod patience;
 mod range;
 mod range_lock;
 mod raw;

@@ -16,6 +16,9 @@ use tokio::sync::oneshot;
 pub const BUFFER_ALIGN_BYTES: usize = 4096;
 /// How many bytes of buffers the process-wide pool hands out before [`BufferPool::get`] waits.
 pub const SHARED_POOL_BYTES: usize = 256 << 20;
+/// From this capacity on, in bytes, memory is mapped from the kernel for one block alone: pages that nobody has written
+/// to cost nothing, while an allocator clears them all, touching each.
+const MAPPED_BLOCK_BYTES: usize = 128 << 10;
 /// How many bytes of unused buffers a pool keeps for the next caller; more goes back to the system at once.
 pub const RETAINED_POOL_BYTES: usize = 64 << 20;
 
@@ -27,7 +30,8 @@ pub const RETAINED_POOL_BYTES: usize = 64 << 20;
 /// hold one buffer each and want another would stop each other for ever.
 ///
 /// Buffers are initialised once, when their memory comes from the system, and not cleared between users: the content
-/// of a new [`Buffer`] is unspecified (bytes of an earlier user of this process), but never uninitialised.
+/// of a new [`Buffer`] is unspecified (bytes of an earlier user of this process), but never uninitialised. Large memory
+/// that is new takes up pages only as it is written to.
 pub struct BufferPool {
     cap_bytes: usize,
     state: Mutex<PoolState>,
@@ -243,7 +247,8 @@ impl Drop for Reservation {
     }
 }
 
-/// A piece of memory from the system, aligned to [`BUFFER_ALIGN_BYTES`] and initialised.
+/// A piece of memory from the system, aligned to [`BUFFER_ALIGN_BYTES`] and initialised: from the allocator, or a
+/// mapping of its own from [`MAPPED_BLOCK_BYTES`] on.
 struct Block {
     memory: NonNull<u8>,
     capacity: usize,
@@ -257,12 +262,20 @@ unsafe impl Sync for Block {}
 impl Block {
     fn new(capacity: usize) -> Self {
         let layout = Self::layout(capacity);
-        // SAFETY: the layout's size is not zero, because `capacity_for` returns at least one page.
-        let memory = unsafe { alloc_zeroed(layout) };
-        match NonNull::new(memory) {
+        let memory = if Self::is_mapped(capacity) {
+            map(capacity)
+        } else {
+            // SAFETY: the layout's size is not zero, because `capacity_for` returns at least one page.
+            NonNull::new(unsafe { alloc_zeroed(layout) })
+        };
+        match memory {
             Some(memory) => Self { memory, capacity },
             None => handle_alloc_error(layout),
         }
+    }
+
+    fn is_mapped(capacity: usize) -> bool {
+        capacity >= MAPPED_BLOCK_BYTES
     }
 
     fn layout(capacity: usize) -> Layout {
@@ -276,9 +289,26 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: `memory` came from `alloc_zeroed` with this very layout in `Block::new`, and is freed only here.
-        unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) }
+        if Self::is_mapped(self.capacity) {
+            // SAFETY: `memory` came from `map` with this very length in `Block::new`, and is unmapped only here.
+            // It can fail only where the kernel's bookkeeping is full, and then the pages stay ours, unused.
+            let _result = unsafe { libc::munmap(self.memory.as_ptr().cast(), self.capacity) };
+        } else {
+            // SAFETY: `memory` came from `alloc_zeroed` with this very layout in `Block::new`, and is freed only here.
+            unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) }
+        }
     }
+}
+
+/// Zeroed private memory of `len` bytes straight from the kernel, whose pages are [`BUFFER_ALIGN_BYTES`] long or
+/// longer; `None` where there is none.
+fn map(len: usize) -> Option<NonNull<u8>> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use; its pages are zero,
+    // hence initialised.
+    let memory = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+    if memory == libc::MAP_FAILED { None } else { NonNull::new(memory.cast()) }
 }
 
 /// Bytes from a [`BufferPool`], at an address that is a multiple of [`BUFFER_ALIGN_BYTES`].
@@ -309,7 +339,7 @@ impl Deref for Buffer {
     fn deref(&self) -> &[u8] {
         match &self.block {
             // SAFETY: the block holds at least `len` bytes (`BufferPool::buffer`; `truncate` only shrinks), all
-            // initialised by `alloc_zeroed`, and `&self` keeps writers out.
+            // initialised by `Block::new`, and `&self` keeps writers out.
             Some(block) => unsafe { std::slice::from_raw_parts(block.memory.as_ptr(), self.len) },
             None => &[],
         }
@@ -473,6 +503,24 @@ mod tests {
         drop(other);
         assert!(pool.idle_bytes() <= RETAINED_POOL_BYTES);
         assert_eq!(pool.get_now(2 << 20).as_ptr(), address);
+    }
+
+    #[test]
+    fn large_memory_takes_up_pages_only_where_it_was_written() {
+        let mut buffer = BufferPool::new(1 << 20).get_now(32 << 20);
+        assert_eq!(resident_pages(&buffer), 0);
+        buffer[5 << 20] = 1;
+        // More than one where the kernel hands out huge pages.
+        assert!((1..=512).contains(&resident_pages(&buffer)));
+    }
+
+    fn resident_pages(buffer: &Buffer) -> usize {
+        let mut pages = vec![0; buffer.len() / BUFFER_ALIGN_BYTES];
+        let address = buffer.as_ptr().cast_mut().cast();
+        // SAFETY: the range is the buffer's own mapping, and there is a byte for each of its pages.
+        let result = unsafe { libc::mincore(address, buffer.len(), pages.as_mut_ptr()) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        pages.iter().filter(|page| **page & 1 == 1).count()
     }
 
     #[test]

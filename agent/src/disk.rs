@@ -60,7 +60,7 @@ impl DiskRun {
         });
         let prepared = self.prepare(&plan, source.size_bytes()).await?;
         self.events.tell(self.started(&source, &prepared)).await;
-        let warnings = self.warn(&source, &prepared).await;
+        let mut warnings = self.warn(&source, &prepared).await;
 
         let (full_reason, incremental) = (prepared.full_reason.clone(), prepared.incremental);
         let (change_id, header) = (prepared.change_id.clone(), prepared.header);
@@ -72,6 +72,7 @@ impl DiskRun {
             target: self.job.target.to_string(),
             cause: cause.into(),
         })?;
+        warnings.extend(self.check_source_size(&source).await?);
         self.publish(kept, header, plan.previous).await?;
         progress.tell_end();
         tokio::join!(source.close(), target.disconnect());
@@ -219,10 +220,33 @@ impl DiskRun {
             ));
         }
         for message in &warnings {
-            let (disk_index, message) = (Some(self.job.index), message.clone());
-            self.events.tell(Event::Warning { disk_index, message }).await;
+            self.tell_warning(message).await;
         }
         warnings
+    }
+
+    async fn tell_warning(&self, message: &str) {
+        let (disk_index, message) = (Some(self.job.index), message.to_owned());
+        self.events.tell(Event::Warning { disk_index, message }).await;
+    }
+
+    /// The last look at the source before its state is believed: one that lost its end fails the disk, one that grew
+    /// is worth a warning.
+    async fn check_source_size(&self, source: &Source) -> Result<Option<String>, AgentError> {
+        let opened_bytes = source.size_bytes();
+        let checked = source.check_size();
+        let now_bytes = checked.map_err(|error| self.pipeline_error(error.into()))?;
+        if now_bytes == opened_bytes {
+            return Ok(None);
+        }
+        let warning = format!(
+            "{}: the source {} grew from {opened_bytes} to {now_bytes} bytes while it was read; what is behind its \
+             old end was not sent",
+            self.id(),
+            self.job.source
+        );
+        self.tell_warning(&warning).await;
+        Ok(Some(warning))
     }
 
     async fn transfer(

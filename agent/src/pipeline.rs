@@ -16,7 +16,7 @@ use crate::error::Cause;
 use crate::ledger::{Ledger, Order, ReadPiece, Scanned};
 use crate::outline::Piece;
 use crate::progress::Progress;
-use crate::source::Source;
+use crate::source::{Source, SourceError};
 use crate::walk::{walk_all, walk_dirty};
 
 /// Reads of one disk in flight.
@@ -42,6 +42,12 @@ pub(crate) enum PipelineError {
     Write { range: ByteRange, cause: Cause },
     Digests(DigestError),
     Died(Cause),
+}
+
+impl From<SourceError> for PipelineError {
+    fn from(error: SourceError) -> Self {
+        Self::Read { range: error.range, cause: error.cause }
+    }
 }
 
 /// What goes through a pipeline, and how.
@@ -102,7 +108,7 @@ impl Pipeline<'_> {
             true => walk_dirty(self.source, self.extent_bytes, named).await,
             false => walk_all(self.source, self.extent_bytes, named).await,
         };
-        walked.map_err(|error| PipelineError::Read { range: error.range, cause: error.cause })
+        Ok(walked?)
     }
 
     async fn read(
@@ -126,7 +132,11 @@ impl Pipeline<'_> {
 
     async fn scan(&self, piece: Piece) -> Result<Scanned, PipelineError> {
         let range = match piece {
-            Piece::Zeros(range) => return Ok(Scanned::Zeros(range)),
+            Piece::Zeros(range) => {
+                // Behind an end that moved forward everything looks like a hole.
+                self.source.check_size()?;
+                return Ok(Scanned::Zeros(range));
+            }
             Piece::Read(range) => range,
         };
         let reserved = reserve(range.len()).await;
@@ -134,6 +144,8 @@ impl Pipeline<'_> {
             Ok(segments) => segments,
             Err(error) => return Err(self.narrow(range, error).await),
         };
+        // Bytes behind an end that moved forward were read as zeros.
+        self.source.check_size()?;
         self.progress.read(range.len());
         // The semaphore is never closed.
         let _turn = PROCESSORS.acquire().await.ok();

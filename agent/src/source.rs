@@ -18,9 +18,26 @@ const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 /// The flag of an extent that a dirty bitmap calls dirty.
 const DIRTY: u32 = 1;
 
+/// What a source failed at, and where.
+#[derive(Debug)]
+pub(crate) struct SourceError {
+    pub(crate) range: ByteRange,
+    pub(crate) cause: Cause,
+}
+
+/// The end of a source went away. The host reads zeros where it was.
+#[derive(Debug, thiserror::Error)]
+#[error("the source shrank from {opened_bytes} to {now_bytes} bytes while it was read")]
+struct Shrank {
+    opened_bytes: u64,
+    now_bytes: u64,
+}
+
 /// A source, open for reading.
 pub(crate) struct Source {
     device: Arc<dyn BlockDevice>,
+    /// The file whose length must be watched; a server answers for its own.
+    file: Option<Arc<RawDevice>>,
     nbd: Option<Arc<NbdDevice>>,
     bitmap: Option<Bitmap>,
 }
@@ -50,7 +67,7 @@ impl Source {
                     Bitmap { name, context, offered }
                 });
                 let device: Arc<dyn BlockDevice> = nbd.clone();
-                Ok(Self { device, nbd: Some(nbd), bitmap })
+                Ok(Self { device, file: None, nbd: Some(nbd), bitmap })
             }
         }
     }
@@ -58,14 +75,19 @@ impl Source {
     /// Opens a file without QEMU's image locks: whoever names it vouches that it stands still, as a snapshot does.
     async fn open_file(path: &Path) -> Result<Self, Cause> {
         let options = OpenOptions { lock: false, ..OpenOptions::reading() };
-        let file = HostFile::open(path, options).await?;
-        Ok(Self { device: RawDevice::new(file), nbd: None, bitmap: None })
+        Ok(Self::of_file(HostFile::open(path, options).await?))
+    }
+
+    /// A file that is open already.
+    pub(crate) fn of_file(file: HostFile) -> Self {
+        let file = RawDevice::new(file);
+        Self { device: file.clone(), file: Some(file), nbd: None, bitmap: None }
     }
 
     /// A device that is open already.
     #[cfg(test)]
     pub(crate) fn of(device: Arc<dyn BlockDevice>) -> Self {
-        Self { device, nbd: None, bitmap: None }
+        Self { device, file: None, nbd: None, bitmap: None }
     }
 
     /// What it is.
@@ -79,6 +101,22 @@ impl Source {
     /// The size of the disk, in bytes.
     pub(crate) fn size_bytes(&self) -> u64 {
         self.device.limits().size_bytes
+    }
+
+    /// Fails if the source is shorter than it was when it was opened; otherwise its size now, which may be larger.
+    ///
+    /// Nothing that was read or called zero is believed before this was asked afterwards.
+    pub(crate) fn check_size(&self) -> Result<u64, SourceError> {
+        let opened_bytes = self.size_bytes();
+        let Some(file) = &self.file else { return Ok(opened_bytes) };
+        let whole = ByteRange::between(0, opened_bytes);
+        let now = file.file().host_len();
+        let now_bytes = now.map_err(|error| SourceError { range: whole, cause: error.into() })?;
+        if now_bytes < opened_bytes {
+            let range = ByteRange::between(now_bytes, opened_bytes);
+            return Err(SourceError { range, cause: Shrank { opened_bytes, now_bytes }.into() });
+        }
+        Ok(now_bytes)
     }
 
     /// The device itself.

@@ -6,15 +6,8 @@ use std::sync::Arc;
 use block::{BlockDevice, ByteRange, Extent};
 use tokio::sync::mpsc;
 
-use crate::error::Cause;
 use crate::outline::{Outline, Piece};
-use crate::source::Source;
-
-/// What the walk failed at, and where.
-pub(crate) struct WalkError {
-    pub(crate) range: ByteRange,
-    pub(crate) cause: Cause,
-}
+use crate::source::{Source, SourceError};
 
 /// A device answered a question about extents with none: the walk would never end.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +19,7 @@ pub(crate) async fn walk_all(
     source: &Source,
     max_read_bytes: u64,
     pieces: mpsc::Sender<Piece>,
-) -> Result<(), WalkError> {
+) -> Result<(), SourceError> {
     let size = source.size_bytes();
     let mut outline = Outline::new(size, max_read_bytes);
     let (mut at, mut out) = (0, Vec::new());
@@ -55,15 +48,16 @@ pub(crate) async fn walk_dirty(
     source: &Source,
     max_read_bytes: u64,
     pieces: mpsc::Sender<Piece>,
-) -> Result<(), WalkError> {
+) -> Result<(), SourceError> {
     let size = source.size_bytes();
     let mut allocation = Allocation { device: source.device(), known: Vec::new(), size };
     let mut at = 0;
     while at < size {
         let range = ByteRange::between(at, size);
-        let (dirty, end) = source.dirty(range).await.map_err(|cause| WalkError { range, cause })?;
+        let (dirty, end) =
+            source.dirty(range).await.map_err(|cause| SourceError { range, cause })?;
         if end <= at {
-            return Err(WalkError { range, cause: NoExtents.into() });
+            return Err(SourceError { range, cause: NoExtents.into() });
         }
         at = end;
         for range in dirty {
@@ -92,12 +86,12 @@ fn cut(piece: Piece, max_read_bytes: u64) -> Vec<Piece> {
 async fn extents_from(
     device: &Arc<dyn BlockDevice>,
     range: ByteRange,
-) -> Result<Vec<Extent>, WalkError> {
+) -> Result<Vec<Extent>, SourceError> {
     let extents = device.extents(range).await;
-    let extents = extents.map_err(|cause| WalkError { range, cause: cause.into() })?;
+    let extents = extents.map_err(|cause| SourceError { range, cause: cause.into() })?;
     match extents.last() {
         Some(last) if last.range.end() > range.start() => Ok(extents),
-        _ => Err(WalkError { range, cause: NoExtents.into() }),
+        _ => Err(SourceError { range, cause: NoExtents.into() }),
     }
 }
 
@@ -110,7 +104,7 @@ struct Allocation<'a> {
 
 impl Allocation<'_> {
     /// Tells the zeros in `range` from what has to be read. Asked in rising order.
-    async fn tell_apart(&mut self, range: ByteRange) -> Result<Vec<Piece>, WalkError> {
+    async fn tell_apart(&mut self, range: ByteRange) -> Result<Vec<Piece>, SourceError> {
         let mut pieces: Vec<Piece> = Vec::new();
         let mut rest = range;
         while !rest.is_empty() {

@@ -165,6 +165,17 @@ impl HostFile {
         self.len() == 0
     }
 
+    /// The length of the file on the host at this moment, in bytes; the size of a block device. [`HostFile::len`] does
+    /// not notice that somebody else cut or lengthened the file, and reads behind the host's end are zeros: who must
+    /// not take a cut for zeros asks this after reading. One system call, no I/O.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Stat`].
+    pub fn host_len(&self) -> Result<u64, HostError> {
+        let len = self.inner.storage.len();
+        len.map_err(|source| HostError::whole(self.path(), HostOp::Stat, source))
+    }
+
     /// Device and inode number, by which two paths to one file are recognised; `None` where there is no real file.
     pub fn id(&self) -> Option<(u64, u64)> {
         self.inner.facts.id
@@ -180,7 +191,8 @@ impl HostFile {
         self.inner.facts.fixed_len
     }
 
-    /// Reads `range`; bytes behind the end of the file are zeros. The result is one piece of memory: ask for large
+    /// Reads `range`; bytes behind the end of the file are zeros, also where somebody else has cut it
+    /// ([`HostFile::host_len`] tells). The result is one piece of memory: ask for large
     /// ranges in pieces.
     ///
     /// # Errors

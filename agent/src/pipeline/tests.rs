@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use block::MemoryDevice;
+use block::{HostFile, MemoryDevice, MemoryStorage, OpKind};
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -124,5 +124,59 @@ proptest! {
             }
             (previous, before) = (Some(state), wanted);
         }
+    }
+}
+
+/// Cuts a source of 8 MiB to `cut_bytes` while operations of this kind, from 4 MiB on or about all of the file, are on
+/// their way. Returns how the pipeline ended, and the target, which held no zero before.
+async fn cut_while_it_is_read(
+    kind: OpKind,
+    cut_bytes: u64,
+) -> (Result<Option<Finished>, PipelineError>, Vec<u8>) {
+    const SIZE: u64 = 8 << 20;
+    let bytes = vec![7; usize::try_from(SIZE).unwrap()];
+    let storage = MemoryStorage::from_bytes(bytes, 512);
+    let open = || HostFile::from_storage("cut".as_ref(), storage.clone().into_dyn()).unwrap();
+    let source = Source::of_file(open());
+    let held = storage.hold(move |op| {
+        op.kind == kind && (op.range.start() >= SIZE / 2 || op.range.len() == SIZE)
+    });
+    let target = MemoryDevice::from_bytes(vec![0xee; usize::try_from(SIZE).unwrap()]);
+    let device: Arc<dyn BlockDevice> = target.clone();
+    let disk = DiskId { index: 0, key: 0 };
+    let progress = Arc::new(Progress::new(disk, SIZE, EventSender::discard()));
+    let pipeline = Pipeline {
+        source: &source,
+        dirty_only: false,
+        digests: false,
+        extent_bytes: 1 << 20,
+        target: &device,
+        connections: 1,
+        progress: &progress,
+    };
+    let comparison = Comparison::<DigestReader>::Everything;
+    let ledger = Ledger::new(comparison, None, SIZE, 1 << 20);
+    let (alive, _) = mpsc::channel(1);
+    let cutting = async {
+        while held.count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        open().set_len(cut_bytes).await.unwrap();
+        drop(held);
+    };
+    let (ended, ()) = tokio::join!(pipeline.run(ledger, alive), cutting);
+    (ended, target.to_vec())
+}
+
+#[tokio::test]
+async fn a_source_that_is_cut_while_it_is_read_fails_and_its_lost_end_is_not_sent_as_zeros() {
+    // Reads that pass the new end, and a map of the file that calls all of it a hole.
+    for (kind, cut_bytes) in [(OpKind::Read, 5 << 20), (OpKind::Map, 0)] {
+        let (ended, target) = cut_while_it_is_read(kind, cut_bytes).await;
+        let Err(PipelineError::Read { range, cause }) = ended else { panic!("{kind:?}") };
+        assert_eq!(range, ByteRange::between(cut_bytes, 8 << 20));
+        let told = cause.to_string();
+        assert!(told.contains(&format!("shrank from 8388608 to {cut_bytes} bytes")), "{told}");
+        assert!(target.iter().all(|byte| *byte != 0), "{kind:?}");
     }
 }

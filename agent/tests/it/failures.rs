@@ -4,6 +4,20 @@ use agent::{AgentError, CancelToken, Event, SourceSpec, event_channel, probe, ru
 
 use crate::support::{BLOCK, Bench, Disk, Peer, job};
 
+/// A target of 1 MiB whose every write sets the length of `source`.
+fn resizing(bench: &Bench, source: &Disk, size: u64) -> Peer {
+    let pwrite = format!("pwrite=cat >/dev/null; truncate --size={size} {}", source.path_text());
+    let script = [
+        "eval",
+        "get_size=echo 1M",
+        "pread=exit 1",
+        "can_write=exit 0",
+        "can_zero=exit 3",
+        &pwrite,
+    ];
+    Peer::nbdkit(bench.path(), "resizing", &script)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_of_another_size_is_refused_before_anything_is_sent() {
     let bench = Bench::new();
@@ -147,4 +161,33 @@ async fn a_cancelled_run_ends_though_its_target_does_not_answer() {
     }
     assert!(matches!(last, Some(Event::RunFailed { .. })));
     assert!(bench.state_files().is_empty(), "{:?}", bench.state_files());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_shrinks_meanwhile_fails_its_disk_and_leaves_no_change_id() {
+    let bench = Bench::new();
+    let source = Disk::sparse(bench.path(), "source", 1 << 20);
+    source.fill(0..16, 2);
+    let server = resizing(&bench, &source, 5 * BLOCK);
+    let failed = bench.run_one(source.spec(), server.target(""), None).await.err().unwrap();
+    let AgentError::ReadSource { range, .. } = &failed else { panic!("{failed}") };
+    assert_eq!((range.start(), range.end()), (5 * BLOCK, 1 << 20));
+    let sizes = format!("shrank from {} to {} bytes", 1 << 20, 5 * BLOCK);
+    assert!(failed.to_string().contains(&sizes), "{failed}");
+    assert!(bench.state_files().is_empty(), "{:?}", bench.state_files());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_grows_meanwhile_is_worth_a_warning() {
+    let bench = Bench::new();
+    let source = Disk::sparse(bench.path(), "source", 1 << 20);
+    source.fill(0..16, 2);
+    let server = resizing(&bench, &source, 3 << 20);
+    let ran = bench.run_one(source.spec(), server.target(""), None).await.unwrap();
+    let [warning] = ran.report.warnings.as_slice() else { panic!("{:?}", ran.report.warnings) };
+    assert!(warning.contains("grew from 1048576 to 3145728 bytes"), "{warning}");
+    let told =
+        |event: &Event| matches!(event, Event::Warning { message, .. } if message == warning);
+    assert!(ran.events.iter().any(told));
+    assert_eq!(ran.disk().data_bytes_sent, 1 << 20);
 }

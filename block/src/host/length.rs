@@ -99,8 +99,7 @@ impl HostFile {
         let resize = inner.lock_resize().await;
         let guard = inner.lock_from(self.len()).await;
         let len = self.len();
-        let host = inner.storage.len();
-        if host.map_err(|e| HostError::whole(self.path(), HostOp::Stat, e))? == len {
+        if self.host_len()? == len {
             inner.lengths.physical.store(len, Ordering::Release);
             return Ok(());
         }

@@ -501,3 +501,19 @@ fn holes_are_found_on_a_disk() {
         assert_eq!(data, [ByteRange::between(512 << 10, 576 << 10)]);
     });
 }
+
+#[tokio::test]
+async fn a_file_that_somebody_else_cuts_tells_its_length_on_the_host() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("cut.raw");
+    std::fs::write(&path, vec![7; 8192]).unwrap();
+    let options = OpenOptions { lock: false, ..OpenOptions::reading() };
+    let file = HostFile::open(&path, options).await.unwrap();
+    assert_eq!((file.len(), file.host_len().unwrap()), (8192, 8192));
+    let other = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    other.set_len(4096).unwrap();
+    assert_eq!((file.len(), file.host_len().unwrap()), (8192, 4096));
+    assert!(crate::is_zero(&file.read(ByteRange::between(4096, 8192)).await.unwrap()));
+    other.set_len(10_000).unwrap();
+    assert_eq!((file.len(), file.host_len().unwrap()), (8192, 10_000));
+}

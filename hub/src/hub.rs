@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use chain::Repository;
 use jiff::Timestamp;
-use nbd_server::{Server, ServerConfig};
+use nbd_server::{Counters, Server, ServerConfig};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -365,6 +365,12 @@ impl Hub {
     /// The names of what the NBD server serves now.
     pub fn export_names(&self) -> Vec<String> {
         self.server.exports().into_iter().map(|export| export.name).collect()
+    }
+
+    /// What was done through an export so far; nothing where it is not there.
+    pub(crate) fn counters(&self, export: &str) -> Counters {
+        let all = self.server.exports();
+        all.iter().find(|one| one.name == export).map(|one| one.counters).unwrap_or_default()
     }
 
     /// How many jobs have not ended.

@@ -1,6 +1,7 @@
 //! The driver of a job: performs what [`crate::job`] asks for, keeps its deadlines, and tells it what happened. What a
 //! step does is in `work`; how jobs are found and stopped is in [`crate::hub`].
 
+mod arrival;
 mod base;
 mod disk;
 mod layers;

@@ -11,7 +11,7 @@ use super::problem::Refused;
 use crate::api::{AgentAnswer, AgentCompletion, AgentEvents, AgentFailure};
 use crate::error::HubError;
 use crate::hub::Hub;
-use crate::model::{AgentKind, Status};
+use crate::model::{AgentKind, BackupDisk, Status};
 use crate::runner::{self, JobHandle, Message};
 
 /// The most characters of an agent's reason that are kept.
@@ -40,32 +40,8 @@ pub(super) async fn complete(
     Segments(id): Segments<String>,
     Body(completion): Body<AgentCompletion>,
 ) -> Result<(StatusCode, Json<AgentAnswer>), Refused> {
-    let handle = external(&hub, &id).await?;
     let (_, disks) = hub.db.backup_with_disks(&id).await?;
-    let reports = match completion {
-        AgentCompletion::Run(report) => report.disks,
-        AgentCompletion::Disk { change_id, disk_id, bytes } => {
-            let disk = disks
-                .iter()
-                .find(|disk| disk.index == disk_id)
-                .ok_or_else(|| HubError::Missing(format!("the backup has no disk {disk_id}")))?;
-            vec![DiskReport {
-                disk_index: disk_id,
-                disk_key: disk.key,
-                source: String::new(),
-                capacity_bytes: disk.capacity_bytes,
-                change_id,
-                incremental: disk.previous_change_id.is_some(),
-                full_reason: None,
-                read_bytes: bytes,
-                changed_bytes: bytes,
-                data_bytes_sent: bytes,
-                zero_bytes_sent: 0,
-                wire_bytes: bytes,
-                elapsed_ms: 0,
-            }]
-        }
-    };
+    let reports = reports(completion, &disks)?;
     for report in &reports {
         let Some(disk) = disks.iter().find(|disk| disk.index == report.disk_index) else {
             let unknown = format!("the backup has no disk {}", report.disk_index);
@@ -79,8 +55,60 @@ pub(super) async fn complete(
             .into());
         }
     }
-    hub.tell(&handle, Message::Finished(reports)).await?;
-    Ok((StatusCode::ACCEPTED, Json(answer(&handle))))
+    let told = match external(&hub, &id).await {
+        Ok(handle) => {
+            let told = hub.tell(&handle, Message::Finished(reports.clone())).await;
+            told.map(|()| answer(&handle))
+        }
+        Err(refused) => Err(refused),
+    };
+    match told {
+        Ok(answer) => Ok((StatusCode::ACCEPTED, Json(answer))),
+        // The answer to an earlier try may have been lost on its way.
+        Err(_) if completed_so(&hub, &id, &reports).await? => {
+            let answer = AgentAnswer { status: Status::Completed, cancel: false };
+            Ok((StatusCode::OK, Json(answer)))
+        }
+        Err(refused) => Err(refused.into()),
+    }
+}
+
+/// The reports of a completion, each of one disk.
+fn reports(completion: AgentCompletion, disks: &[BackupDisk]) -> Result<Vec<DiskReport>, HubError> {
+    let (change_id, disk_id, bytes) = match completion {
+        AgentCompletion::Run(report) => return Ok(report.disks),
+        AgentCompletion::Disk { change_id, disk_id, bytes } => (change_id, disk_id, bytes),
+    };
+    let disk = disks
+        .iter()
+        .find(|disk| disk.index == disk_id)
+        .ok_or_else(|| HubError::Missing(format!("the backup has no disk {disk_id}")))?;
+    Ok(vec![DiskReport {
+        disk_index: disk_id,
+        disk_key: disk.key,
+        source: String::new(),
+        capacity_bytes: disk.capacity_bytes,
+        change_id,
+        incremental: disk.previous_change_id.is_some(),
+        full_reason: None,
+        read_bytes: bytes,
+        changed_bytes: bytes,
+        data_bytes_sent: bytes,
+        zero_bytes_sent: 0,
+        wire_bytes: bytes,
+        elapsed_ms: 0,
+    }])
+}
+
+/// Whether the backup is completed, with just what these reports say.
+async fn completed_so(hub: &Hub, id: &str, reports: &[DiskReport]) -> Result<bool, HubError> {
+    let (backup, disks) = hub.db.backup_with_disks(id).await?;
+    let same = |report: &DiskReport| {
+        disks.iter().any(|disk| {
+            disk.index == report.disk_index && disk.change_id.as_ref() == Some(&report.change_id)
+        })
+    };
+    Ok(backup.status == Status::Completed && !reports.is_empty() && reports.iter().all(same))
 }
 
 /// `POST /backups/{id}/fail`
@@ -101,7 +129,10 @@ async fn external(hub: &Hub, id: &str) -> Result<JobHandle, HubError> {
     match hub.job(id) {
         Some(handle) if handle.agent == AgentKind::External => Ok(handle),
         Some(_) => Err(HubError::Conflict("the hub's own agent has this job".to_owned())),
-        None => Err(HubError::Conflict(format!("the job is {}", backup.status))),
+        None => Err(HubError::Conflict(match backup.error_message {
+            Some(why) => format!("the job is {}: {why}", backup.status),
+            None => format!("the job is {}", backup.status),
+        })),
     }
 }
 

@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use nbd_server::{Export, Removal};
 use tokio::task::JoinHandle;
 
+use super::arrival;
 use super::disk::{DiskWork, look_at};
 use crate::db::DbError;
 use crate::error::describe;
@@ -195,8 +196,11 @@ impl Work {
                 return Err(format!("the agent reported no change id for disk {}", disk.index));
             }
             if let Some(name) = disk.export.take() {
+                let counters = self.hub.counters(&name);
                 let removed = self.hub.server.remove_export(&name, Removal::Cut).await;
                 removed.map_err(|error| error.to_string())?;
+                arrival::check(report, &counters, disk.parent.is_none(), &name)
+                    .map_err(|why| format!("disk {}: {why}", disk.index))?;
             }
             // Nobody writes any more: a fault from here back means that something sent is not there.
             if let Some(fault) = disk.fault.first() {

@@ -1,10 +1,11 @@
 //! Agents outside of the hub: one that does its work through the real library and sockets, and ones that fall silent,
 //! give up or are told to stop.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent::{Address, CancelToken, DiskJob, EventSender, RunOptions, SourceSpec, Target};
-use block::{BlockDevice, Durability};
+use block::{BlockDevice, ByteRange, Durability, ZeroMode};
 use nbd_server::client::{ClientOptions, NbdDevice};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -31,6 +32,16 @@ async fn reach(f: &Fixture, id: &str, step: &str) -> Value {
         assert!(matches!(view["status"].as_str(), Some("pending" | "running")), "{view:#}");
         tokio::task::yield_now().await;
     }
+}
+
+/// Opens the export of the only disk.
+async fn connect(view: &Value) -> Arc<NbdDevice> {
+    let address = Address::Tcp {
+        host: view["nbd"]["host"].as_str().unwrap().to_owned(),
+        port: u16::try_from(view["nbd"]["port"].as_u64().unwrap()).unwrap(),
+    };
+    let export = view["disks"][0]["export_name"].as_str().unwrap();
+    NbdDevice::connect(&address, export, ClientOptions::default()).await.unwrap()
 }
 
 /// What an agent elsewhere does: asks for its disks, sends them, reports.
@@ -112,12 +123,7 @@ async fn data_that_arrived_shows_as_progress_before_the_agent_says_so() {
     f.add_external_vm("far", SIZE).await;
     let id = f.begin("far", "full").await;
     let view = reach(&f, &id, "agent").await;
-    let address = Address::Tcp {
-        host: view["nbd"]["host"].as_str().unwrap().to_owned(),
-        port: u16::try_from(view["nbd"]["port"].as_u64().unwrap()).unwrap(),
-    };
-    let export = view["disks"][0]["export_name"].as_str().unwrap();
-    let device = NbdDevice::connect(&address, export, ClientOptions::default()).await.unwrap();
+    let device = connect(&view).await;
     let data = bytes::Bytes::from(vec![1; 1 << 20]);
     device.write(0, data, Durability::Deferred).await.unwrap();
     device.flush().await.unwrap();
@@ -156,16 +162,56 @@ async fn a_completion_must_name_disks_of_the_backup_at_their_size() {
     assert_eq!(f.post(&path, other_disk).await.0, StatusCode::NOT_FOUND);
     let no_change_id = json!({"change_id": "", "disk_id": 0, "bytes": 1});
     assert_eq!(f.post(&path, no_change_id).await.0, StatusCode::UNPROCESSABLE_ENTITY);
-    let plain = json!({"change_id": "52 de/4", "disk_id": 0, "bytes": 1});
-    assert_eq!(f.post(&path, plain).await.0, StatusCode::ACCEPTED);
+    let device = connect(&reach(&f, &id, "agent").await).await;
+    device.write(0, bytes::Bytes::from(vec![1; 4096]), Durability::Deferred).await.unwrap();
+    let rest = ByteRange::between(4096, SIZE);
+    device.write_zeroes(rest, ZeroMode::default(), Durability::Deferred).await.unwrap();
+    device.flush().await.unwrap();
+    let plain = json!({"change_id": "52 de/4", "disk_id": 0, "bytes": 4096});
+    assert_eq!(f.post(&path, plain.clone()).await.0, StatusCode::ACCEPTED);
     let ended = f.ended(&id).await;
     assert_eq!((&ended["status"], &ended["change_id"]), (&json!("completed"), &json!("52 de/4")));
+
+    // The agent that did not get the answer asks again; one that says something else is refused.
+    let (status, again) = f.post(&path, plain).await;
+    assert_eq!((status, &again["status"]), (StatusCode::OK, &json!("completed")));
+    let other = json!({"change_id": "52 de/5", "disk_id": 0, "bytes": 4096});
+    assert_eq!(f.post(&path, other).await.0, StatusCode::CONFLICT);
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_data_did_not_arrive_fails_whatever_its_agent_reports() {
+    let f = Fixture::with_repository().await;
+    f.add_external_vm("far", SIZE).await;
+    for (written, told, words) in [
+        (None, 0, "never opened export"),
+        (Some(4096), 8192, "reports 8192 bytes of data but only 4096 arrived through export"),
+        (Some(4096), 4096, "a full disk but only 4096"),
+    ] {
+        let id = f.begin("far", "full").await;
+        let view = reach(&f, &id, "agent").await;
+        if let Some(len) = written {
+            let device = connect(&view).await;
+            let data = bytes::Bytes::from(vec![1; len]);
+            device.write(0, data, Durability::Deferred).await.unwrap();
+            device.flush().await.unwrap();
+            device.disconnect().await;
+        }
+        let plain = json!({"change_id": "52 de/4", "disk_id": 0, "bytes": told});
+        let (status, _) = f.post(&format!("/backups/{id}/complete"), plain).await;
+        assert_eq!(status, StatusCode::ACCEPTED);
+        let ended = f.ended(&id).await;
+        assert_eq!(ended["status"], "failed", "{ended:#}");
+        assert!(ended["error_message"].as_str().unwrap().contains(words), "{ended:#}");
+        assert!(f.stored("main").is_empty());
+    }
     f.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_never_connects_or_falls_silent_is_lost() {
-    let dir = std::sync::Arc::new(tempfile::tempdir().unwrap());
+    let dir = Arc::new(tempfile::tempdir().unwrap());
     let f = Fixture::start_in(dir, |config| {
         config.connect_timeout = Duration::from_millis(50);
         config.agent_timeout = Duration::from_millis(50);

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use super::arguments::Migrate;
 use super::hub::Hub;
 use super::show::Show;
-use super::{DONE, DONE_WITH_WARNINGS, FAILED, USAGE, disks, report, telemetry};
+use super::{DONE, DONE_WITH_WARNINGS, FAILED, USAGE, disks, report, say, telemetry};
 
 /// Where job ids and hubs are looked for when no flag names them; the second is how older callers say it.
 const JOB_ID_VARIABLES: [&str; 2] = ["SENDENSE_JOB_ID", "MIGRATEKIT_JOB_ID"];
@@ -36,19 +36,19 @@ pub(crate) async fn migrate(flags: &Migrate) -> u8 {
     let asked = match asked(flags) {
         Ok(asked) => asked,
         Err(error) => {
-            eprintln!("sendense-agent: {error:#}");
+            say(format_args!("sendense-agent: {error:#}"));
             return USAGE;
         }
     };
     let outcome = work(flags, &asked).await;
     let failure = outcome.as_ref().err().map(|error| format!("{error:#}"));
     if let Some(error) = &failure {
-        eprintln!("sendense-agent: {error}");
+        say(format_args!("sendense-agent: {error}"));
     }
     if let Some(path) = &flags.report {
         let word = outcome.as_ref().map_err(|_| failure.as_deref().unwrap_or_default());
         if let Err(error) = report::write(path, &asked.job_id, word) {
-            eprintln!("sendense-agent: {error:#}");
+            say(format_args!("sendense-agent: {error:#}"));
             return FAILED;
         }
     }
@@ -96,7 +96,9 @@ async fn work(flags: &Migrate, asked: &Asked) -> Result<RunReport> {
         }
         Err(error) => {
             if let Err(untold) = hub.fail(&format!("{error:#}")).await {
-                eprintln!("sendense-agent: the hub cannot be told of the failure: {untold:#}");
+                say(format_args!(
+                    "sendense-agent: the hub cannot be told of the failure: {untold:#}"
+                ));
             }
             Err(error)
         }
@@ -118,11 +120,14 @@ async fn run(
     let (sender, events) = event_channel();
     let telling = asked.hub.clone().map(|hub| spawn_telemetry(hub, cancel));
     let (to_hub, telling) = telling.unzip();
-    let shown = tokio::spawn(show(Show::new(flags.progress), events, to_hub));
+    let (to_screen, shown) = spawn_show(Show::new(flags.progress));
+    let forwarded = tokio::spawn(forward(events, to_screen, to_hub));
     let ended = agent::run(disks, options, sender, cancel.clone()).await;
-    shown.await.context("showing the progress")?;
-    if let Some(telling) = telling {
-        telling.await.context("telling the hub")?;
+    // These tell of the run and are no part of it: one that died of a bug does not undo what was sent.
+    for task in [Some(forwarded), Some(shown), telling].into_iter().flatten() {
+        if let Err(error) = task.await {
+            tracing::error!("telling of the run ended unexpectedly: {error}");
+        }
     }
     // An error of the library says its causes itself.
     ended.map_err(|error| anyhow!("{error}"))
@@ -133,16 +138,37 @@ fn spawn_telemetry(hub: Hub, cancel: &CancelToken) -> (mpsc::Sender<Event>, Join
     (to_hub, tokio::spawn(telemetry::tell(hub, queue, cancel.clone())))
 }
 
-async fn show(mut show: Show, mut events: EventReceiver, to_hub: Option<mpsc::Sender<Event>>) {
-    while let Some(event) = events.recv().await {
-        show.show(&event);
-        match (&to_hub, &event) {
-            // Of progress the next one tells all that this one does: it may be lost.
-            (Some(queue), Event::Progress { .. }) => drop(queue.try_send(event)),
-            // A queue that nobody reads any more is that of a hub that went away.
-            (Some(queue), _) => drop(queue.send(event).await),
-            (None, _) => {}
+/// Shows events in a task of its own, so that the hub is told whatever becomes of the screen.
+fn spawn_show(mut show: Show) -> (mpsc::Sender<Event>, JoinHandle<()>) {
+    let (to_screen, mut queue) = mpsc::channel::<Event>(QUEUED_EVENTS);
+    let shown = tokio::spawn(async move {
+        while let Some(event) = queue.recv().await {
+            show.show(&event);
         }
+    });
+    (to_screen, shown)
+}
+
+/// Hands events on to the hub's queue and the screen's.
+async fn forward(
+    mut events: EventReceiver,
+    to_screen: mpsc::Sender<Event>,
+    to_hub: Option<mpsc::Sender<Event>>,
+) {
+    while let Some(event) = events.recv().await {
+        if let Some(queue) = &to_hub {
+            hand_over(queue, event.clone()).await;
+        }
+        hand_over(&to_screen, event).await;
+    }
+}
+
+/// A queue that nobody reads any more is that of a hub that went away, or of a screen that did.
+async fn hand_over(queue: &mpsc::Sender<Event>, event: Event) {
+    match event {
+        // Of progress the next one tells all that this one does: it may be lost.
+        Event::Progress { .. } => drop(queue.try_send(event)),
+        event => drop(queue.send(event).await),
     }
 }
 

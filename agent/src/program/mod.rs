@@ -8,6 +8,8 @@ mod report;
 mod show;
 mod telemetry;
 
+use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
 pub(crate) use arguments::Arguments;
@@ -27,7 +29,7 @@ pub(crate) fn main(arguments: Arguments) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("sendense-agent: cannot start: {error}");
+            say(format_args!("sendense-agent: cannot start: {error}"));
             return ExitCode::from(FAILED);
         }
     };
@@ -36,4 +38,9 @@ pub(crate) fn main(arguments: Arguments) -> ExitCode {
     // Nothing of a run is left; what else may hang (a name being resolved) is not worth waiting for.
     runtime.shutdown_background();
     ExitCode::from(code)
+}
+
+/// Prints a line for people. Nobody being there to read it decides nothing: who hung up does not stop a backup.
+fn say(line: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }

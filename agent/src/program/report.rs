@@ -1,6 +1,6 @@
 //! The last word of a run, as JSON in a file or on standard output.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use agent::RunReport;
@@ -23,7 +23,11 @@ pub(crate) fn write(path: &Path, job_id: &str, outcome: Result<&RunReport, &str>
     .context("the report")?;
     text.push(b'\n');
     let written = match path.to_str() {
-        Some("-") => std::io::stdout().lock().write_all(&text),
+        Some("-") => match std::io::stdout().lock().write_all(&text) {
+            // A reader that is gone does not undo what was sent.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            written => written,
+        },
         _ => std::fs::write(path, text),
     };
     written.with_context(|| format!("--report {}", path.display()))

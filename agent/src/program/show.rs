@@ -7,6 +7,7 @@ use agent::Event;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle as BarStyle};
 
 use super::arguments::ProgressStyle;
+use super::say;
 
 /// How a bar looks.
 const BAR: &str =
@@ -40,7 +41,7 @@ impl Show {
             Self::Json => print_json(event),
             Self::Quiet => {
                 if let Event::Warning { message, .. } = event {
-                    eprintln!("warning: {message}");
+                    say(format_args!("warning: {message}"));
                 }
             }
             Self::Bars { all, disks } => show_bar(all, disks, event),

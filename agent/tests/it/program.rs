@@ -187,6 +187,54 @@ fn a_hub_is_asked_what_to_do_and_told_how_it_went() {
     assert_eq!((*disk_key, *data_bytes_sent), (2016, 20 * BLOCK));
 }
 
+/// The end of a pipe that nobody reads.
+fn broken_pipe() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
+/// Runs a disk, whose baseline is lost, for a hub that fails all progress, with both outputs read by nobody.
+fn run_unheard(flags: &[&str]) -> (Option<i32>, Vec<String>) {
+    let bench = Bench::new();
+    let (source, target) = source_and_target(&bench);
+    let server = bench.serve("server", &target);
+    let wish = assignment("agent", &source, Some("0190f1c2-7e7e-4d9a-8f00-0123456789ab/4"));
+    let hub = FakeHub::start(Box::new(move |call| match call.what.split_once(' ') {
+        Some(("GET", _)) => (200, wish.clone()),
+        Some((_, path)) if path.ends_with("/progress") => problem(500, "no room"),
+        _ => (200, json!({"status": "running"})),
+    }));
+    let arguments = ["--job-id", "job-1", "--nbd-socket", &socket(&server), "--hub", &hub.url];
+    let mut command = program(&bench, &arguments);
+    let status = command.args(flags).stdout(broken_pipe()).stderr(broken_pipe()).status().unwrap();
+    assert_same(&source, &target);
+    (status.code(), hub.calls().into_iter().map(|call| call.what).collect())
+}
+
+#[test]
+fn nobody_reading_the_output_decides_nothing() {
+    for style in ["none", "json", "bar"] {
+        let (code, calls) = run_unheard(&["--progress", style, "--report", "-"]);
+        assert_eq!(code, Some(3), "{style}: {calls:?}");
+        assert_eq!(calls.last().unwrap(), "POST /api/v1/backups/job-1/complete");
+        assert!(calls.iter().any(|call| call.ends_with("/progress")), "{style}: {calls:?}");
+    }
+}
+
+#[test]
+fn a_failure_that_nobody_reads_has_its_exit_code() {
+    let bench = Bench::new();
+    for (arguments, code) in [
+        (&["--job-id", "j"][..], 2),
+        (&["--job-id", "j", "--source", "file:/nonexistent", "--export", "e", "--report", "-"], 1),
+    ] {
+        let mut command = program(&bench, arguments);
+        let status = command.stdout(broken_pipe()).stderr(broken_pipe()).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{arguments:?}");
+    }
+}
+
 #[test]
 fn a_hub_that_ends_the_job_stops_the_agent() {
     let bench = Bench::new();

@@ -29,6 +29,11 @@ const RESERVED: &AsciiSet = &CONTROLS
 ///
 /// Spelled `file:PATH`, `nbd://HOST:PORT/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`; the NBD forms take
 /// `bitmap=NAME` in their query. Names in a URI are percent-encoded, a path behind `file:` is taken as it is.
+///
+/// **Bitmaps are believed.** NBD tells the name of a dirty bitmap, not which one it is or since when it records. A
+/// bitmap must have been recording without interruption since the backup that the next incremental builds on: one
+/// that was removed and added again under its old name, or cleared at another time, hides changes, and nothing notices.
+/// Give each chain of backups a bitmap of its own, and send everything once ([`crate::DiskJob::full`]) after making one anew.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum SourceSpec {
@@ -43,7 +48,8 @@ pub enum SourceSpec {
         address: Address,
         /// The export's name; empty for the default export.
         export: String,
-        /// The dirty bitmap (`qemu:dirty-bitmap:NAME`) that knows what changed.
+        /// The dirty bitmap (`qemu:dirty-bitmap:NAME`) that knows what changed since the last backup, all of it: see
+        /// [`SourceSpec`].
         bitmap: Option<String>,
     },
 }

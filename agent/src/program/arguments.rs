@@ -29,7 +29,9 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Migrate {
     /// A disk: file:PATH, nbd://HOST:PORT/EXPORT[?bitmap=NAME] or nbd+unix:///EXPORT?socket=PATH[&bitmap=NAME], with
-    /// KEY= before it unless the disk's key is 2000 plus its place. Once for each disk, in order.
+    /// KEY= before it unless the disk's key is 2000 plus its place. Once for each disk, in order. A bitmap must have
+    /// been recording without interruption since the backup that an incremental builds on, which cannot be checked over
+    /// NBD: give each chain of backups its own bitmap, and use --full after making one anew.
     #[arg(long = "source", value_name = "[KEY=]SPEC")]
     pub(crate) sources: Vec<Keyed<SourceSpec>>,
 
@@ -159,6 +161,14 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn the_help_tells_what_a_bitmap_must_have_done() {
+        use clap::CommandFactory;
+        let mut command = Arguments::command();
+        let help = command.find_subcommand_mut("migrate").unwrap().render_help().to_string();
+        assert!(help.contains("recording without interruption"), "{help}");
     }
 
     #[test]

@@ -218,13 +218,11 @@ impl Inner {
         self.clear(middle, Clear::Discard).await
     }
 
+    /// Clears whole clusters, table by table: who waits for one of them does not wait for a whole disk.
     async fn clear(&self, range: ByteRange, how: Clear) -> Result<(), Error> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        let _guard = self.guests.lock_exclusive(self.widen(range)).await;
-        let live = self.live()?;
         for piece in range.pieces(self.info.l2_coverage) {
+            let _guard = self.guests.lock_exclusive(self.widen(piece)).await;
+            let live = self.live()?;
             self.step(&live, |core| core.clear(piece, how)).await?;
         }
         Ok(())

@@ -8,7 +8,7 @@ use qcow2::Image;
 
 use crate::check::check;
 use crate::common::{block_on, pattern, qemu_check, read_all};
-use crate::memory::{Act, Shape, any_act, part, part_mut, rounds};
+use crate::memory::{Act, Shape, any_act, note_discard, part, part_mut, rounds};
 
 const SECTOR: usize = 512;
 
@@ -50,7 +50,7 @@ async fn record(shape: &Shape, acts: &[Act], ahead: bool) -> (MemoryStorage, Vec
             Act::Discard { .. } => {
                 act.apply(&image).await.unwrap();
                 let now = image.read(range).await.unwrap().to_vec();
-                part_mut(&mut model, range).copy_from_slice(&now);
+                note_discard(&mut model, range, &now, &format!("{act:?}"));
             }
             _ => {
                 act.apply(&image).await.unwrap();

@@ -4,6 +4,8 @@
 mod check;
 mod common;
 mod crash;
+mod crash_crowd;
+mod crowd;
 mod faults;
 mod hostile;
 mod interop;

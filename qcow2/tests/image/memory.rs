@@ -154,7 +154,8 @@ impl Act {
 
 /// Any act on a disk of `sectors` sectors; `bytes` lets writes be of any alignment.
 pub(crate) fn any_act(sectors: u64, bytes: bool) -> impl Strategy<Value = Act> {
-    let len = prop_oneof![3 => 1u64..9, 3 => 1u64..300, 1 => 1u64..3000];
+    let long = sectors.max(3000);
+    let len = prop_oneof![3 => 1u64..9, 3 => 1u64..300, 1 => 1u64..long];
     let place = (0..sectors, len);
     prop_oneof![
         6 => (place.clone(), 1u64..1 << 40).prop_map(|((at, len), seed)| Act::Write { at, len, seed }),
@@ -182,6 +183,14 @@ pub(crate) fn part(bytes: &[u8], range: ByteRange) -> &[u8] {
 /// As [`part`], to change.
 pub(crate) fn part_mut(bytes: &mut [u8], range: ByteRange) -> &mut [u8] {
     &mut bytes[usize::try_from(range.start()).unwrap()..usize::try_from(range.end()).unwrap()]
+}
+
+/// Takes over what a discarded range reads, which must be zeros or what was there.
+pub(crate) fn note_discard(model: &mut [u8], range: ByteRange, now: &[u8], what: &str) {
+    let old = part_mut(model, range);
+    let fits = now.len() == old.len() && now.iter().zip(&*old).all(|(n, o)| *n == 0 || n == o);
+    assert!(fits, "{what}: neither zeros nor what was there");
+    old.copy_from_slice(now);
 }
 
 /// Everything in a range, in one vector.

@@ -9,6 +9,7 @@ use block::{BlockDevice, Durability, LoggedOp, OpKind, ZeroMode};
 
 use crate::check::check;
 use crate::common::{block_on, pattern, range, read_all};
+use crate::crowd::{Crowd, over_stamps};
 use crate::memory::{Shape, part_mut, read};
 
 fn poll_once<T>(future: std::pin::Pin<&mut (impl Future<Output = T> + ?Sized)>) -> Poll<T> {
@@ -49,37 +50,24 @@ fn writers_in_one_new_cluster_lose_nothing() {
 }
 
 #[test]
-fn zeros_discards_writes_and_flushes_at_once_leave_a_clean_image() {
-    let shape = Shape::new(4096).over_data();
+fn zeros_discards_writes_reads_and_flushes_at_once_lose_nothing() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).build().unwrap();
-    runtime.block_on(async {
-        let storage = shape.create().await;
-        let image = shape.open(&storage).await.unwrap();
-        let mut tasks = Vec::new();
-        for n in 0..400u64 {
-            let image = image.clone();
-            tasks.push(tokio::spawn(async move {
-                let at = n.wrapping_mul(0x9e37_79b9) % (4 << 20);
-                let later = Durability::Deferred;
-                let area = range(at, 20_000);
-                match n % 5 {
-                    0 => image.discard(area, later).await,
-                    1 => image.write_zeroes(area, ZeroMode::default(), later).await,
-                    2 => image.flush().await,
-                    3 => image.read(area).await.map(drop),
-                    _ => image.write(at, pattern(n, 20_000).into(), later).await,
-                }
-                .unwrap();
-            }));
-        }
-        for task in tasks {
-            task.await.unwrap();
-        }
-        let model = read_all(&image).await;
-        image.close().await.unwrap();
-        check(&storage.snapshot()).assert_clean("after everything at once");
-        assert!(read_all(&shape.open(&storage).await.unwrap()).await == model);
-    });
+    let shapes = [512, 4096, 65536].map(Shape::new);
+    for shape in shapes.into_iter().flat_map(|shape| [shape.clone(), over_stamps(shape)]) {
+        runtime.block_on(async {
+            let storage = shape.create().await;
+            let mut crowd = Crowd::new(&shape, &storage, 16, u64::from(shape.cluster_bytes));
+            for _ in 0..2 {
+                let image = shape.open(&storage).await.unwrap();
+                crowd.work(&image, 40).await;
+                crowd.assert_last(&read_all(&image).await, "after everything at once");
+                image.close().await.unwrap();
+                check(&storage.snapshot()).assert_clean("after everything at once");
+                let again = shape.open_read_only(&storage).await.unwrap();
+                crowd.assert_last(&read_all(&again).await, "reopened");
+            }
+        });
+    }
 }
 
 #[test]
@@ -125,6 +113,51 @@ fn a_dropped_write_keeps_its_lock_and_its_clusters_until_the_host_is_done() {
         image.close().await.unwrap();
         check(&storage.snapshot()).assert_clean("the dropped write gave its clusters back");
     });
+}
+
+#[test]
+fn clearing_the_whole_disk_stops_nobody_where_it_is_not() {
+    for zeroes in [false, true] {
+        let shape = Shape::new(4096);
+        block_on(async {
+            let storage = shape.create().await;
+            let image = shape.open(&storage).await.unwrap();
+            let size = image.limits().size_bytes;
+            let data = pattern(1, usize::try_from(size).unwrap());
+            image.write(0, data.into(), Durability::Deferred).await.unwrap();
+            image.close().await.unwrap();
+
+            // Three tables, none in memory: the first holds the clearing up.
+            let image = shape.open(&storage).await.unwrap();
+            let loads = storage.hold(|op| op.kind == OpKind::Read);
+            let (all, later) = (range(0, size), Durability::Deferred);
+            let mut clear = if zeroes {
+                image.write_zeroes(all, ZeroMode::default(), later)
+            } else {
+                image.discard(all, later)
+            };
+            assert!(poll_once(clear.as_mut()).is_pending());
+            let first = 2 << 20;
+            let mut near = image.write(4096, pattern(2, 512).into(), later);
+            let mut far = image.write(first, pattern(3, 512).into(), later);
+            assert!(poll_once(near.as_mut()).is_pending());
+            assert!(poll_once(far.as_mut()).is_pending());
+            assert_eq!(loads.count(), 2, "the table that is cleared, and that of the other write");
+            drop(loads);
+            far.await.unwrap();
+            assert!(
+                read(&image, first, 512).await == pattern(3, 512),
+                "before anything is cleared"
+            );
+            clear.await.unwrap();
+            near.await.unwrap();
+            let mut model = vec![0; usize::try_from(size).unwrap()];
+            part_mut(&mut model, range(4096, 512)).copy_from_slice(&pattern(2, 512));
+            assert!(read_all(&image).await == model, "{zeroes}");
+            image.close().await.unwrap();
+            check(&storage.snapshot()).assert_clean("cleared");
+        });
+    }
 }
 
 #[test]

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use block::Extent;
+use block::{ByteRange, Durability, Extent};
 use bytes::Bytes;
 use futures_util::FutureExt;
+use futures_util::future::join_all;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
@@ -38,6 +39,8 @@ enum End {
     Gone,
     /// The client sent something that is no request.
     NoRequest,
+    /// The client began a payload and did not get on with it.
+    Stalled,
     /// The export is leaving, and everything that was in flight is answered.
     Closed,
 }
@@ -114,7 +117,7 @@ where
     let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
     let (replies, outgoing) = mpsc::channel(places.min(Semaphore::MAX_PERMITS));
     let mut writing = Abort(tokio::spawn(write_replies(writer, outgoing, structured)));
-    let mut intake = Intake::new(reader, input);
+    let mut intake = Intake::new(reader, input, Arc::clone(&shared.arriving));
     let end = tokio::select! {
         end = take_requests(&session, &mut intake, &replies) => end,
         () = session.finished() => End::Closed,
@@ -127,7 +130,9 @@ where
         (&mut writing.0).await
     };
     let overdue = async {
-        session.finished().await;
+        if end != End::Stalled {
+            session.finished().await;
+        }
         sleep(limits.close_timeout).await;
     };
     let writer = tokio::select! {
@@ -171,8 +176,19 @@ async fn take_requests<R: AsyncRead + Unpin>(
             Verdict::Refuse(refusal) => refuse(session, intake, replies, &request, refusal).await,
             Verdict::Execute(command) => start(session, intake, replies, &request, command).await,
         };
-        if taken.is_err() {
-            return End::Gone;
+        match taken {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                let (export, timeout) =
+                    (&session.agreement.facts.name, session.shared.limits.payload_timeout);
+                tracing::warn!(
+                    export,
+                    ?timeout,
+                    "a payload made no progress: its connection is dropped"
+                );
+                return End::Stalled;
+            }
+            Err(_) => return End::Gone,
         }
     }
 }
@@ -200,7 +216,14 @@ async fn start<R: AsyncRead + Unpin>(
 ) -> io::Result<()> {
     let ticket = session.admit(cost(command, session.shared.limits.status_extents)).await?;
     let payload = match command {
-        Command::Write { .. } => intake.payload(request.len).await?,
+        Command::Write { range, durability } => {
+            let first = intake.piece(range.start(), request.len).await?;
+            if (first.len() as u64) < range.len() {
+                let write = LongWrite { cookie: request.cookie, range, durability, ticket };
+                return write_in_pieces(session, intake, replies, write, first).await;
+            }
+            first
+        }
         _ => Bytes::new(),
     };
     // From here to the hold nothing waits, so that a closing connection cannot miss this request.
@@ -213,6 +236,63 @@ async fn start<R: AsyncRead + Unpin>(
     tokio::spawn(async move {
         let answer = session.answer(command, payload).await;
         // An error means that the client is gone; the work is done all the same.
+        let _ = replies.send(Outgoing { cookie, answer, ticket }).await;
+        drop(executing);
+    });
+    Ok(())
+}
+
+/// A WRITE whose payload is taken in pieces.
+struct LongWrite {
+    cookie: u64,
+    range: ByteRange,
+    durability: Durability,
+    ticket: Ticket,
+}
+
+/// Hands the pieces of a payload to the device as they become complete, from the `first` on, and lets the last of them
+/// answer the request. What a client that leaves half way has sent by then is written.
+async fn write_in_pieces<R: AsyncRead + Unpin>(
+    session: &Arc<Session>,
+    intake: &mut Intake<R>,
+    replies: &mpsc::Sender<Outgoing>,
+    write: LongWrite,
+    first: Bytes,
+) -> io::Result<()> {
+    let LongWrite { cookie, range, durability, ticket } = write;
+    let (mut at, mut payload, mut pieces) = (range.start(), first, Vec::new());
+    loop {
+        let piece = ByteRange::between(at, at + payload.len() as u64);
+        let left = u32::try_from(range.end() - piece.end()).unwrap_or(u32::MAX);
+        // As in `start`: from here to the hold, and from the last piece to the answer, nothing waits.
+        if session.is_closing() {
+            intake.discard(left).await?;
+            return session.answer_refusal(replies, cookie, Refusal::ShuttingDown, ticket).await;
+        }
+        let (executing, worker) = (session.executing.hold(), Arc::clone(session));
+        pieces.push(tokio::spawn(async move {
+            let command = Command::Write { range: piece, durability: Durability::Deferred };
+            let answer = worker.work(command, payload).await;
+            drop(executing);
+            answer
+        }));
+        if left == 0 {
+            break;
+        }
+        at = piece.end();
+        payload = intake.piece(at, left).await?;
+    }
+    let executing = session.executing.hold();
+    let (session, replies) = (Arc::clone(session), replies.clone());
+    tokio::spawn(async move {
+        let done = join_all(pieces).await.into_iter();
+        let mut answers =
+            done.map(|done| done.unwrap_or_else(|_| broken("the write was given up")));
+        let mut answer = answers.find(|answer| *answer != Answer::Done).unwrap_or(Answer::Done);
+        if answer == Answer::Done && durability == Durability::Durable {
+            answer = session.work(Command::Flush, Bytes::new()).await;
+        }
+        session.count(&answer);
         let _ = replies.send(Outgoing { cookie, answer, ticket }).await;
         drop(executing);
     });
@@ -264,8 +344,15 @@ impl Session {
         sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
-    /// Executes a command. A device that panics fails this one request.
+    /// Executes a command and counts the request.
     async fn answer(&self, command: Command, payload: Bytes) -> Answer {
+        let answer = self.work(command, payload).await;
+        self.count(&answer);
+        answer
+    }
+
+    /// Executes a command. A device that panics fails this one request.
+    async fn work(&self, command: Command, payload: Bytes) -> Answer {
         let export = &self.attachment.export;
         let work = execute(
             &*export.device,
@@ -276,11 +363,14 @@ impl Session {
             self.shared.limits.status_extents,
         );
         let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
-        let answer = done.unwrap_or_else(|_| broken("the device broke down"));
-        export.tally.requests.fetch_add(1, Ordering::Relaxed);
+        done.unwrap_or_else(|_| broken("the device broke down"))
+    }
+
+    fn count(&self, answer: &Answer) {
+        let tally = &self.attachment.export.tally;
+        tally.requests.fetch_add(1, Ordering::Relaxed);
         if matches!(answer, Answer::Failed { .. }) {
-            export.tally.errors.fetch_add(1, Ordering::Relaxed);
+            tally.errors.fetch_add(1, Ordering::Relaxed);
         }
-        answer
     }
 }

@@ -1,35 +1,75 @@
 //! Reading requests off a stream: headers through a small buffer, many in one system call, payloads straight into
 //! their own memory. What a request means is not looked at here.
+//!
+//! A client can announce a payload and never send it, so that an announcement costs nothing: memory is taken when the
+//! first bytes are there, for one piece at a time, and all connections together have a bound for pieces that are not
+//! complete.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Buffer, BufferPool};
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use crate::limits::Limits;
 use crate::wire::REQUEST_BYTES;
 
-/// What is read ahead for headers; at most this much of a payload is copied once more.
+/// What is read ahead for headers; at most this much of each piece of a payload is copied once more.
 const AHEAD_BYTES: usize = 16 << 10;
 
+/// The longest piece in which a payload is taken: as much as most clients send in one request, and the largest cluster
+/// there is.
+const PIECE_BYTES: u32 = 2 << 20;
+
+/// The longest piece that a connection can always take, however much the others have begun and not completed.
+const RESERVED_PIECE_BYTES: u32 = 64 << 10;
+
 /// How long a payload waits for its share of the process-wide pool. Within it, all connections together are slowed
-/// down to the speed of the disks; beyond it somebody holds buffers without getting on, for instance clients that
-/// stopped in the middle of a payload, and then the connection's own budget is the only bound.
+/// down to the speed of the disks; beyond it somebody holds buffers without getting on, for instance a device that
+/// hangs, and then the connection's own budget is the only bound. Clients cannot cause that: what stuck ones hold is
+/// bounded below the pool's size.
 const POOL_PATIENCE: Duration = Duration::from_millis(200);
+
+/// Memory for payloads that are arriving, shared by all connections of a server.
+#[derive(Debug)]
+pub(crate) struct Arriving {
+    bytes: Semaphore,
+    timeout: Duration,
+}
+
+impl Arriving {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let bytes = usize::try_from(limits.arriving_bytes).unwrap_or(Semaphore::MAX_PERMITS);
+        let bytes = Semaphore::new(bytes.min(Semaphore::MAX_PERMITS));
+        Self { bytes, timeout: limits.payload_timeout }
+    }
+
+    /// Waits for progress of a payload.
+    async fn progress(&self, read: impl Future<Output = io::Result<usize>>) -> io::Result<usize> {
+        match timeout(self.timeout, read).await {
+            Ok(Ok(0)) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => read,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
 
 /// The reading side of a connection.
 #[derive(Debug)]
 pub(crate) struct Intake<R> {
     reader: R,
     ahead: BytesMut,
+    arriving: Arc<Arriving>,
 }
 
 impl<R: AsyncRead + Unpin> Intake<R> {
     /// Reads `ahead`, left by the handshake, and then from `reader`.
-    pub(crate) fn new(reader: R, ahead: BytesMut) -> Self {
-        Self { reader, ahead }
+    pub(crate) fn new(reader: R, ahead: BytesMut, arriving: Arc<Arriving>) -> Self {
+        Self { reader, ahead, arriving }
     }
 
     /// The stream, without what was read ahead.
@@ -53,17 +93,45 @@ impl<R: AsyncRead + Unpin> Intake<R> {
         Ok(Some(header))
     }
 
-    /// The next `len` bytes.
-    pub(crate) async fn payload(&mut self, len: u32) -> io::Result<Bytes> {
+    /// The next piece of a payload of which `left` bytes are missing, the first of them meant for the offset `at`.
+    ///
+    /// The piece is the whole of it, unless that is longer than [`PIECE_BYTES`] or memory is short; pieces are then cut
+    /// at multiples of their length on the device.
+    ///
+    /// # Errors
+    /// `TimedOut` where nothing comes for as long as a payload may make no progress; otherwise those of the stream.
+    pub(crate) async fn piece(&mut self, at: u64, left: u32) -> io::Result<Bytes> {
+        if left == 0 {
+            return Ok(Bytes::new());
+        }
+        if self.ahead.is_empty() {
+            self.fill_more().await?;
+        }
+        let arriving = Arc::clone(&self.arriving);
+        let wanted = piece_bytes(at, left, PIECE_BYTES);
+        // Held until the piece is complete; what is complete waits for the device only.
+        let (_share, len) = if wanted <= RESERVED_PIECE_BYTES {
+            (None, wanted)
+        } else if let Ok(share) = arriving.bytes.try_acquire_many(wanted) {
+            (Some(share), wanted)
+        } else {
+            (None, piece_bytes(at, left, RESERVED_PIECE_BYTES))
+        };
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let mut buffer = buffer(len).await;
-        let (copied, rest) = buffer.split_at_mut(len.min(self.ahead.len()));
+        let (copied, mut rest) = buffer.split_at_mut(len.min(self.ahead.len()));
         self.ahead.copy_to_slice(copied);
-        self.reader.read_exact(rest).await?;
+        while !rest.is_empty() {
+            let read = arriving.progress(self.reader.read(rest)).await?;
+            rest = rest.get_mut(read..).unwrap_or_default();
+        }
         Ok(buffer.freeze())
     }
 
-    /// Consumes the next `len` bytes without keeping them.
+    /// Consumes the next `len` bytes of a payload without keeping them.
+    ///
+    /// # Errors
+    /// Those of [`Intake::piece`].
     pub(crate) async fn discard(&mut self, len: u32) -> io::Result<()> {
         let mut left = usize::try_from(len).unwrap_or(usize::MAX);
         loop {
@@ -73,10 +141,14 @@ impl<R: AsyncRead + Unpin> Intake<R> {
             if left == 0 {
                 return Ok(());
             }
-            if self.fill().await? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+            self.fill_more().await?;
         }
+    }
+
+    /// Reads on in a payload.
+    async fn fill_more(&mut self) -> io::Result<()> {
+        let arriving = Arc::clone(&self.arriving);
+        arriving.progress(self.fill()).await.map(drop)
     }
 
     async fn fill(&mut self) -> io::Result<usize> {
@@ -85,7 +157,16 @@ impl<R: AsyncRead + Unpin> Intake<R> {
     }
 }
 
-/// Aligned memory for a payload.
+/// How long the next piece is that may have `longest` bytes, a power of two.
+fn piece_bytes(at: u64, left: u32, longest: u32) -> u32 {
+    if left <= longest {
+        return left;
+    }
+    let beyond = u32::try_from(at % u64::from(longest)).unwrap_or(0);
+    longest - beyond
+}
+
+/// Aligned memory for a piece.
 async fn buffer(len: usize) -> Buffer {
     let pool = BufferPool::shared();
     if let Some(buffer) = pool.try_get(len) {

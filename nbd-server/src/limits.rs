@@ -7,8 +7,9 @@ use crate::wire;
 
 /// What one server allows its clients. Construct by [`Limits::default`] and change fields.
 ///
-/// Memory for payloads is at most `connections * (in_flight_bytes + option_bytes)` in the worst case; a client that
-/// is idle holds a few tens of KiB.
+/// Memory for payloads is at most `connections * (in_flight_bytes + option_bytes)` in the worst case, of which payloads
+/// that have not arrived, whose clients may be stuck, hold at most `arriving_bytes` and 64 KiB for each connection; a
+/// client that is idle holds a few tens of KiB.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Limits {
@@ -28,6 +29,12 @@ pub struct Limits {
     pub in_flight_bytes: u32,
     /// The longest READ or WRITE in bytes, also told to clients. Default and maximum 32 MiB, minimum 64 KiB.
     pub max_payload_bytes: u32,
+    /// Memory of all connections together, in bytes, for payloads of which a part has arrived. A connection that finds
+    /// it used up takes its payloads in pieces of at most 64 KiB, for which there is always memory. Default 128 MiB:
+    /// half of the pool that devices and servers of a process share, so that stuck clients cannot exhaust that.
+    pub arriving_bytes: u32,
+    /// How long a payload that has begun may make no progress before its connection is dropped. Default 30 s.
+    pub payload_timeout: Duration,
     /// Extents in one reply to BLOCK_STATUS, for each context. Default 8192.
     pub status_extents: usize,
     /// How long a connection that the server closes may take to accept its last replies. Default 2 s.
@@ -44,6 +51,8 @@ impl Default for Limits {
             in_flight_requests: 128,
             in_flight_bytes: 64 << 20,
             max_payload_bytes: wire::MAX_PAYLOAD_BYTES,
+            arriving_bytes: 128 << 20,
+            payload_timeout: Duration::from_secs(30),
             status_extents: block::MAX_EXTENTS,
             close_timeout: Duration::from_secs(2),
         }

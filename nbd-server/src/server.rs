@@ -19,6 +19,7 @@ use crate::connection;
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportDirectory, ExportFacts, Unavailable};
+use crate::intake::Arriving;
 use crate::limits::Limits;
 use crate::listener;
 use crate::negotiate::negotiate;
@@ -61,6 +62,7 @@ pub struct ShutdownReport {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
+    pub(crate) arriving: Arc<Arriving>,
     table: RwLock<Table>,
     /// Nothing new is accepted, what is open comes to its end.
     pub(crate) stopping: Signal,
@@ -89,8 +91,10 @@ impl Table {
 impl Server {
     /// A server without exports that listens nowhere.
     pub fn new(config: ServerConfig) -> Self {
+        let limits = config.limits.clamped();
         let shared = Shared {
-            limits: config.limits.clamped(),
+            arriving: Arc::new(Arriving::new(&limits)),
+            limits,
             table: RwLock::default(),
             stopping: Signal::default(),
             forced: Signal::default(),

@@ -6,4 +6,5 @@ mod lifecycle;
 mod own_client;
 mod peers;
 mod raw;
+mod stalled;
 mod transmission;

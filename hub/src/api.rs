@@ -37,6 +37,15 @@ pub struct AddDisk {
     pub capacity_bytes: Option<u64>,
 }
 
+/// What changed about a virtual machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeVm {
+    /// The disks that changed: each is found by its key, or by its place in this list where it names none. Sources are
+    /// replaced, and sizes that are given; the other disks stay as they are.
+    pub disks: Vec<AddDisk>,
+}
+
 /// A virtual machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmView {

@@ -93,6 +93,14 @@ enum VmCommand {
         /// Its name
         name: String,
     },
+    /// Tell what changed about disks: where they are, how large they are
+    Update {
+        /// Its name
+        name: String,
+        /// A disk as in add: found by its key, or by its place among these options where it names none (repeatable)
+        #[arg(long = "disk", value_name = "SPEC", required = true)]
+        disks: Vec<String>,
+    },
     /// Forget one that has no backups
     Delete {
         /// Its name

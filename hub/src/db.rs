@@ -21,7 +21,7 @@ use rusqlite_migration::{Migrations, SchemaVersion};
 use tokio::sync::{mpsc, oneshot};
 
 pub use backups::{DiskOutcome, Filter, NewDisk, NewJob, Parent};
-pub use vms::{NewVm, NewVmDisk};
+pub use vms::{ChangedDisk, NewVm, NewVmDisk};
 
 /// Calls that may wait for the database's thread before a caller has to wait to queue one.
 const QUEUED_CALLS: usize = 256;

@@ -33,7 +33,7 @@ type Shared = State<Arc<Hub>>;
 pub fn router(hub: Arc<Hub>, auth: Auth) -> Router {
     let api = Router::new()
         .route("/vms", get(vms::list).post(vms::add))
-        .route("/vms/{name}", get(vms::show).delete(vms::delete))
+        .route("/vms/{name}", get(vms::show).patch(vms::change).delete(vms::delete))
         .route("/repositories", get(repositories::list).post(repositories::add))
         .route("/backups", get(backups::list).post(backups::start))
         .route("/backups/chain/{vm_name}", get(backups::chain))

@@ -219,6 +219,17 @@ impl Hub {
         Ok(self.db.insert_vm(new).await?)
     }
 
+    /// Takes note of what changed about the disks of a virtual machine: where they are, how large they are.
+    ///
+    /// # Errors
+    /// [`Refusal::Unknown`]; [`HubError::Invalid`] for what breaks a rule; [`Refusal::Active`] while a backup of it is
+    /// in work.
+    pub async fn change_vm(&self, name: &str, wish: api::ChangeVm) -> Result<Vm, HubError> {
+        let vm = self.db.vm(name).await?;
+        let changes = checks::changed(&vm, wish)?;
+        Ok(self.db.change_vm(&vm.context_id, name, changes, Timestamp::now()).await?)
+    }
+
     /// Adds a repository: its directory must be there, writable, and nobody else's.
     ///
     /// # Errors

@@ -65,6 +65,14 @@ impl Client {
         self.read(self.send(Method::POST, path, &[], Some(body)).await?).await
     }
 
+    pub(crate) async fn patch<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> anyhow::Result<T> {
+        self.read(self.send(Method::PATCH, path, &[], Some(body)).await?).await
+    }
+
     pub(crate) async fn delete(&self, path: &str) -> anyhow::Result<()> {
         self.send(Method::DELETE, path, &[], None::<&()>).await.map(drop)
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::client::{Client, segment};
 use super::{BackupCommand, Cli, Command, Output, RepositoryCommand, VmCommand, show, waiting};
 use crate::api::{
-    AddDisk, AddRepository, AddVm, BackupList, BackupView, ChainView, RepositoryList,
+    AddDisk, AddRepository, AddVm, BackupList, BackupView, ChainView, ChangeVm, RepositoryList,
     RepositoryView, RestoreView, StartBackup, StartRestore, StartedBackup, VmList, VmView,
 };
 use crate::model::{AgentKind, BackupType, RepositoryType, Status};
@@ -41,6 +41,14 @@ async fn vm(client: &Client, output: Output, command: VmCommand) -> anyhow::Resu
         }
         VmCommand::Show { name } => {
             let vm: VmView = client.get(&format!("/vms/{}", segment(&name)), &[]).await?;
+            print(output, &vm, |vm| show::vms(std::slice::from_ref(vm)))
+        }
+        VmCommand::Update { name, disks } => {
+            let path = format!("/vms/{}", segment(&name));
+            // Who reads the disks decides what a relative path means.
+            let vm: VmView = client.get(&path, &[]).await?;
+            let disks = disks.iter().map(|spec| disk(spec, vm.agent)).collect::<Result<_, _>>()?;
+            let vm: VmView = client.patch(&path, &ChangeVm { disks }).await?;
             print(output, &vm, |vm| show::vms(std::slice::from_ref(vm)))
         }
         VmCommand::Delete { name } => {

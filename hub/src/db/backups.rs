@@ -6,7 +6,7 @@ use rusqlite::{Connection, Row, params};
 
 use super::rows::{all, first, optional_time, parsed, size, sql_time};
 use super::{Database, DbResult, Refusal, events, repositories, vms};
-use crate::model::{Backup, BackupDisk, BackupType, Level, Status};
+use crate::model::{Backup, BackupDisk, BackupType, Level, Status, Vm};
 
 const JOB: &str = "sequence, id, vm_context_id, vm_name, backup_type, status, repository_id,
     repository_path, parent_backup_id, change_id, bytes_transferred, total_bytes, error_message,
@@ -103,16 +103,7 @@ impl Database {
             let tx = connection.transaction()?;
             let vm = vms::require(&tx, &new.vm_name)?;
             let repository = repositories::require(&tx, &new.repository)?;
-            let active: Option<String> = first(
-                &tx,
-                "SELECT id FROM backup_jobs
-                 WHERE vm_context_id = ?1 AND status IN ('pending', 'running')",
-                [&vm.context_id],
-                |row| row.get(0),
-            )?;
-            if let Some(backup_id) = active {
-                return Err(Refusal::Active { vm: new.vm_name, backup_id }.into());
-            }
+            require_idle(&tx, &vm)?;
             let stamp = next_stamp(&tx, &vm.context_id, new.now)?;
             let id = crate::names::backup_id(&vm.name, stamp);
             tx.execute(
@@ -263,6 +254,20 @@ impl Database {
             )
         })
         .await
+    }
+}
+
+/// Refuses a virtual machine of which a backup is in work.
+pub(super) fn require_idle(connection: &Connection, vm: &Vm) -> DbResult<()> {
+    let active: Option<String> = first(
+        connection,
+        "SELECT id FROM backup_jobs WHERE vm_context_id = ?1 AND status IN ('pending', 'running')",
+        [&vm.context_id],
+        |row| row.get(0),
+    )?;
+    match active {
+        Some(backup_id) => Err(Refusal::Active { vm: vm.name.clone(), backup_id }.into()),
+        None => Ok(()),
     }
 }
 

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use rusqlite::{Connection, Row, params};
 
+use super::backups::require_idle;
 use super::rows::{all, first, optional_size, parsed, sql_size, sql_time};
 use super::{Database, DbResult, Refusal};
 use crate::model::{AgentKind, Vm, VmDisk};
@@ -31,6 +32,19 @@ pub struct NewVmDisk {
     pub source: String,
     /// Its size, where known.
     pub capacity_bytes: Option<u64>,
+}
+
+/// What a disk of a virtual machine shall be from now on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangedDisk {
+    /// Which.
+    pub index: u32,
+    /// Where the agent reads it.
+    pub source: String,
+    /// Its size, where known.
+    pub capacity_bytes: Option<u64>,
+    /// Whether nothing can be put on its latest backup: its chains end, and the next backup of it is a full.
+    pub starts_over: bool,
 }
 
 impl Database {
@@ -64,6 +78,53 @@ impl Database {
                 )?;
             }
             let stored = require(&tx, &vm.name)?;
+            tx.commit()?;
+            Ok(stored)
+        })
+        .await
+    }
+
+    /// Changes disks of a virtual machine.
+    ///
+    /// # Errors
+    /// [`Refusal::Unknown`] where it, or a disk of it, is not there any more; [`Refusal::Active`] while a backup of it
+    /// is in work.
+    pub async fn change_vm(
+        &self,
+        context_id: &str,
+        name: &str,
+        disks: Vec<ChangedDisk>,
+        now: Timestamp,
+    ) -> DbResult<Vm> {
+        let (context_id, name) = (context_id.to_owned(), name.to_owned());
+        self.call(move |connection| {
+            let tx = connection.transaction()?;
+            let vm = require(&tx, &name)?;
+            require_idle(&tx, &vm)?;
+            let now = sql_time(now);
+            for disk in disks {
+                let changed = tx.execute(
+                    "UPDATE vm_disks SET source = ?3, capacity_bytes = ?4
+                     WHERE vm_context_id = ?1 AND disk_index = ?2",
+                    params![context_id, disk.index, disk.source, disk.capacity_bytes.map(sql_size)],
+                )?;
+                if changed != 1 {
+                    let name = format!("{} of {name}", disk.index);
+                    return Err(Refusal::Unknown { what: "disk", name }.into());
+                }
+                if disk.starts_over {
+                    tx.execute(
+                        "UPDATE backup_chains SET active = 0, updated_at = ?3
+                         WHERE vm_context_id = ?1 AND disk_id = ?2 AND active = 1",
+                        params![context_id, disk.index, now],
+                    )?;
+                }
+            }
+            tx.execute(
+                "UPDATE vm_contexts SET updated_at = ?2 WHERE context_id = ?1",
+                params![context_id, now],
+            )?;
+            let stored = require(&tx, &name)?;
             tx.commit()?;
             Ok(stored)
         })

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use super::extract::{Body, Segments};
 use super::problem::Refused;
 use super::{Shared, views};
-use crate::api::{AddVm, VmList, VmView};
+use crate::api::{AddVm, ChangeVm, VmList, VmView};
 
 /// `POST /vms`
 pub(super) async fn add(
@@ -30,6 +30,15 @@ pub(super) async fn show(
     Segments(name): Segments<String>,
 ) -> Result<Json<VmView>, Refused> {
     Ok(Json(views::vm(hub.db.vm(&name).await?)))
+}
+
+/// `PATCH /vms/{name}`
+pub(super) async fn change(
+    State(hub): Shared,
+    Segments(name): Segments<String>,
+    Body(wish): Body<ChangeVm>,
+) -> Result<Json<VmView>, Refused> {
+    Ok(Json(views::vm(hub.change_vm(&name, wish).await?)))
 }
 
 /// `DELETE /vms/{name}`

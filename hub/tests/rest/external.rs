@@ -93,6 +93,83 @@ async fn an_external_agent_makes_full_and_incremental_backups_over_tcp() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_grew_is_backed_up_incrementally_once_the_hub_was_told_its_size() {
+    let f = Fixture::with_repository().await;
+    let disk = Disk::new(&f.dir, "far.raw", SIZE);
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    assert_eq!(send(&f, &id, &disk).await["status"], "completed");
+
+    disk.grow(2 * SIZE);
+    disk.fill(2 * SIZE - 70_000, 70_000, 61);
+    let grown = json!({"disks": [
+        {"source": "file:/elsewhere", "key": 2016, "capacity_bytes": 2 * SIZE}
+    ]});
+    let (status, vm) = f.patch("/vms/far", grown).await;
+    assert_eq!(status, StatusCode::OK, "{vm}");
+    assert_eq!(vm["disks"][0]["capacity_bytes"], 2 * SIZE);
+    let id = f.begin("far", "incremental").await;
+    let incremental = send(&f, &id, &disk).await;
+    assert_eq!(incremental["status"], "completed", "{incremental:#}");
+    assert_eq!(incremental["disks"][0]["kind"], "incremental", "{incremental:#}");
+    let (restored, _) = f.restore(&id, 0, "restored.raw").await;
+    assert_same(&restored, &disk.path);
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_virtual_machine_is_does_not_change_under_its_backup() {
+    let f = Fixture::with_repository().await;
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    let disk = |extra: Value| {
+        let mut disk = json!({"source": "file:/moved"});
+        disk.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        json!({ "disks": [disk] })
+    };
+    let (status, body) = f.patch("/vms/far", disk(json!({}))).await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    assert!(body["detail"].as_str().unwrap().contains(&id));
+    f.post(&format!("/backups/{id}/cancel"), json!(null)).await;
+    f.ended(&id).await;
+
+    // By its place; the size stays where none is given.
+    let (status, vm) = f.patch("/vms/far", disk(json!({}))).await;
+    assert_eq!(status, StatusCode::OK, "{vm}");
+    let wanted =
+        json!({"disk_index": 0, "key": 2016, "source": "file:/moved", "capacity_bytes": SIZE});
+    assert_eq!(vm["disks"], json!([wanted]));
+    for wrong in [
+        disk(json!({"key": 1})),
+        disk(json!({"capacity_bytes": 0})),
+        json!({"disks": []}),
+        json!({"disks": [{"source": "file:relative"}]}),
+        json!({"disks": [{"source": "file:/a"}, {"source": "file:/b", "key": 2016}]}),
+    ] {
+        let (status, body) = f.patch("/vms/far", wrong).await;
+        assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{body}");
+    }
+    assert_eq!(f.get("/vms/far").await.1["disks"], json!([wanted]));
+    assert_eq!(f.patch("/vms/none", disk(json!({}))).await.0, StatusCode::NOT_FOUND);
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bitmap_of_another_source_is_not_built_on() {
+    let f = Fixture::with_repository().await;
+    let disk = Disk::new(&f.dir, "far.raw", SIZE);
+    f.add_external_vm("far", SIZE).await;
+    let id = f.begin("far", "full").await;
+    assert_eq!(send(&f, &id, &disk).await["status"], "completed");
+    let moved = json!({"disks": [{"source": "nbd://other:10809/disk?bitmap=b"}]});
+    assert_eq!(f.patch("/vms/far", moved).await.0, StatusCode::OK);
+    let id = f.begin("far", "incremental").await;
+    let view = reach(&f, &id, "agent").await;
+    assert_eq!(view["disks"][0]["kind"], "full", "{view:#}");
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_backup_of_a_busy_virtual_machine_is_409_and_a_cancelled_one_leaves_nothing() {
     let f = Fixture::with_repository().await;
     f.add_external_vm("far", SIZE).await;

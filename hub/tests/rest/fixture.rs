@@ -85,6 +85,10 @@ impl Fixture {
         self.ask(Method::POST, path, Some(body.to_string()), Some(TOKEN)).await
     }
 
+    pub(crate) async fn patch(&self, path: &str, body: Value) -> (StatusCode, Value) {
+        self.ask(Method::PATCH, path, Some(body.to_string()), Some(TOKEN)).await
+    }
+
     pub(crate) async fn delete(&self, path: &str) -> (StatusCode, Value) {
         self.ask(Method::DELETE, path, None, Some(TOKEN)).await
     }
@@ -220,6 +224,12 @@ impl Disk {
         let mut bytes = vec![0; usize::try_from(len).unwrap()];
         hash.finalize_xof().fill(&mut bytes);
         file.write_all_at(&bytes, at).unwrap();
+    }
+
+    /// Makes the disk larger.
+    pub(crate) fn grow(&self, size: u64) {
+        let file = std::fs::OpenOptions::new().write(true).open(&self.path).unwrap();
+        file.set_len(size).unwrap();
     }
 
     /// Writes zeros.

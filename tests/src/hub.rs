@@ -17,6 +17,8 @@ pub struct HubOptions {
     pub arguments: Vec<String>,
     /// A shell command that runs first, in the mount namespace that the hub then has for itself.
     pub mounts: Option<String>,
+    /// What `SENDENSE_IO` says, where not what the machine offers is wanted.
+    pub io: Option<&'static str>,
 }
 
 /// Where a disk's layer of a backup lies, as the hub sees it.
@@ -65,6 +67,9 @@ impl Hub {
         };
         command.args(["serve", "--listen", "127.0.0.1:0", "--nbd-listen", "127.0.0.1:0"]);
         command.arg("--data").arg(data).args(&options.arguments);
+        if let Some(io) = options.io {
+            command.env("SENDENSE_IO", io);
+        }
         let mut process = Running::start(command.stdout(Stdio::piped()))?;
         let stdout = process.stdout().context("a piped standard output")?;
         let mut lines = BufReader::new(stdout).lines();

@@ -36,17 +36,19 @@ fn manifest(krate: &str) -> toml::Table {
     text.parse().unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Every dependency of a manifest, in any table and for any target, with whether it is optional.
+/// Every dependency of a manifest by the name of its package, in any table and for any target, with whether it is
+/// optional.
 fn dependencies(table: &toml::Table) -> BTreeMap<String, bool> {
     let mut found = BTreeMap::new();
     for (key, value) in table {
         let Some(inner) = value.as_table() else { continue };
         match key.as_str() {
-            "dependencies" | "build-dependencies" => {
+            "dependencies" | "dev-dependencies" | "build-dependencies" => {
                 for (name, spec) in inner {
+                    let name = spec.get("package").and_then(toml::Value::as_str).unwrap_or(name);
                     let optional =
                         spec.get("optional").and_then(toml::Value::as_bool).unwrap_or(false);
-                    found.insert(name.clone(), optional);
+                    found.insert(name.to_owned(), optional);
                 }
             }
             "target" => {
@@ -74,6 +76,16 @@ fn arrows_between_our_crates_go_one_way() {
             );
         }
     }
+}
+
+#[test]
+fn every_crate_has_its_place() {
+    let workspace = manifest(".");
+    let members = workspace["workspace"]["members"].as_array().expect("a list of members");
+    let mut members: BTreeSet<&str> = members.iter().filter_map(toml::Value::as_str).collect();
+    // What measures and what tests may use everything.
+    assert!(members.remove("tests") && members.remove("benches"));
+    assert_eq!(members, ALLOWED.iter().map(|(name, _)| *name).collect());
 }
 
 #[test]

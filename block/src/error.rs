@@ -129,7 +129,7 @@ impl std::fmt::Display for HostOp {
 
 /// A failed operation on a host file: which, where in it, and what the kernel said.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {op} {} ({range}): {source}", path.display())]
+#[error("cannot {op} {}{}: {source}", path.display(), Place(*.range))]
 pub struct HostError {
     /// The file.
     pub path: PathBuf,
@@ -140,6 +140,18 @@ pub struct HostError {
     /// What the kernel said.
     #[source]
     pub source: io::Error,
+}
+
+/// A range in brackets; nothing for an empty one.
+struct Place(ByteRange);
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0.is_empty() {
+            true => Ok(()),
+            false => write!(f, " ({})", self.0),
+        }
+    }
 }
 
 impl HostError {
@@ -159,5 +171,23 @@ impl HostError {
             io::ErrorKind::ReadOnlyFilesystem => ErrorKind::ReadOnly,
             _ => ErrorKind::Io,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_about_a_whole_file_names_no_range() {
+        let error = |range| HostError {
+            path: "/x".into(),
+            op: HostOp::Open,
+            range,
+            source: io::Error::other("why"),
+        };
+        assert_eq!(error(ByteRange::between(0, 0)).to_string(), "cannot open /x: why");
+        let part = error(ByteRange::between(5, 7)).to_string();
+        assert_eq!(part, "cannot open /x (2 bytes at offset 5): why");
     }
 }

@@ -59,6 +59,9 @@ pub struct VmView {
     pub created_at: Timestamp,
     /// Its disks.
     pub disks: Vec<VmDiskView>,
+    /// What was found odd when it was added; left out where there is nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// A disk of a virtual machine.

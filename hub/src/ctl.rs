@@ -1,11 +1,13 @@
 //! The `sendense-ctl` program: its command line and exit codes. Talking to the hub is in `client`, what the commands do
 //! in `commands`, how answers look in `show`.
 //!
-//! Exit codes: 0 done, 1 failed or refused, 2 wrong usage.
+//! Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 3 done with warnings; 130 where Ctrl-C ended the wait.
 
 pub(crate) mod client;
 mod commands;
+mod disk_spec;
 mod show;
+mod start;
 pub(crate) mod waiting;
 
 use std::path::PathBuf;
@@ -13,14 +15,26 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::error::describe;
 use crate::model::{AgentKind, BackupType};
+use disk_spec::DiskSpec;
+
+/// Wrong usage; what the parser of the command line exits with, too.
+const EXIT_USAGE: u8 = 2;
+
+/// A backup that was made, but not as it was asked for.
+const EXIT_WARNINGS: u8 = 3;
+
+/// Ctrl-C, as shells count it: 128 and the number of the signal.
+const EXIT_INTERRUPTED: u8 = 130;
 
 /// Sendense command line: virtual machines, repositories, backups and restores of a hub.
 #[derive(Debug, Parser)]
 #[command(
     name = "sendense-ctl",
     version,
-    after_help = "Exit codes: 0 done, 1 failed or refused, 2 wrong usage."
+    after_help = "Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 3 done with warnings (backup start: they are \
+        told on standard error), 130 interrupted."
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -37,16 +51,23 @@ struct Global {
         global = true,
         value_name = "URL",
         env = "SENDENSE_HUB",
-        default_value = "http://127.0.0.1:8082"
+        default_value = "http://127.0.0.1:8082",
+        help_heading = "Global"
     )]
     hub: String,
 
     /// File with the token: admin.token in the hub's data directory. SENDENSE_TOKEN may hold the token itself
-    #[arg(long, global = true, value_name = "FILE", env = "SENDENSE_TOKEN_FILE")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "SENDENSE_TOKEN_FILE",
+        help_heading = "Global"
+    )]
     token_file: Option<PathBuf>,
 
     /// How answers are printed
-    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table, help_heading = "Global")]
     output: Output,
 }
 
@@ -57,6 +78,42 @@ enum Output {
     Table,
     /// For programs: the hub's own JSON
     Json,
+}
+
+/// Who reads the disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Reader {
+    /// The hub itself
+    Local,
+    /// sendense-agent, wherever it is run
+    External,
+}
+
+impl From<Reader> for AgentKind {
+    fn from(reader: Reader) -> Self {
+        match reader {
+            Reader::Local => Self::Local,
+            Reader::External => Self::External,
+        }
+    }
+}
+
+/// What a backup holds, as far as it can be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Wanted {
+    /// Everything, standing alone
+    Full,
+    /// What changed since the latest backup; everything where there is none
+    Incremental,
+}
+
+impl From<Wanted> for BackupType {
+    fn from(wanted: Wanted) -> Self {
+        match wanted {
+            Wanted::Full => Self::Full,
+            Wanted::Incremental => Self::Incremental,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -79,12 +136,13 @@ enum VmCommand {
         /// Its name: any text
         name: String,
         /// A disk: file:/absolute/path, nbd://host:port/export or nbd+unix:///export?socket=PATH, optionally followed
-        /// by ,key=NUMBER and ,size=BYTES (repeatable; the order is the index)
+        /// by ,key=NUMBER and ,size=BYTES (K, M, G or T may follow the number). A comma that belongs to the source is
+        /// doubled. Repeatable; the order is the index
         #[arg(long = "disk", value_name = "SPEC", required = true)]
-        disks: Vec<String>,
+        disks: Vec<DiskSpec>,
         /// Who reads the disks
-        #[arg(long, default_value = "local")]
-        agent: AgentKind,
+        #[arg(long, value_enum, default_value_t = Reader::Local)]
+        agent: Reader,
     },
     /// List virtual machines
     List,
@@ -99,7 +157,7 @@ enum VmCommand {
         name: String,
         /// A disk as in add: found by its key, or by its place among these options where it names none (repeatable)
         #[arg(long = "disk", value_name = "SPEC", required = true)]
-        disks: Vec<String>,
+        disks: Vec<DiskSpec>,
     },
     /// Forget one that has no backups
     Delete {
@@ -124,13 +182,17 @@ enum RepositoryCommand {
 #[derive(Debug, Subcommand)]
 enum BackupCommand {
     /// Make a backup
+    #[command(
+        after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with warnings (for instance: a disk was \
+        sent whole although there was a backup to stand on), 130 interrupted: the backup goes on."
+    )]
     Start {
         /// Of which virtual machine
         #[arg(long)]
         vm: String,
-        /// full, or incremental on the latest one
-        #[arg(long = "type", default_value = "incremental")]
-        backup_type: BackupType,
+        /// What it shall hold
+        #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t = Wanted::Incremental)]
+        backup_type: Wanted,
         /// Into which repository, by name or id; may be left out where there is only one
         #[arg(long)]
         repository: Option<String>,
@@ -198,10 +260,24 @@ pub fn main() -> ExitCode {
     match runtime.block_on(commands::run(cli)) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("sendense-ctl: {}", show::plain(&format!("{error:#}")));
-            ExitCode::FAILURE
+            tell(&format!("sendense-ctl: {}", describe(error.as_ref())));
+            match error.is::<Usage>() {
+                true => ExitCode::from(EXIT_USAGE),
+                false => ExitCode::FAILURE,
+            }
         }
     }
+}
+
+/// A command line that can be parsed, but means nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// Says something to people. Who closed standard error does not want to hear it.
+fn tell(text: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{}", show::plain(text));
 }
 
 #[cfg(test)]

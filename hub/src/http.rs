@@ -1,5 +1,38 @@
 //! The REST interface: routes, who may use them, and how errors look. The handlers are in the modules below, the shapes
 //! in [`crate::api`]; nothing is decided here that another entry (a command line, a schedule) would have to repeat.
+//!
+//! # Endpoints
+//!
+//! All but `/health` lie under `/api/v1` and want `Authorization: Bearer TOKEN`. Bodies and answers are JSON in the shapes
+//! of [`crate::api`]; a refusal is an [`api::Problem`](crate::api::Problem) as `application/problem+json`: 400 for what
+//! cannot be read, 401 without the token, 404, 409 for what contradicts the state of things, 413, 422 for what makes no
+//! sense, 503 for what may work later. Times are RFC 3339 in UTC, sizes are bytes; segments of paths are percent-encoded.
+//!
+//! | method and path | what it does | body | answer |
+//! | --- | --- | --- | --- |
+//! | `GET /health` | whether the hub works; without a token | | `status`, `version`, `degraded`, `running_jobs` |
+//! | `GET /vms` | lists virtual machines | | `vms`: [`VmView`](crate::api::VmView) |
+//! | `POST /vms` | adds one | [`AddVm`](crate::api::AddVm): `name`, `agent` (`local`, `external`), `disks` of `source`, `key`, `capacity_bytes` | 201 [`VmView`](crate::api::VmView), with `warnings` |
+//! | `GET /vms/{name}` | shows one | | [`VmView`](crate::api::VmView) |
+//! | `PATCH /vms/{name}` | takes note of disks that moved or grew | [`ChangeVm`](crate::api::ChangeVm): `disks` | [`VmView`](crate::api::VmView) |
+//! | `DELETE /vms/{name}` | forgets one without backups | | 204 |
+//! | `GET /repositories` | lists repositories with their free space | | `repositories`: [`RepositoryView`](crate::api::RepositoryView) |
+//! | `POST /repositories` | adds a local directory | [`AddRepository`](crate::api::AddRepository): `name`, `type` (`local`), `path` | 201 [`RepositoryView`](crate::api::RepositoryView) |
+//! | `GET /backups` | lists backups, newest first; `?vm_name=`, `?status=`, `?limit=` | | `backups`: [`BackupSummary`](crate::api::BackupSummary) |
+//! | `POST /backups` | starts a backup | [`StartBackup`](crate::api::StartBackup): `vm_name`, `repository_id` (or name), `backup_type` (`full`, `incremental`) | 202 [`StartedBackup`](crate::api::StartedBackup): `backup_id`, `status` |
+//! | `GET /backups/{id}` | shows one: disks, progress, log, where an agent connects | | [`BackupView`](crate::api::BackupView) |
+//! | `DELETE /backups/{id}` | deletes one that no other stands on | | 204 |
+//! | `GET /backups/{id}/events` | its log, oldest first | | `events`: [`EventView`](crate::api::EventView) |
+//! | `POST /backups/{id}/cancel` | asks one in work to stop | | 202 [`StartedBackup`](crate::api::StartedBackup) |
+//! | `GET /backups/chain/{vm_name}` | the completed backups of a virtual machine, in order | | [`ChainView`](crate::api::ChainView) |
+//! | `POST /backups/{id}/restore` | writes a disk into a raw file on the hub's host | [`StartRestore`](crate::api::StartRestore): `disk_index`, `target`, `overwrite` | 202 [`RestoreView`](crate::api::RestoreView): `restore_id` |
+//! | `GET /restores/{id}` | how a restore stands | | [`RestoreView`](crate::api::RestoreView) |
+//! | `POST /backups/{id}/progress` | an external agent's events; its sign of life | an [`agent::Event`], or an array of them | [`AgentAnswer`](crate::api::AgentAnswer): `status`, `cancel` |
+//! | `POST /backups/{id}/complete` | an external agent has sent and flushed everything, or one disk | [`AgentCompletion`](crate::api::AgentCompletion): an [`agent::RunReport`], or `change_id`, `disk_id`, `bytes` | 202 [`AgentAnswer`](crate::api::AgentAnswer) |
+//! | `POST /backups/{id}/fail` | an external agent gives up | `error` | 202 [`AgentAnswer`](crate::api::AgentAnswer) |
+//!
+//! Older spellings of the same: `POST /backup/start`, `GET /backup/list`, `GET /backup/chain?vm_name=`,
+//! `GET` and `DELETE /backup/{id}`, `POST /backup/{id}/complete`.
 
 mod agents;
 pub mod auth;

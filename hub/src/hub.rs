@@ -4,6 +4,7 @@
 mod checks;
 pub(crate) mod data;
 mod recovery;
+mod sources;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -210,13 +211,31 @@ impl Hub {
         }
     }
 
-    /// Adds a virtual machine.
+    /// Adds a virtual machine; with it, what is odd about its sources.
     ///
     /// # Errors
     /// [`HubError::Invalid`] for what breaks a rule, [`Refusal::Exists`].
-    pub async fn add_vm(&self, wish: api::AddVm) -> Result<Vm, HubError> {
+    pub async fn add_vm(&self, wish: api::AddVm) -> Result<(Vm, Vec<String>), HubError> {
         let new = checks::vm(wish)?;
-        Ok(self.db.insert_vm(new).await?)
+        let warnings = sources::look(&new).await?;
+        Ok((self.db.insert_vm(new).await?, warnings))
+    }
+
+    /// Forgets a virtual machine that has no backups, and the digests that were kept for it.
+    ///
+    /// # Errors
+    /// [`Refusal::Unknown`], [`Refusal::HasBackups`].
+    pub async fn delete_vm(&self, name: &str) -> Result<(), HubError> {
+        let vm = self.db.vm(name).await?;
+        self.db.delete_vm(name).await?;
+        let digests = self.state_dir(&vm.context_id);
+        match tokio::fs::remove_dir_all(&digests).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %digests.display(), %error, "digests stay behind");
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Takes note of what changed about the disks of a virtual machine: where they are, how large they are.
@@ -249,8 +268,12 @@ impl Hub {
         if !path.is_absolute() {
             return Err(HubError::Invalid(format!("{:?} is not an absolute path", wish.path)));
         }
-        if let Some(taken) = self.taken_repository(&wish.name, path).await? {
-            return Err(Refusal::Exists { what: "repository", name: taken }.into());
+        self.check_untaken(&wish.name, path).await?;
+        if matches!(tokio::fs::try_exists(path).await, Ok(false)) {
+            return Err(HubError::Invalid(format!(
+                "{} does not exist on the hub's host; make the folder first: mkdir -p {}",
+                wish.path, wish.path
+            )));
         }
         let repository = stores::open_root(path).await.map_err(|error| match error {
             HubError::Unavailable(why) => HubError::Invalid(why),
@@ -269,15 +292,22 @@ impl Hub {
         Ok(row)
     }
 
-    /// The repository that has this name or directory, if one has. Asked first, because opening it a second time
-    /// would only say that its lease is taken: by this hub.
-    async fn taken_repository(&self, name: &str, path: &Path) -> Result<Option<String>, HubError> {
+    /// Refuses a name or a directory that another repository has. Asked first, because opening it a second time would
+    /// only say that its lease is taken: by this hub.
+    async fn check_untaken(&self, name: &str, path: &Path) -> Result<(), HubError> {
         let canonical = tokio::fs::canonicalize(path).await.unwrap_or_else(|_| path.to_owned());
         let all = self.db.repositories().await?;
-        let same = |row: &&RepositoryRow| {
-            row.name == name || row.id == name || Path::new(&row.path) == canonical
-        };
-        Ok(all.iter().find(same).map(|row| format!("{} at {}", row.name, row.path)))
+        let conflict = |text| Err(HubError::Conflict(text));
+        if let Some(row) = all.iter().find(|row| row.name == name || row.id == name) {
+            return conflict(format!(
+                "the name {name:?} is taken: by the repository at {}",
+                row.path
+            ));
+        }
+        if let Some(row) = all.iter().find(|row| Path::new(&row.path) == canonical) {
+            return conflict(format!("{} is the repository {:?} already", row.path, row.name));
+        }
+        Ok(())
     }
 
     /// Accepts a backup; it is made in the background.

@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::net::TcpListener;
 
 use crate::demo::{self, Demo};
+use crate::error::describe;
 use crate::http::auth::{Auth, TokenDigest, admin_token};
 use crate::http::router;
 use crate::hub::{Config, Hub};
@@ -106,7 +107,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("sendense-hub: {error:#}");
+            eprintln!("sendense-hub: {}", describe(error.as_ref()));
             ExitCode::FAILURE
         }
     }

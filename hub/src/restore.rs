@@ -237,7 +237,7 @@ impl Hub {
         match tokio::fs::symlink_metadata(&target).await {
             Ok(found) if !found.is_file() => Err(invalid("is there, and is not a regular file")),
             Ok(_) if !wish.overwrite => Err(HubError::Conflict(format!(
-                "{} exists; ask for overwrite to replace it",
+                "{} exists; add --overwrite to replace it",
                 target.display()
             ))),
             _ => Ok(target),

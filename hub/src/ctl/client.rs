@@ -49,6 +49,16 @@ impl Client {
         Ok(Self { http, base, token })
     }
 
+    /// Where the hub is.
+    pub(super) fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// Whether requests carry a token.
+    pub(super) fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
     pub(crate) async fn get<T: DeserializeOwned>(
         &self,
         path: &str,

@@ -1,5 +1,6 @@
 //! What each command asks of the hub and which exit code its answer means.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -7,10 +8,15 @@ use anyhow::{Context, bail};
 use serde::Serialize;
 
 use super::client::{Client, segment};
-use super::{BackupCommand, Cli, Command, Output, RepositoryCommand, VmCommand, show, waiting};
+use super::disk_spec::DiskSpec;
+use super::{
+    BackupCommand, Cli, Command, Output, RepositoryCommand, Usage, VmCommand, show, start, tell,
+    waiting,
+};
 use crate::api::{
-    AddDisk, AddRepository, AddVm, BackupList, BackupView, ChainView, ChangeVm, RepositoryList,
-    RepositoryView, RestoreView, StartBackup, StartRestore, StartedBackup, VmList, VmView,
+    AddDisk, AddRepository, AddVm, BackupList, BackupSummary, BackupView, ChainView, ChangeVm,
+    RepositoryList, RepositoryView, RestoreView, StartBackup, StartRestore, StartedBackup, VmList,
+    VmView,
 };
 use crate::model::{AgentKind, BackupType, RepositoryType, Status};
 
@@ -31,8 +37,19 @@ pub(super) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 async fn vm(client: &Client, output: Output, command: VmCommand) -> anyhow::Result<ExitCode> {
     match command {
         VmCommand::Add { name, disks, agent } => {
-            let disks = disks.iter().map(|spec| disk(spec, agent)).collect::<Result<_, _>>()?;
+            let agent = agent.into();
+            let unsized_disk = disks.iter().position(|spec| spec.size_bytes.is_none());
+            if let (AgentKind::External, Some(at)) = (agent, unsized_disk) {
+                return Err(Usage(format!(
+                    "disk {at}: the hub cannot see how large it is: add ,size=BYTES (blockdev --getsize64 DEVICE shows it)"
+                ))
+                .into());
+            }
+            let disks = all_disks(disks, agent)?;
             let vm: VmView = client.post("/vms", &AddVm { name, agent, disks }).await?;
+            for warning in &vm.warnings {
+                tell(&format!("sendense-ctl: warning: {warning}"));
+            }
             print(output, &vm, |vm| show::vms(std::slice::from_ref(vm)))
         }
         VmCommand::List => {
@@ -47,7 +64,7 @@ async fn vm(client: &Client, output: Output, command: VmCommand) -> anyhow::Resu
             let path = format!("/vms/{}", segment(&name));
             // Who reads the disks decides what a relative path means.
             let vm: VmView = client.get(&path, &[]).await?;
-            let disks = disks.iter().map(|spec| disk(spec, vm.agent)).collect::<Result<_, _>>()?;
+            let disks = all_disks(disks, vm.agent)?;
             let vm: VmView = client.patch(&path, &ChangeVm { disks }).await?;
             print(output, &vm, |vm| show::vms(std::slice::from_ref(vm)))
         }
@@ -83,12 +100,18 @@ async fn backup(
 ) -> anyhow::Result<ExitCode> {
     match command {
         BackupCommand::Start { vm, backup_type, repository, wait: _, no_wait } => {
-            start(client, output, vm, backup_type, repository, no_wait).await
+            let (vm_name, backup_type) = (vm, backup_type.into());
+            let wish = StartBackup { vm_name, repository_id: repository, backup_type };
+            start::run(client, output, &wish, no_wait).await
         }
         BackupCommand::List { vm } => {
             let query: Vec<_> = vm.iter().map(|vm| ("vm_name", vm.as_str())).collect();
             let list: BackupList = client.get("/backups", &query).await?;
-            print(output, &list, |list| show::backups(&list.backups))
+            let fulls = match output {
+                Output::Table => fallen_back(client, &list.backups).await,
+                Output::Json => HashSet::new(),
+            };
+            print(output, &list, |list| show::backups(&list.backups, &fulls))
         }
         BackupCommand::Show { id } => {
             let view: BackupView = client.get(&format!("/backups/{}", segment(&id)), &[]).await?;
@@ -118,33 +141,15 @@ async fn backup(
     }
 }
 
-async fn start(
-    client: &Client,
-    output: Output,
-    vm_name: String,
-    backup_type: BackupType,
-    repository_id: Option<String>,
-    no_wait: bool,
-) -> anyhow::Result<ExitCode> {
-    let wish = StartBackup { vm_name, repository_id, backup_type };
-    let started: StartedBackup = client.post("/backups", &wish).await?;
-    if no_wait {
-        return print(output, &started, |started| started.backup_id.clone());
-    }
-    let ended = waiting::backup(client, &started.backup_id).await?;
-    print(output, &ended, show::backup)?;
-    outcome(ended.summary.status, ended.summary.error_message.as_deref())
-}
-
 /// The exit code of something that was waited for.
-fn outcome(status: Status, error: Option<&str>) -> anyhow::Result<ExitCode> {
+pub(super) fn outcome(status: Status, error: Option<&str>) -> anyhow::Result<ExitCode> {
     match status {
         Status::Completed => Ok(ExitCode::SUCCESS),
         status => bail!("{status}: {}", error.unwrap_or("without a reason")),
     }
 }
 
-fn print<T: Serialize>(
+pub(super) fn print<T: Serialize>(
     output: Output,
     value: &T,
     table: impl FnOnce(&T) -> String,
@@ -169,41 +174,43 @@ fn absolute(path: &Path) -> anyhow::Result<String> {
     Ok(text.to_owned())
 }
 
-/// Reads `SOURCE[,key=NUMBER][,size=BYTES]`. Only these endings are options: a comma may be part of a path.
-fn disk(spec: &str, agent: AgentKind) -> anyhow::Result<AddDisk> {
-    let (mut source, mut key, mut capacity_bytes) = (spec, None, None);
-    while let Some((rest, last)) = source.rsplit_once(',') {
-        match last.split_once('=') {
-            Some(("key", number)) if key.is_none() => {
-                key = Some(number.parse().with_context(|| format!("--disk {spec}: key"))?);
-            }
-            Some(("size", number)) if capacity_bytes.is_none() => {
-                capacity_bytes =
-                    Some(number.parse().with_context(|| format!("--disk {spec}: size"))?);
-            }
-            _ => break,
-        }
-        source = rest;
-    }
-    let source = match source.strip_prefix("file:") {
-        // The hub may run in another directory; an external agent's paths are its own.
-        Some(path) if agent == AgentKind::Local => format!("file:{}", absolute(Path::new(path))?),
-        _ => source.to_owned(),
-    };
-    Ok(AddDisk { source, key, capacity_bytes })
+/// The disks as the hub needs them.
+fn all_disks(disks: Vec<DiskSpec>, agent: AgentKind) -> anyhow::Result<Vec<AddDisk>> {
+    disks.into_iter().enumerate().map(|(at, spec)| disk(at, spec, agent)).collect()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_disk_may_name_its_key_and_size_and_have_commas_in_its_path() {
-        let found = disk("file:/a,b=c,size=5,key=2016", AgentKind::Local).unwrap();
-        assert_eq!(found.source, "file:/a,b=c");
-        assert_eq!((found.key, found.capacity_bytes), (Some(2016), Some(5)));
-        let plain = disk("nbd://h:1/e?bitmap=b", AgentKind::External).unwrap();
-        assert_eq!((plain.key, plain.capacity_bytes), (None, None));
-        assert!(disk("file:/a,size=big", AgentKind::Local).is_err());
+/// A disk as the hub needs it.
+fn disk(at: usize, spec: DiskSpec, agent: AgentKind) -> anyhow::Result<AddDisk> {
+    let DiskSpec { source, key, size_bytes } = spec;
+    let source = match source.strip_prefix("file:") {
+        // The hub may run in another directory; an external agent's paths are its own.
+        Some(path) if agent == AgentKind::Local && !path.is_empty() => {
+            format!("file:{}", absolute(Path::new(path))?)
+        }
+        _ => source,
+    };
+    if let Err(error) = source.parse::<agent::SourceSpec>() {
+        return Err(Usage(format!("disk {at}: {error}")).into());
     }
+    Ok(AddDisk { source, key, capacity_bytes: size_bytes })
+}
+
+/// Which of these were asked for as incrementals and hold only fulls. One without a parent may: its disks tell.
+async fn fallen_back(client: &Client, backups: &[BackupSummary]) -> HashSet<String> {
+    let mut fulls = HashSet::new();
+    for one in backups {
+        let may = one.status == Status::Completed
+            && one.backup_type == BackupType::Incremental
+            && one.parent_backup_id.is_none();
+        if !may {
+            continue;
+        }
+        let path = format!("/backups/{}", segment(&one.backup_id));
+        // One that was deleted meanwhile is shown as the list tells it.
+        let Ok(view) = client.get::<BackupView>(&path, &[]).await else { continue };
+        if !view.disks.is_empty() && view.disks.iter().all(|disk| disk.kind == BackupType::Full) {
+            fulls.insert(one.backup_id.clone());
+        }
+    }
+    fulls
 }

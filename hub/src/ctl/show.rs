@@ -1,5 +1,6 @@
 //! Answers as tables for people. Names come from elsewhere: what could move the cursor or change colours is escaped.
 
+use std::collections::HashSet;
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use jiff::Timestamp;
 use crate::api::{
     BackupSummary, BackupView, ChainView, DiskView, RepositoryView, RestoreView, VmView,
 };
+use crate::model::{BackupType, Level, Status};
 
 /// A text without control characters.
 pub(super) fn plain(text: &str) -> String {
@@ -77,14 +79,28 @@ pub(super) fn repositories(repositories: &[RepositoryView]) -> String {
     table.to_string()
 }
 
-pub(super) fn backups(backups: &[BackupSummary]) -> String {
+/// What a backup holds: what was asked for, unless every disk became a full.
+fn held(asked: BackupType, all_full: bool) -> String {
+    match asked {
+        BackupType::Full => asked.to_string(),
+        asked if all_full => format!("{} (asked: {asked})", BackupType::Full),
+        asked => asked.to_string(),
+    }
+}
+
+fn all_full(disks: &[DiskView]) -> bool {
+    !disks.is_empty() && disks.iter().all(|disk| disk.kind == BackupType::Full)
+}
+
+/// A list; `fulls` names those whose disks are all fulls.
+pub(super) fn backups(backups: &[BackupSummary], fulls: &HashSet<String>) -> String {
     let mut table =
         table(&["BACKUP", "VM", "TYPE", "STATUS", "CREATED (UTC)", "SIZE", "SENT", "NOTE"]);
     for one in backups {
         table.add_row([
             line(&one.backup_id),
             line(&one.vm_name),
-            one.backup_type.to_string(),
+            held(one.backup_type, fulls.contains(&one.backup_id)),
             one.status.to_string(),
             time(one.created_at),
             bytes(one.total_bytes),
@@ -95,19 +111,45 @@ pub(super) fn backups(backups: &[BackupSummary]) -> String {
     table.to_string()
 }
 
-pub(super) fn backup(view: &BackupView) -> String {
+/// The lines that name a backup and say how it stands.
+fn heading(view: &BackupView) -> String {
     let one = &view.summary;
-    let mut text = String::new();
-    // Writing into a String does not fail.
-    let _ = writeln!(text, "{}", line(&one.backup_id));
-    let _ = writeln!(
-        text,
-        "{} backup of {}: {}{}",
-        one.backup_type,
+    format!(
+        "{}\n{} backup of {}: {}{}\n",
+        line(&one.backup_id),
+        held(one.backup_type, all_full(&view.disks)),
         line(&one.vm_name),
         one.status,
         took(one.started_at, one.completed_at)
-    );
+    )
+}
+
+/// What came out of a backup that was waited for: short, without the log. Why it failed is told on standard error.
+pub(super) fn ended(view: &BackupView) -> String {
+    let mut table = table(&["DISK", "KIND", "SIZE", "READ", "SENT", "STORED", "NOTE"]);
+    for disk in &view.disks {
+        table.add_row([
+            disk.disk_index.to_string(),
+            disk.kind.to_string(),
+            bytes(disk.capacity_bytes),
+            bytes(disk.bytes_read),
+            bytes(disk.bytes_transferred),
+            bytes(disk.stored_bytes),
+            disk.full_reason.as_deref().map(line).unwrap_or_default(),
+        ]);
+    }
+    match view.summary.status {
+        Status::Completed => format!("{}{table}", heading(view)),
+        // Nothing of its disks is left.
+        _ => heading(view),
+    }
+}
+
+/// Everything about a backup.
+pub(super) fn backup(view: &BackupView) -> String {
+    let one = &view.summary;
+    let mut text = heading(view);
+    // Writing into a String does not fail.
     if one.status.is_active() {
         let _ = writeln!(
             text,
@@ -117,7 +159,10 @@ pub(super) fn backup(view: &BackupView) -> String {
             bytes(view.progress.bytes_per_second)
         );
     }
-    if let Some(error) = &one.error_message {
+    let logged = |error: &str| {
+        view.events.iter().any(|event| event.level == Level::Error && event.message.contains(error))
+    };
+    if let Some(error) = one.error_message.as_deref().filter(|error| !logged(error)) {
         let _ = writeln!(text, "{}", line(error));
     }
     if !view.disks.is_empty() {
@@ -174,7 +219,7 @@ pub(super) fn chain(chain: &ChainView) -> String {
         table.add_row([
             (at + 1).to_string(),
             line(&one.backup_id),
-            one.backup_type.to_string(),
+            held(one.backup_type, all_full(&link.disks)),
             time(one.created_at),
             link.disks.len().to_string(),
             bytes(one.total_bytes),

@@ -4,7 +4,7 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
 use super::client::{Client, segment};
 use crate::api::{BackupView, ProgressView, RestoreView};
@@ -47,7 +47,8 @@ fn bar() -> ProgressBar {
         true => ProgressDrawTarget::stderr(),
         false => ProgressDrawTarget::hidden(),
     };
-    let bar = ProgressBar::with_draw_target(Some(0), target);
+    // Cleared however the wait ends: what is said next stands alone.
+    let bar = ProgressBar::with_draw_target(Some(0), target).with_finish(ProgressFinish::AndClear);
     let template = "{prefix:10} [{wide_bar:.cyan}] {bytes}/{total_bytes} {msg}";
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);

@@ -113,14 +113,12 @@ pub(super) async fn require(State(auth): State<Auth>, request: Request, next: Ne
         .and_then(|value| value.split_once(' '))
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
         .map(|(_, token)| token.trim());
-    match shown {
-        Some(token) if wanted.matches(token) => next.run(request).await,
-        _ => Refused::new(
-            StatusCode::UNAUTHORIZED,
-            "a bearer token is needed: it stands in admin.token in the hub's data directory",
-        )
-        .into_response(),
-    }
+    let why = match shown {
+        Some(token) if wanted.matches(token) => return next.run(request).await,
+        Some(_) => "this token is not the hub's: that stands in admin.token in its data directory",
+        None => "a bearer token is needed: it stands in admin.token in the hub's data directory",
+    };
+    Refused::new(StatusCode::UNAUTHORIZED, why).into_response()
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ pub(super) fn vm(vm: Vm) -> VmView {
                 capacity_bytes: disk.capacity_bytes,
             })
             .collect(),
+        warnings: Vec::new(),
     }
 }
 

@@ -14,8 +14,8 @@ pub(super) async fn add(
     State(hub): Shared,
     Body(wish): Body<AddVm>,
 ) -> Result<(StatusCode, Json<VmView>), Refused> {
-    let vm = hub.add_vm(wish).await?;
-    Ok((StatusCode::CREATED, Json(views::vm(vm))))
+    let (vm, warnings) = hub.add_vm(wish).await?;
+    Ok((StatusCode::CREATED, Json(VmView { warnings, ..views::vm(vm) })))
 }
 
 /// `GET /vms`
@@ -46,6 +46,6 @@ pub(super) async fn delete(
     State(hub): Shared,
     Segments(name): Segments<String>,
 ) -> Result<StatusCode, Refused> {
-    hub.db.delete_vm(&name).await?;
+    hub.delete_vm(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }

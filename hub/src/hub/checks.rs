@@ -18,7 +18,9 @@ pub(super) fn vm(wish: api::AddVm) -> Result<NewVm, HubError> {
     let mut disks: Vec<NewVmDisk> = Vec::with_capacity(wish.disks.len());
     for (index, disk) in wish.disks.into_iter().enumerate() {
         if disk.capacity_bytes.is_none() && wish.agent == AgentKind::External {
-            return invalid(format!("disk {index}: an external agent needs capacity_bytes"));
+            return invalid(format!(
+                "disk {index}: an external agent needs capacity_bytes (blockdev --getsize64 DEVICE shows it)"
+            ));
         }
         one_disk(index, &disk)?;
         let key = disk.key.unwrap_or(2000 + i64::try_from(index).unwrap_or(0));

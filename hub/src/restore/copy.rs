@@ -1,6 +1,8 @@
 //! Copying a device into a new raw file: several pieces in flight, zeros left out, so that it costs what the disk holds
 //! and not what it measures. Knows devices and one file; nothing of backups.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -28,6 +30,10 @@ pub(crate) async fn copy(
     let size = device.limits().size_bytes;
     let file =
         HostFile::open(path, OpenOptions::creating()).await.map_err(|error| describe(&error))?;
+    // What a disk holds is for its owner only, as the disk was.
+    tokio::fs::set_permissions(path, Permissions::from_mode(0o600))
+        .await
+        .map_err(|error| format!("cannot keep {} from others: {error}", path.display()))?;
     file.set_len(size).await.map_err(|error| describe(&error))?;
     let mut at = 0;
     while at < size {

@@ -10,6 +10,9 @@ use crate::error::describe;
 use crate::fault::Fault;
 use crate::model::{AgentKind, BackupType, VmDisk};
 
+/// The size of a sector, in bytes: disks end at one.
+const SECTOR_BYTES: u64 = 512;
+
 /// One disk of a job.
 pub(super) struct DiskWork {
     pub(super) index: u32,
@@ -56,6 +59,17 @@ pub(super) async fn look_at(agent: AgentKind, disk: &VmDisk) -> Result<DiskWork,
     };
     if size_bytes == 0 {
         return Err(format!("disk {}: {} is empty", disk.index, disk.source));
+    }
+    if !size_bytes.is_multiple_of(SECTOR_BYTES)
+        && let SourceSpec::File(path) = &source
+    {
+        return Err(format!(
+            "disk {}: {} has {size_bytes} bytes, which are no whole sectors of {SECTOR_BYTES}; grow it: \
+             truncate -s %{SECTOR_BYTES} {}",
+            disk.index,
+            path.display(),
+            path.display()
+        ));
     }
     Ok(DiskWork {
         index: disk.index,

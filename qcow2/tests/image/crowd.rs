@@ -314,8 +314,8 @@ impl Crowd {
                 .iter()
                 .enumerate()
                 .filter(|(number, event)| *number == 0 || event.began < ops)
-                .map(|(_, event)| Some(event.value));
-            let fits = allowed.clone().any(|value| value == found);
+                .map(|(_, event)| event.value);
+            let fits = allowed.clone().any(|value| Some(value) == found);
             assert!(fits, "{what}: sector {sector} holds {found:?}, not {:?}", allowed.next());
         }
     }

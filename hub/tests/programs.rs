@@ -1,6 +1,7 @@
 //! The two programs as processes: start, commands, exit codes, stop. What they do inside is tested elsewhere.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -119,7 +120,9 @@ fn the_main_job_by_command_line() {
     assert!(std::fs::read(&target).unwrap() == std::fs::read(&disk).unwrap());
     let again = hub.ctl(&words);
     assert_eq!(again.status.code(), Some(1));
-    assert!(text(&again.stderr).contains("overwrite"), "{again:?}");
+    assert!(text(&again.stderr).contains("add --overwrite to replace it"), "{again:?}");
+    let mode = std::fs::metadata(&target).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "what a disk holds is for its owner only");
 
     assert_eq!(
         hub.ctl(&["backup", "delete", full["backup_id"].as_str().unwrap()]).status.code(),
@@ -140,7 +143,13 @@ fn failures_exit_1_and_wrong_usage_exits_2_with_words_that_help() {
     assert_eq!(unknown.status.code(), Some(1));
     assert!(text(&unknown.stderr).contains("there is no backup"), "{unknown:?}");
     assert_eq!(hub.ctl(&["backup", "start"]).status.code(), Some(2));
-    assert_eq!(hub.ctl(&["backup", "start", "--vm", "a", "--type", "half"]).status.code(), Some(2));
+    for kind in ["half", "differential"] {
+        let refused = hub.ctl(&["backup", "start", "--vm", "a", "--type", kind]);
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    }
+    let told = text(&failed.stderr);
+    assert_eq!(told.matches("No such file").count(), 1, "{told}");
+    assert!(!text(&failed.stdout).contains("No such file"), "{failed:?}");
 
     let stranger = Command::new(env!("CARGO_BIN_EXE_sendense-ctl"))
         .args(["--hub", &hub.url, "vm", "list"])
@@ -149,7 +158,11 @@ fn failures_exit_1_and_wrong_usage_exits_2_with_words_that_help() {
         .output()
         .unwrap();
     assert_eq!(stranger.status.code(), Some(1));
-    assert!(text(&stranger.stderr).contains("--token-file"), "{stranger:?}");
+    let told = text(&stranger.stderr);
+    assert!(
+        told.contains("this token is not the hub's") && told.contains("--token-file"),
+        "{told}"
+    );
     let url = hub.url.clone();
     assert_eq!(hub.stop(), Some(0));
     let nobody = Command::new(env!("CARGO_BIN_EXE_sendense-ctl"))
@@ -159,6 +172,123 @@ fn failures_exit_1_and_wrong_usage_exits_2_with_words_that_help() {
     assert_eq!(nobody.status.code(), Some(1));
     assert!(text(&nobody.stderr).contains("does not answer"), "{nobody:?}");
     drop(dir);
+}
+
+#[test]
+fn an_incremental_that_falls_back_to_a_full_ends_with_3_only_where_there_was_a_chain() {
+    let (dir, hub) = fixture();
+    let disk = dir.path().join("disk.raw");
+    hub.json(&["vm", "add", "web", "--disk", &format!("file:{}", disk.display())]);
+    let first = hub.ctl(&["backup", "start", "--vm", "web"]);
+    assert_eq!(first.status.code(), Some(0), "{first:?}");
+    let (shown, told) = (text(&first.stdout), text(&first.stderr));
+    assert!(shown.contains("full (asked: incremental) backup of web: completed"), "{shown}");
+    let id = shown.lines().next().unwrap();
+    assert_eq!(told.trim(), id, "the id, and no warning");
+    for words in [&["backup", "list"][..], &["backup", "chain", "--vm", "web"]] {
+        let shown = text(&hub.ctl(words).stdout);
+        assert!(shown.contains("full (asked: incremental)"), "{shown}");
+    }
+
+    std::fs::OpenOptions::new().write(true).open(&disk).unwrap().set_len(1 << 19).unwrap();
+    let second = hub.ctl(&["backup", "start", "--vm", "web"]);
+    assert_eq!(second.status.code(), Some(3), "{second:?}");
+    let told = text(&second.stderr);
+    assert!(told.contains("warning: disk 0") && told.contains("shrank"), "{told}");
+
+    let agent_dir = hub.data.join("agent");
+    let kept = || std::fs::read_dir(&agent_dir).unwrap().count();
+    assert_eq!(kept(), 1);
+    for line in [text(&second.stdout), shown] {
+        let deleted = hub.ctl(&["backup", "delete", line.lines().next().unwrap()]);
+        assert_eq!(deleted.status.code(), Some(0), "{deleted:?}");
+    }
+    assert_eq!(hub.ctl(&["vm", "delete", "web"]).status.code(), Some(0));
+    assert_eq!(kept(), 0, "the digests go with the virtual machine");
+    assert_eq!(hub.stop(), Some(0));
+}
+
+#[test]
+fn a_wait_that_is_interrupted_leaves_the_backup_and_says_how_to_stop_it() {
+    let (_dir, hub) = fixture();
+    let refused = hub.ctl(&["vm", "add", "far", "--agent", "external", "--disk", "file:/x"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused.stderr).contains("blockdev --getsize64"), "{refused:?}");
+    hub.json(&["vm", "add", "far", "--agent", "external", "--disk", "file:/x,size=1M"]);
+    let mut wait = Command::new(env!("CARGO_BIN_EXE_sendense-ctl"))
+        .args(["--hub", &hub.url, "--token-file"])
+        .arg(hub.data.join("admin.token"))
+        .args(["backup", "start", "--vm", "far"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(wait.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let id = lines.next().unwrap();
+    let hint = lines.next().unwrap();
+    let command = format!("sendense-agent migrate --job-id {id} --hub {} --token-file", hub.url);
+    assert!(hint.contains(&command), "{hint}");
+    let pid = rustix::process::Pid::from_child(&wait);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let farewell = lines.next().unwrap();
+    assert!(farewell.ends_with(&format!("sendense-ctl backup cancel {id}")), "{farewell}");
+    assert_eq!(wait.wait().unwrap().code(), Some(130));
+    let view = hub.json(&["backup", "show", &id]);
+    assert!(["pending", "running"].contains(&view["status"].as_str().unwrap()), "{view}");
+    assert_eq!(hub.stop(), Some(0));
+}
+
+#[test]
+fn odd_sources_and_places_are_told_with_the_way_out() {
+    let (dir, hub) = fixture();
+    let disk = format!("file:{}", dir.path().join("disk.raw").display());
+    let lost = hub.ctl(&["vm", "add", "lost", "--disk", "file:/does/not/exist"]);
+    assert_eq!(lost.status.code(), Some(0));
+    assert!(text(&lost.stderr).contains("warning: disk 0: /does/not/exist"), "{lost:?}");
+    let wrong = hub.ctl(&["vm", "add", "wrong", "--disk", &format!("{disk},size=2M")]);
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(text(&wrong.stderr).contains("has 1048576 bytes, not 2097152"), "{wrong:?}");
+    assert_eq!(
+        hub.ctl(&["vm", "add", "right", "--disk", &format!("{disk},size=1M")]).status.code(),
+        Some(0)
+    );
+    let typo = hub.ctl(&["vm", "add", "typo", "--disk", &format!("{disk},sise=1M")]);
+    assert_eq!(typo.status.code(), Some(2));
+    assert!(text(&typo.stderr).contains("key=NUMBER and size=BYTES"), "{typo:?}");
+
+    std::fs::write(dir.path().join("half.raw"), vec![1; 1000]).unwrap();
+    let half = format!("file:{}", dir.path().join("half.raw").display());
+    hub.json(&["vm", "add", "half", "--disk", &half]);
+    let half = hub.ctl(&["backup", "start", "--vm", "half"]);
+    assert_eq!(half.status.code(), Some(1));
+    assert!(text(&half.stderr).contains("truncate -s %512"), "{half:?}");
+
+    let taken = dir.path().join("repository");
+    for (words, said) in [
+        (["repository", "add", "main", "/does/not/exist"], "the name \"main\" is taken"),
+        (["repository", "add", "other", taken.to_str().unwrap()], "is the repository \"main\""),
+        (["repository", "add", "other", "/does/not/exist"], "mkdir -p /does/not/exist"),
+    ] {
+        let refused = hub.ctl(&words);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(text(&refused.stderr).contains(said), "{refused:?}");
+    }
+    assert_eq!(hub.stop(), Some(0));
+}
+
+#[test]
+fn an_address_in_use_is_told_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let refused = Command::new(env!("CARGO_BIN_EXE_sendense-hub"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--nbd-listen", &address, "--data"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    let told = text(&refused.stderr);
+    assert_eq!(told.matches("Address already in use").count(), 1, "{told}");
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! The program as a process: what it prints, what it serves, how it ends.
 
+#[cfg(feature = "client")]
+mod kills;
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdout, Command, Output, Stdio};

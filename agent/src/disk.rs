@@ -219,6 +219,15 @@ impl DiskRun {
                 self.id()
             ));
         }
+        // A source that cannot be read says so when its blocks are.
+        if let Ok(true) = source.looks_like_qcow2().await {
+            warnings.push(format!(
+                "{}: {} begins like a qcow2 image, but its raw bytes are backed up; to back up the disk inside, serve \
+                 it (qemu-nbd --read-only --format=qcow2) and name that export",
+                self.id(),
+                self.job.source
+            ));
+        }
         for message in &warnings {
             self.tell_warning(message).await;
         }

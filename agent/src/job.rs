@@ -154,4 +154,7 @@ pub struct SourceInfo {
     /// Whether the dirty bitmap that the source names is there; `None` where it names none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap_offered: Option<bool>,
+    /// Whether a file begins like a qcow2 image: then its raw bytes are hardly what is meant to be backed up.
+    #[serde(default)]
+    pub looks_like_qcow2: bool,
 }

@@ -42,14 +42,12 @@ pub async fn run(
 /// # Errors
 /// [`AgentError::OpenSource`].
 pub async fn probe(source: &SourceSpec) -> Result<SourceInfo, AgentError> {
-    let opened = Source::open(source, 1).await.map_err(|cause| AgentError::OpenSource {
-        disk: None,
-        source_name: source.to_string(),
-        cause,
-    })?;
-    let info = opened.info();
+    let failed =
+        |cause| AgentError::OpenSource { disk: None, source_name: source.to_string(), cause };
+    let opened = Source::open(source, 1).await.map_err(failed)?;
+    let info = opened.info().await;
     opened.close().await;
-    Ok(info)
+    info.map_err(failed)
 }
 
 async fn run_disks(

@@ -18,6 +18,9 @@ const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 /// The flag of an extent that a dirty bitmap calls dirty.
 const DIRTY: u32 = 1;
 
+/// How a qcow2 image begins.
+const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
+
 /// What a source failed at, and where.
 #[derive(Debug)]
 pub(crate) struct SourceError {
@@ -91,11 +94,21 @@ impl Source {
     }
 
     /// What it is.
-    pub(crate) fn info(&self) -> SourceInfo {
-        SourceInfo {
+    pub(crate) async fn info(&self) -> Result<SourceInfo, Cause> {
+        Ok(SourceInfo {
             size_bytes: self.size_bytes(),
             bitmap_offered: self.bitmap.as_ref().map(|bitmap| bitmap.offered),
+            looks_like_qcow2: self.looks_like_qcow2().await?,
+        })
+    }
+
+    /// Whether a file begins as qcow2 images do. A guest can write that to its raw disk, so it proves nothing.
+    pub(crate) async fn looks_like_qcow2(&self) -> Result<bool, Cause> {
+        let magic = ByteRange::between(0, QCOW2_MAGIC.len() as u64);
+        if self.file.is_none() || self.size_bytes() < magic.end() {
+            return Ok(false);
         }
+        Ok(self.device.read(magic).await?.to_vec() == QCOW2_MAGIC)
     }
 
     /// The size of the disk, in bytes.

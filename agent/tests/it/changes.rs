@@ -282,3 +282,20 @@ async fn a_server_without_block_status_is_read_whole() {
     assert_eq!(full.disk().read_bytes, 30 * BLOCK);
     assert_eq!(full.disk().data_bytes_sent, 10 * BLOCK, "zeros are zeros, whoever says so");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qcow2_image_is_read_raw_with_a_warning() {
+    let bench = Bench::new();
+    let (source, target) = pair(&bench, 16, 8);
+    let server = bench.serve("server", &target);
+    let plain = bench.run_one(source.spec(), server.target(""), None).await.unwrap();
+    assert!(plain.report.warnings.is_empty(), "{:?}", plain.report.warnings);
+    assert!(!agent::probe(&source.spec()).await.unwrap().looks_like_qcow2);
+
+    let file = fs::OpenOptions::new().write(true).open(&source.path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"QFI\xfb", 0).unwrap();
+    let warned = bench.run_one(source.spec(), server.target(""), None).await.unwrap();
+    assert_same(&source, &target);
+    assert!(warned.report.warnings.iter().any(|text| text.contains("qemu-nbd")));
+    assert!(agent::probe(&source.spec()).await.unwrap().looks_like_qcow2);
+}

@@ -253,7 +253,7 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("sendense-ctl: no runtime: {error}");
+            tell(&format!("sendense-ctl: no runtime: {error}"));
             return ExitCode::FAILURE;
         }
     };

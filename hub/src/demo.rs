@@ -21,6 +21,7 @@ use crate::ctl::waiting;
 use crate::demo::machine::Machine;
 use crate::demo::server::Server;
 use crate::model::{AgentKind, BackupType, RepositoryType, Status};
+use crate::outlet::say;
 use crate::restore::copy;
 
 /// The file by which a folder is known to be a demonstration's, so that it may be replaced.
@@ -47,21 +48,21 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
     let repository = root.join("repository");
     std::fs::create_dir(&repository)?;
 
-    println!("Making a machine with two disks under {}", root.display());
+    say(&format!("Making a machine with two disks under {}", root.display()));
     let mut machine = Machine::create(&root.join("vm"))?;
     let server = Server::start(&root.join("hub")).await?;
     let client = server.client()?;
     introduce(&client, &machine, &repository).await?;
 
-    println!("Full backup");
+    say("Full backup");
     let full = back_up(&client, BackupType::Full).await?;
     let before = keep_copies(&machine, &root.join("vm-at-full")).await?;
 
     let changed = machine.change()?;
-    println!("Changed {} on both disks; incremental backup", HumanBytes(changed));
+    say(&format!("Changed {} on both disks; incremental backup", HumanBytes(changed)));
     let incremental = back_up(&client, BackupType::Incremental).await?;
 
-    println!("Comparing both points with the disks, byte for byte");
+    say("Comparing both points with the disks, byte for byte");
     let mut points = Vec::new();
     for (backup, disks) in [(&full, &before), (&incremental, &machine.disks())] {
         for (disk, raw) in backup.disks.iter().zip(disks.iter()) {
@@ -74,23 +75,23 @@ pub(crate) async fn run(options: &Demo) -> anyhow::Result<()> {
             ));
         }
     }
-    println!("{}", points.join("\n"));
+    say(&points.join("\n"));
 
     let target = root.join("restored.raw");
     restore(&client, &incremental, &target).await?;
     let bytes = compare::with_file(&machine.disks()[0], &target).await?;
     machine::check_file_system(&target)?;
-    println!(
+    say(&format!(
         "Restored disk 0 to {}: {} equal, its file system is clean",
         target.display(),
         HumanBytes(bytes)
-    );
+    ));
 
-    println!("\n{}\n", table(&[&full, &incremental]));
+    say(&format!("\n{}\n", table(&[&full, &incremental])));
     let ratio = percent(sent(&incremental), sent(&full));
-    println!("The incremental sent {ratio} of what the full did.\n");
+    say(&format!("The incremental sent {ratio} of what the full did.\n"));
     server.stop().await?;
-    println!("{}", whats_next(&options.dir, &incremental));
+    say(&whats_next(&options.dir, &incremental));
     Ok(())
 }
 

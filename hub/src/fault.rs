@@ -1,7 +1,8 @@
-//! A device that remembers why it failed first. An NBD client only learns an error number; the job log shall say which
-//! file and what the kernel said.
+//! A device that remembers why it failed first, and knows whether it is being flushed. An NBD client only learns an error
+//! number; the job log shall say which file and what the kernel said.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 use block::{
@@ -12,16 +13,36 @@ use parking_lot::Mutex;
 
 use crate::error::describe;
 
-/// The first failure of a device, in words.
+/// The first failure of a device, in words, and how many flushes of it have not ended.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Fault {
     first: Arc<Mutex<Option<String>>>,
+    flushes: Arc<AtomicUsize>,
+}
+
+/// A flush that has not ended.
+struct Flushing<'a>(&'a AtomicUsize);
+
+impl Drop for Flushing<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Fault {
     /// What went wrong first, if anything did.
     pub(crate) fn first(&self) -> Option<String> {
         self.first.lock().clone()
+    }
+
+    /// Whether the device is being flushed.
+    pub(crate) fn is_flushing(&self) -> bool {
+        self.flushes.load(Ordering::Relaxed) > 0
+    }
+
+    fn flushing(&self) -> Flushing<'_> {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        Flushing(&self.flushes)
     }
 
     fn note<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
@@ -84,6 +105,7 @@ impl BlockDevice for Remembering {
     }
 
     async fn flush(&self) -> Result<(), DeviceError> {
+        let _flushing = self.fault.flushing();
         self.fault.note(self.inner.flush().await)
     }
 

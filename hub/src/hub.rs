@@ -30,14 +30,21 @@ use crate::runner::{self, JobHandle, Message};
 use crate::stores::{self, Stores};
 use crate::{api, names};
 
-/// How many backups are made at once; the others wait, pending.
+/// How many backups by the agent in this process are made at once; the others wait, pending.
 pub const MAX_RUNNING_JOBS: usize = 8;
+
+/// How many backups by external agents are served at once, those that still wait for their agent included. They have
+/// slots of their own: an agent that does not come must not keep the hub's own work waiting.
+pub const MAX_EXTERNAL_JOBS: usize = 64;
 
 /// How many jobs are accepted at once, in work and waiting.
 pub const MAX_ACTIVE_JOBS: usize = 1000;
 
 /// How long an external agent may be silent unless told otherwise.
 pub const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the agent in this process may go without moving a byte unless told otherwise.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How long an external agent may take to connect.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(600);
@@ -65,6 +72,8 @@ pub struct Config {
     pub agent_timeout: Duration,
     /// How long it may take to connect.
     pub connect_timeout: Duration,
+    /// How long the agent in this process may go without moving a byte.
+    pub stall_timeout: Duration,
 }
 
 impl Config {
@@ -75,6 +84,7 @@ impl Config {
             nbd_listen: None,
             agent_timeout: AGENT_TIMEOUT,
             connect_timeout: CONNECT_TIMEOUT,
+            stall_timeout: STALL_TIMEOUT,
         }
     }
 }
@@ -112,7 +122,8 @@ pub struct Hub {
     pub(crate) config: Config,
     pub(crate) db: Database,
     pub(crate) server: Server,
-    pub(crate) slots: Arc<Semaphore>,
+    slots: Arc<Semaphore>,
+    external_slots: Arc<Semaphore>,
     pub(crate) restores: Restores,
     stores: Stores,
     nbd_address: Option<SocketAddr>,
@@ -150,6 +161,7 @@ impl Hub {
             db,
             server,
             slots: Arc::new(Semaphore::new(MAX_RUNNING_JOBS)),
+            external_slots: Arc::new(Semaphore::new(MAX_EXTERNAL_JOBS)),
             restores: Restores::default(),
             stores: Stores::default(),
             nbd_address,
@@ -384,6 +396,14 @@ impl Hub {
             }
             hub.jobs.lock().remove(&job.id);
         });
+    }
+
+    /// The turns that jobs with this kind of agent wait for.
+    pub(crate) fn slots(&self, agent: AgentKind) -> Arc<Semaphore> {
+        match agent {
+            AgentKind::Local => Arc::clone(&self.slots),
+            AgentKind::External => Arc::clone(&self.external_slots),
+        }
     }
 
     /// Returns once the hub was told to stop.

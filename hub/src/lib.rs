@@ -12,6 +12,7 @@ mod hub;
 pub mod job;
 pub mod model;
 mod names;
+mod outlet;
 pub mod program;
 mod progress;
 mod restore;
@@ -20,7 +21,7 @@ mod stores;
 
 pub use error::HubError;
 pub use hub::{
-    AGENT_TIMEOUT, CONNECT_TIMEOUT, Config, Hub, MAX_ACTIVE_JOBS, MAX_DISKS, MAX_NAME_BYTES,
-    MAX_RUNNING_JOBS, StartError,
+    AGENT_TIMEOUT, CONNECT_TIMEOUT, Config, Hub, MAX_ACTIVE_JOBS, MAX_DISKS, MAX_EXTERNAL_JOBS,
+    MAX_NAME_BYTES, MAX_RUNNING_JOBS, STALL_TIMEOUT, StartError,
 };
 pub use restore::MAX_RUNNING_RESTORES;

@@ -18,6 +18,7 @@ use crate::error::describe;
 use crate::http::auth::{Auth, TokenDigest, admin_token};
 use crate::http::router;
 use crate::hub::{Config, Hub};
+use crate::outlet::{complain, say};
 
 /// How long open HTTP connections may take to end once everything else has.
 const HTTP_STOP: Duration = Duration::from_secs(5);
@@ -61,6 +62,10 @@ struct Serve {
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     connect_timeout: u64,
 
+    /// How long the hub's own agent may go without moving a byte before its job fails
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    stall_timeout: u64,
+
     /// Whether requests need the token of DIR/admin.token; off only on loopback
     #[arg(long, value_enum, default_value_t = Switch::On)]
     auth: Switch,
@@ -92,7 +97,7 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("sendense-hub: no runtime: {error}");
+            complain(&format!("sendense-hub: no runtime: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -107,7 +112,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("sendense-hub: {}", describe(error.as_ref()));
+            complain(&format!("sendense-hub: {}", describe(error.as_ref())));
             ExitCode::FAILURE
         }
     }
@@ -120,6 +125,8 @@ fn start_log(format: LogFormat, default: &str) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would complain on standard error about standard error, and die of that.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.init(),
@@ -147,6 +154,7 @@ async fn serve(options: Serve) -> anyhow::Result<()> {
         nbd_listen,
         agent_timeout: Duration::from_secs(options.agent_timeout),
         connect_timeout: Duration::from_secs(options.connect_timeout),
+        stall_timeout: Duration::from_secs(options.stall_timeout),
     };
     let hub = Hub::start(config).await?;
     let auth = match options.auth {
@@ -157,7 +165,7 @@ async fn serve(options: Serve) -> anyhow::Result<()> {
         }
     };
     let address = listener.local_addr()?;
-    println!("listening on http://{address}");
+    say(&format!("listening on http://{address}"));
     if !address.ip().is_loopback() {
         tracing::warn!(
             "REST is plain HTTP: whoever sees the traffic to {address} learns the administrator's token"

@@ -5,6 +5,7 @@ mod arrival;
 mod base;
 mod disk;
 mod layers;
+mod stall;
 mod work;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -54,6 +55,7 @@ pub(crate) struct JobHandle {
 pub(crate) struct Driver {
     hub: Arc<Hub>,
     backup_id: String,
+    agent: AgentKind,
     machine: Job,
     /// What the steps work on; away while one of them runs.
     work: Option<Work>,
@@ -75,6 +77,7 @@ pub(crate) fn prepare(hub: &Arc<Hub>, backup: Backup, agent: AgentKind) -> (Driv
     let driver = Driver {
         hub: Arc::clone(hub),
         backup_id: backup.id.clone(),
+        agent,
         machine: Job::new(agent),
         work: Some(Work::new(Arc::clone(hub), backup, progress, stop.clone())),
         current: None,
@@ -106,7 +109,7 @@ impl Driver {
 
     /// Waits for a free slot, or for the wish to stop before there is one.
     async fn turn(&mut self) -> (Event, Option<OwnedSemaphorePermit>) {
-        let slots = Arc::clone(&self.hub.slots);
+        let slots = self.hub.slots(self.agent);
         let slot = slots.acquire_owned();
         tokio::pin!(slot);
         loop {

@@ -20,7 +20,7 @@ use crate::error::describe;
 use crate::fault::Remembering;
 use crate::hub::Hub;
 use crate::job::{Ending, Step};
-use crate::model::{AgentKind, Backup, BackupDisk, Level};
+use crate::model::{AgentKind, Backup, BackupDisk, Level, VmDisk};
 use crate::progress::{DiskProgress, Progress};
 
 /// How long the agent in this process may take to stop before it is dropped.
@@ -86,9 +86,12 @@ impl Work {
         if vm.disks.is_empty() {
             return Err("the virtual machine has no disks".to_owned());
         }
+        let patience = self.hub.config.stall_timeout;
         for disk in &vm.disks {
             let found = tokio::select! {
-                found = look_at(vm.agent, disk) => found?,
+                found = tokio::time::timeout(patience, look_at(vm.agent, disk)) => {
+                    found.map_err(|_| silent(disk, patience))??
+                }
                 () = self.stop.cancelled() => return Err("stopped".to_owned()),
             };
             let total = found.size_bytes;
@@ -156,15 +159,20 @@ impl Work {
     }
 
     async fn await_agent(&mut self) -> Result<(), Reason> {
-        let run = self.run.as_mut().ok_or("the agent was not started")?;
+        let mut run = self.run.take().ok_or("the agent was not started")?;
         let ended = tokio::select! {
-            ended = &mut *run => ended,
+            ended = &mut run => ended,
+            why = self.stalled() => {
+                // Whoever undoes the job stops it.
+                self.run = Some(run);
+                return Err(why);
+            }
             () = overdue(&self.stop) => {
                 run.abort();
+                self.run = Some(run);
                 return Err("the agent did not stop in time".to_owned());
             }
         };
-        self.run = None;
         let report = match ended {
             Ok(Ok(report)) => report,
             Ok(Err(error)) => return Err(self.why(describe(&error))),
@@ -350,6 +358,10 @@ pub(crate) async fn remove_layers(
         removed.map_err(|error| describe(&error))?;
     }
     Ok(())
+}
+
+fn silent(disk: &VmDisk, patience: Duration) -> Reason {
+    format!("disk {}: {} does not answer for {patience:?}", disk.index, disk.source)
 }
 
 /// Returns a while after the wish to stop.

@@ -5,7 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent::{Address, CancelToken, DiskJob, EventSender, RunOptions, SourceSpec, Target};
-use block::{BlockDevice, ByteRange, Durability, ZeroMode};
+use async_trait::async_trait;
+use block::{
+    BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, MemoryDevice, Segments,
+    ZeroMode,
+};
 use nbd_server::client::{ClientOptions, NbdDevice};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -312,18 +316,37 @@ async fn an_agent_that_never_connects_or_falls_silent_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn jobs_beyond_the_limit_wait_their_turn_and_can_be_cancelled_while_they_wait() {
+async fn agents_that_do_not_come_keep_no_local_job_waiting() {
     let f = Fixture::with_repository().await;
-    let mut ids = Vec::new();
-    for number in 0..hub::MAX_RUNNING_JOBS + 2 {
+    let mut waiting = Vec::new();
+    for number in 0..=hub::MAX_RUNNING_JOBS {
         let vm = format!("far-{number}");
         f.add_external_vm(&vm, SIZE).await;
+        waiting.push(f.begin(&vm, "full").await);
+    }
+    let disk = Disk::new(&f.dir, "near.raw", SIZE);
+    f.add_vm("near", &[&disk]).await;
+    f.backup("near", "full").await;
+    for id in &waiting {
+        assert_eq!(reach(&f, id, "agent").await["status"], "running");
+    }
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_beyond_the_limit_wait_their_turn_and_can_be_cancelled_while_they_wait() {
+    let f = Fixture::with_repository().await;
+    let source = mute_source(&f).await;
+    let mut ids = Vec::new();
+    for number in 0..hub::MAX_RUNNING_JOBS + 2 {
+        let vm = format!("mute-{number}");
+        f.add_vm_of(&vm, &source).await;
         ids.push(f.begin(&vm, "full").await);
     }
     // They are served in order.
     let (running, waiting) = ids.split_at(hub::MAX_RUNNING_JOBS);
     for id in running {
-        reach(&f, id, "agent").await;
+        reach(&f, id, "monitor").await;
     }
     for id in waiting {
         assert_eq!(f.get(&format!("/backups/{id}")).await.1["status"], "pending");
@@ -332,6 +355,85 @@ async fn jobs_beyond_the_limit_wait_their_turn_and_can_be_cancelled_while_they_w
     assert_eq!(f.post(&cancel(&waiting[0]), json!(null)).await.0, StatusCode::ACCEPTED);
     assert_eq!(f.ended(&waiting[0]).await["status"], "cancelled");
     f.post(&cancel(&ids[0]), json!(null)).await;
-    reach(&f, &waiting[1], "agent").await;
+    reach(&f, &waiting[1], "monitor").await;
     f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_never_answers_fails_the_job_with_its_name() {
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let f =
+        Fixture::start_in(dir, |config| config.stall_timeout = Duration::from_millis(200)).await;
+    f.add_repository("main").await;
+    // One falls mute after the handshake, the other does not even begin one.
+    let mute = mute_source(&f).await;
+    let socket = f.dir.path().join("deaf.sock");
+    let deaf = tokio::net::UnixListener::bind(&socket).unwrap();
+    let deaf_source = format!("nbd+unix:///?socket={}", socket.display());
+    for (vm, source, words) in [
+        ("mute", &mute, "nothing moved for 200ms: no answer from the source of disk 0"),
+        ("deaf", &deaf_source, "does not answer for 200ms"),
+    ] {
+        f.add_vm_of(vm, source).await;
+        let id = f.begin(vm, "full").await;
+        let ended = f.ended(&id).await;
+        let why = ended["error_message"].as_str().unwrap();
+        assert!(ended["status"] == "failed" && why.contains(words), "{ended:#}");
+        assert!(why.contains("sock"), "{why}");
+    }
+    assert!(f.stored("main").is_empty() && f.hub.export_names().is_empty());
+    drop(deaf);
+    f.stop().await;
+}
+
+/// A disk whose server greets, and then never answers.
+struct Mute;
+
+#[async_trait]
+impl BlockDevice for Mute {
+    fn limits(&self) -> Limits {
+        MemoryDevice::new(SIZE).limits()
+    }
+
+    async fn read(&self, _: ByteRange) -> Result<Segments, DeviceError> {
+        std::future::pending().await
+    }
+
+    async fn write(&self, _: u64, _: bytes::Bytes, _: Durability) -> Result<(), DeviceError> {
+        std::future::pending().await
+    }
+
+    async fn write_zeroes(
+        &self,
+        _: ByteRange,
+        _: ZeroMode,
+        _: Durability,
+    ) -> Result<(), DeviceError> {
+        std::future::pending().await
+    }
+
+    async fn discard(&self, _: ByteRange, _: Durability) -> Result<(), DeviceError> {
+        std::future::pending().await
+    }
+
+    async fn flush(&self) -> Result<(), DeviceError> {
+        std::future::pending().await
+    }
+
+    async fn extents(&self, _: ByteRange) -> Result<Vec<Extent>, DeviceError> {
+        std::future::pending().await
+    }
+
+    async fn close(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// Serves [`Mute`] for the rest of the test.
+async fn mute_source(f: &Fixture) -> String {
+    let socket = f.dir.path().join("mute.sock");
+    let server = nbd_server::Server::new(nbd_server::ServerConfig::default());
+    server.add_export(nbd_server::Export::new("disk", Arc::new(Mute))).unwrap();
+    server.listen_unix(&socket).await.unwrap();
+    format!("nbd+unix:///disk?socket={}", socket.display())
 }

@@ -134,6 +134,13 @@ impl Fixture {
         assert_eq!(status, StatusCode::CREATED, "{body}");
     }
 
+    /// Adds a virtual machine whose one disk the hub reads from this source.
+    pub(crate) async fn add_vm_of(&self, name: &str, source: &str) {
+        let wish = json!({"name": name, "disks": [{"source": source}]});
+        let (status, body) = self.post("/vms", wish).await;
+        assert_eq!(status, StatusCode::CREATED, "{body}");
+    }
+
     /// Adds a virtual machine whose one disk an external agent reads.
     pub(crate) async fn add_external_vm(&self, name: &str, capacity: u64) {
         let disks = json!([{"source": "file:/elsewhere", "key": 2016, "capacity_bytes": capacity}]);

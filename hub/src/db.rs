@@ -5,6 +5,7 @@ mod backups;
 mod deletion;
 mod events;
 mod lifecycle;
+mod partials;
 mod repositories;
 mod rows;
 mod schema;

@@ -2,14 +2,17 @@
 //! is the chain's business; the file appears under its name only when it is whole and durable.
 
 pub(crate) mod copy;
+mod publish;
 
 use std::collections::{HashMap, VecDeque};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use agent::CancelToken;
+use agent::{CancelToken, SourceSpec};
 use block::BlockDevice;
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -184,12 +187,22 @@ impl Hub {
         self.restores.table.lock().admit(&restore)?;
         let (path, stop, running) =
             (PathBuf::from(&disk.path), self.restores.stop.clone(), Arc::clone(&restore));
+        let db = self.db.clone();
         self.restores.tasks.lock().spawn(async move {
+            let partial = partial_name(&running.target, &running.id);
             let done = async {
                 let point = repository.open_point(&path).await.map_err(|error| describe(&error))?;
-                running.write(point, wish.overwrite, stop).await
+                let noted = db.note_partial(&partial, Timestamp::now()).await;
+                noted.map_err(|error| describe(&error))?;
+                running.write(point, &partial, wish.overwrite, stop).await
             };
             let result = done.await;
+            // Still noted where it could not be removed: the next start tries again.
+            if !tokio::fs::try_exists(&partial).await.unwrap_or(true)
+                && let Err(error) = db.forget_partial(&partial).await
+            {
+                tracing::warn!(restore = running.id, %error, "a restore's file stays noted");
+            }
             match &result {
                 Ok(()) => tracing::info!(restore = running.id, "restored"),
                 Err(error) => tracing::warn!(restore = running.id, error, "a restore failed"),
@@ -240,8 +253,35 @@ impl Hub {
                 "{} exists; add --overwrite to replace it",
                 target.display()
             ))),
-            _ => Ok(target),
+            Ok(found) => {
+                self.check_no_source(&target, &found).await?;
+                Ok(target)
+            }
+            Err(_) => Ok(target),
         }
+    }
+
+    /// Refuses to replace a file that a virtual machine has as its disk, by whatever name.
+    async fn check_no_source(&self, target: &Path, found: &Metadata) -> Result<(), HubError> {
+        for vm in self.db.vms().await? {
+            for disk in &vm.disks {
+                let Ok(SourceSpec::File(source)) = disk.source.parse() else { continue };
+                let same = match tokio::fs::metadata(&source).await {
+                    Ok(other) => (other.dev(), other.ino()) == (found.dev(), found.ino()),
+                    Err(_) => source == target,
+                };
+                if same {
+                    return Err(HubError::Conflict(format!(
+                        "{} is disk {} of {:?}: a restore would replace what is being backed up; \
+                         restore beside it, or move it away first",
+                        target.display(),
+                        disk.index,
+                        vm.name
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -250,14 +290,14 @@ impl Restore {
     async fn write(
         &self,
         point: Arc<dyn BlockDevice>,
+        partial: &Path,
         overwrite: bool,
         stop: CancelToken,
     ) -> Result<(), String> {
-        let partial = partial_name(&self.target, &self.id);
         let total = point.limits().size_bytes;
         let mut data = 0;
         let written = tokio::select! {
-            written = copy::copy(Arc::clone(&point), &partial, |done, more| {
+            written = copy::copy(Arc::clone(&point), partial, |done, more| {
                 data += more;
                 self.data_bytes.store(data, Ordering::Relaxed);
                 let disk = DiskProgress { done, total, read: data, sent: data };
@@ -269,12 +309,12 @@ impl Restore {
             tracing::debug!(%error, "a point did not close cleanly");
         }
         let published = match written {
-            Ok(()) => publish(partial.clone(), self.target.clone(), overwrite).await,
+            Ok(()) => publish::publish(partial.to_owned(), self.target.clone(), overwrite).await,
             Err(error) => Err(error),
         };
         if published.is_err() {
             // Whether there was anything to remove does not matter.
-            let _ = tokio::fs::remove_file(&partial).await;
+            let _ = tokio::fs::remove_file(partial).await;
         }
         published
     }
@@ -304,19 +344,4 @@ impl Restore {
 /// A name beside the target that no other restore uses.
 fn partial_name(target: &Path, id: &str) -> PathBuf {
     target.with_file_name(format!(".{id}.partial"))
-}
-
-/// Gives the finished file its name, durably; refuses to replace one that appeared meanwhile.
-async fn publish(partial: PathBuf, target: PathBuf, overwrite: bool) -> Result<(), String> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
-    let named = tokio::task::spawn_blocking(move || {
-        let flags = if overwrite { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
-        renameat_with(CWD, &partial, CWD, &target, flags)
-            .map_err(|error| format!("cannot name {}: {error}", target.display()))?;
-        let directory = target.parent().unwrap_or(Path::new("/"));
-        std::fs::File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|error| format!("cannot make {} durable: {error}", directory.display()))
-    });
-    named.await.unwrap_or_else(|_| Err("the hub is stopping".to_owned()))
 }

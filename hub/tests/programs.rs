@@ -296,6 +296,10 @@ fn a_hub_stopped_with_a_job_in_work_exits_0_and_tells_the_reason_afterwards() {
     let (dir, hub) = fixture();
     let disk = "file:/elsewhere,size=1048576";
     hub.json(&["vm", "add", "far", "--agent", "external", "--disk", disk]);
+    let larger = "file:/elsewhere,size=2097152";
+    let vm = hub.json(&["vm", "update", "far", "--disk", larger]);
+    assert_eq!(vm["disks"][0]["capacity_bytes"], 2_097_152);
+    assert_eq!(hub.ctl(&["vm", "update", "near", "--disk", larger]).status.code(), Some(1));
     let started = hub.json(&["backup", "start", "--vm", "far", "--type", "full", "--no-wait"]);
     let id = started["backup_id"].as_str().unwrap().to_owned();
     assert_eq!(hub.stop(), Some(0));
@@ -318,4 +322,79 @@ fn a_hub_without_authentication_only_starts_on_loopback() {
         .unwrap();
     assert_eq!(refused.status.code(), Some(1));
     assert!(text(&refused.stderr).contains("loopback"), "{refused:?}");
+}
+
+/// The files of restores in work.
+fn partials(dir: &Path) -> usize {
+    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name.to_string_lossy().ends_with(".partial")).count()
+}
+
+#[test]
+fn a_hub_killed_during_a_restore_removes_the_half_file_at_its_next_start() {
+    let (dir, mut hub) = fixture();
+    let disk = dir.path().join("large.raw");
+    let mut data = vec![0; 256 << 20];
+    blake3::Hasher::new().finalize_xof().fill(&mut data);
+    std::fs::write(&disk, data).unwrap();
+    hub.json(&["vm", "add", "web", "--disk", &format!("file:{}", disk.display())]);
+    let full = hub.json(&["backup", "start", "--vm", "web", "--type", "full"]);
+    let folder = dir.path().join("restored");
+    std::fs::create_dir(&folder).unwrap();
+    let target = folder.join("disk.raw");
+    let mut restore = Command::new(env!("CARGO_BIN_EXE_sendense-ctl"))
+        .args(["--hub", &hub.url, "--token-file"])
+        .arg(hub.data.join("admin.token"))
+        .args(["backup", "restore", "--backup-id", full["backup_id"].as_str().unwrap()])
+        .arg("--target")
+        .arg(&target)
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    while partials(&folder) == 0 {
+        assert!(!target.exists(), "the restore was too fast to be killed");
+        std::thread::yield_now();
+    }
+    hub.process.kill().unwrap();
+    hub.process.wait().unwrap();
+    restore.wait().unwrap();
+    assert_eq!((partials(&folder), target.exists()), (1, false));
+    let hub = Hub::start(dir.path());
+    assert_eq!(partials(&folder), 0);
+    assert_eq!(hub.stop(), Some(0));
+}
+
+/// A pipe that nobody reads any more.
+fn closed_pipe() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    Stdio::from(writer)
+}
+
+#[test]
+fn programs_that_nobody_listens_to_do_what_they_would_have_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let process = Command::new(env!("CARGO_BIN_EXE_sendense-hub"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--nbd-listen", "127.0.0.1:0", "--data"])
+        .arg(&data)
+        .stdout(closed_pipe())
+        .stderr(closed_pipe())
+        .spawn()
+        .unwrap();
+    let mut hub = Hub { process, url: String::new(), data };
+    while !hub.data.join("admin.token").exists() {
+        assert_eq!(hub.process.try_wait().unwrap(), None);
+        std::thread::yield_now();
+    }
+    assert_eq!(hub.stop(), Some(0));
+
+    let refused = Command::new(env!("CARGO_BIN_EXE_sendense-ctl"))
+        .args(["--hub", "http://127.0.0.1:1", "vm", "list"])
+        .stdout(closed_pipe())
+        .stderr(closed_pipe())
+        .status()
+        .unwrap();
+    assert_eq!(refused.code(), Some(1));
 }

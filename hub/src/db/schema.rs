@@ -4,7 +4,7 @@ use rusqlite_migration::{M, Migrations};
 
 /// Every version of the schema, oldest first.
 pub(super) fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(CORE_UP).down(CORE_DOWN)])
+    Migrations::new(vec![M::up(CORE_UP).down(CORE_DOWN), M::up(RESTORES_UP).down(RESTORES_DOWN)])
 }
 
 /// Chains refer to backups without `CASCADE`: deleting goes through the chain, never around it.
@@ -146,4 +146,17 @@ DROP TABLE backup_jobs;
 DROP TABLE backup_repositories;
 DROP TABLE vm_disks;
 DROP TABLE vm_contexts;
+";
+
+/// Files that restores are writing, so that what a killed hub leaves of one is found. Paths are bytes, as the host has
+/// them.
+const RESTORES_UP: &str = "
+CREATE TABLE restore_partials (
+    path BLOB NOT NULL PRIMARY KEY CHECK (length(path) > 0),
+    created_at TEXT NOT NULL
+) STRICT;
+";
+
+const RESTORES_DOWN: &str = "
+DROP TABLE restore_partials;
 ";

@@ -132,11 +132,11 @@ fn the_schema_goes_down_to_nothing_and_up_again() {
             )
             .unwrap()
     };
-    assert_eq!(tables(&connection), 7);
+    assert_eq!(tables(&connection), 8);
     migrations.to_version(&mut connection, 0).unwrap();
     assert_eq!(tables(&connection), 0);
     migrations.to_latest(&mut connection).unwrap();
-    assert_eq!(tables(&connection), 7);
+    assert_eq!(tables(&connection), 8);
 }
 
 #[tokio::test]

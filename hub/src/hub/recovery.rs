@@ -1,5 +1,8 @@
 //! What a hub does about its predecessor's jobs, and about one whose driver died: they end with a reason and their layers
-//! go. Completed backups are not touched.
+//! go, and so do files that restores left half written. Completed backups are not touched.
+
+use std::io::ErrorKind;
+use std::path::Path;
 
 use jiff::Timestamp;
 
@@ -29,12 +32,28 @@ impl Hub {
             };
             self.bury(&job, &reason).await?;
         }
+        for partial in self.db.partials().await? {
+            self.remove_partial(&partial).await?;
+        }
         for backup in self.db.half_deleted().await? {
             if let Err(error) = self.delete_backup(&backup.id).await {
                 tracing::warn!(backup = %backup.id, %error, "a deletion is still not finished");
             }
         }
         Ok(())
+    }
+
+    /// Removes what a restore left half written. What cannot be removed now is tried again at the next start.
+    async fn remove_partial(&self, path: &Path) -> Result<(), DbError> {
+        match tokio::fs::remove_file(path).await {
+            Ok(()) => tracing::info!("removed {}, which a restore left behind", path.display()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(%error, "{} stays behind from a restore", path.display());
+                return Ok(());
+            }
+        }
+        self.db.forget_partial(path).await
     }
 
     /// Ends a job that has no driver any more, and removes its layers.

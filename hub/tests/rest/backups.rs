@@ -259,3 +259,28 @@ async fn several_virtual_machines_are_backed_up_at_once() {
     }
     f.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_does_not_replace_what_is_being_backed_up() {
+    let f = Fixture::with_repository().await;
+    let disk = Disk::new(&f.dir, "disk.raw", 3 << 20);
+    f.add_vm("web", &[&disk]).await;
+    let full = f.backup("web", "full").await;
+    let before = disk.snapshot("before.raw");
+    let path = format!("/backups/{}/restore", id(&full));
+    let link = f.dir.path().join("link.raw");
+    std::fs::hard_link(&disk.path, &link).unwrap();
+    for target in [&disk.path, &link] {
+        let wish = json!({"target": target, "overwrite": true});
+        let (status, body) = f.post(&path, wish).await;
+        assert_eq!(status, StatusCode::CONFLICT, "{body}");
+        assert!(body["detail"].as_str().unwrap().contains("disk 0 of \"web\""), "{body}");
+    }
+    assert_same(&disk.path, &before);
+
+    // A disk that is lost may be restored to its place.
+    std::fs::remove_file(&disk.path).unwrap();
+    let (restored, _) = f.restore(id(&full), 0, "disk.raw").await;
+    assert_same(&restored, &before);
+    f.stop().await;
+}

@@ -12,6 +12,7 @@ async fn every_route_but_health_wants_the_token() {
         (Method::GET, "/vms"),
         (Method::POST, "/vms"),
         (Method::GET, "/vms/a"),
+        (Method::PATCH, "/vms/a"),
         (Method::DELETE, "/vms/a"),
         (Method::GET, "/repositories"),
         (Method::POST, "/repositories"),

@@ -103,6 +103,26 @@ async fn a_crash_ends_jobs_and_removes_even_sealed_layers_that_were_never_commit
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_restore_left_is_removed_and_nothing_else() {
+    let dir = Fixture::start().await.stop().await;
+    let db = Database::open(&dir.path().join("data/hub.db")).unwrap();
+    let (left, gone) =
+        (dir.path().join(".restore-a.partial"), dir.path().join(".restore-b.partial"));
+    let stranger = dir.path().join(".restore-c.partial");
+    for path in [&left, &gone] {
+        db.note_partial(path, Timestamp::now()).await.unwrap();
+    }
+    for path in [&left, &stranger] {
+        std::fs::write(path, "half").unwrap();
+    }
+    drop(db);
+    Fixture::start_in(dir.clone(), |_| {}).await.stop().await;
+    assert!(!left.exists() && stranger.exists());
+    let db = Database::open(&dir.path().join("data/hub.db")).unwrap();
+    assert!(db.partials().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_repository_that_was_away_at_the_restart_is_cleaned_when_it_is_back() {
     let f = Fixture::with_repository().await;
     f.add_external_vm("far", 1 << 20).await;

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use agent::SourceSpec;
+use agent::{SourceInfo, SourceSpec};
 
 use crate::db::{NewVm, NewVmDisk};
 use crate::error::{HubError, describe};
@@ -19,7 +19,7 @@ const SECTOR_BYTES: u64 = 512;
 /// Looks at the files that the hub itself will read; what is odd about them, in words.
 ///
 /// # Errors
-/// [`HubError::Invalid`] where a file has another size than was given for it.
+/// [`HubError::Invalid`] where a file has another size than was given for it, or is a container and no disk.
 pub(super) async fn look(vm: &NewVm) -> Result<Vec<String>, HubError> {
     if vm.agent != AgentKind::Local {
         return Ok(Vec::new());
@@ -39,25 +39,36 @@ pub(super) async fn look(vm: &NewVm) -> Result<Vec<String>, HubError> {
 
 async fn one(index: usize, disk: &NewVmDisk) -> Result<Option<String>, HubError> {
     let Ok(SourceSpec::File(path)) = disk.source.parse() else { return Ok(None) };
-    match (size_of(&path).await, disk.capacity_bytes) {
-        (Err(why), _) => Ok(Some(format!("disk {index}: {why}"))),
-        (Ok(size), Some(given)) if size != given => Err(HubError::Invalid(format!(
+    let info = match info_of(&path).await {
+        Ok(info) => info,
+        Err(why) => return Ok(Some(format!("disk {index}: {why}"))),
+    };
+    if info.looks_like_qcow2 {
+        let path = path.display();
+        return Err(HubError::Invalid(format!(
+            "disk {index}: {path} is a qcow2 image, and file: reads raw disks; serve it (qemu-nbd --read-only \
+             --format=qcow2, or nbd-server --export NAME={path},read-only) and name that nbd:// export. To keep its \
+             raw bytes, serve it with format=raw"
+        )));
+    }
+    match (info.size_bytes, disk.capacity_bytes) {
+        (size, Some(given)) if size != given => Err(HubError::Invalid(format!(
             "disk {index}: {} has {size} bytes, not {given}; leave the size out",
             path.display()
         ))),
-        (Ok(0), _) => Ok(Some(format!("disk {index}: {} is empty", path.display()))),
-        (Ok(size), _) if !size.is_multiple_of(SECTOR_BYTES) => Ok(Some(format!(
+        (0, _) => Ok(Some(format!("disk {index}: {} is empty", path.display()))),
+        (size, _) if !size.is_multiple_of(SECTOR_BYTES) => Ok(Some(format!(
             "disk {index}: {} has {size} bytes, which are no whole sectors of {SECTOR_BYTES}; grow it: \
              truncate -s %{SECTOR_BYTES} {}",
             path.display(),
             path.display()
         ))),
-        (Ok(_), _) => Ok(None),
+        _ => Ok(None),
     }
 }
 
-/// The size of a regular file or a block device. Anything else is not opened: a pipe would wait for its other end.
-async fn size_of(path: &Path) -> Result<u64, String> {
+/// What a regular file or a block device is. Anything else is not opened: a pipe would wait for its other end.
+async fn info_of(path: &Path) -> Result<SourceInfo, String> {
     use std::os::unix::fs::FileTypeExt;
     let metadata = tokio::fs::metadata(path).await;
     let kind = metadata.map_err(|error| format!("{}: {error}", path.display()))?.file_type();
@@ -65,5 +76,5 @@ async fn size_of(path: &Path) -> Result<u64, String> {
         return Err(format!("{} is neither a regular file nor a block device", path.display()));
     }
     let found = agent::probe(&SourceSpec::File(path.to_owned())).await;
-    Ok(found.map_err(|error| describe(&error))?.size_bytes)
+    found.map_err(|error| describe(&error))
 }

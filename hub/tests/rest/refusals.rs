@@ -118,6 +118,18 @@ async fn what_makes_no_sense_is_422() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_qcow2_container_is_no_raw_disk() {
+    let f = Fixture::with_repository().await;
+    let image = f.dir.path().join("disk.qcow2");
+    std::fs::write(&image, [b"QFI\xfb".as_slice(), &[0; 65532]].concat()).unwrap();
+    let disks = json!([{"source": format!("file:{}", image.display())}]);
+    let (status, problem) = f.post("/vms", json!({"name": "boxed", "disks": disks})).await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
+    assert!(problem["detail"].as_str().unwrap().contains("nbd://"), "{problem}");
+    f.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_taken_is_409() {
     let f = Fixture::with_repository().await;
     let disk = Disk::new(&f.dir, "a.raw", 1 << 20);

@@ -9,7 +9,7 @@ mod stall;
 mod work;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use agent::{CancelToken, DiskReport};
 use futures_util::future::BoxFuture;
@@ -49,6 +49,15 @@ pub(crate) struct JobHandle {
     pub(crate) agent: AgentKind,
     /// Raised once the job was told to stop.
     pub(crate) stop: CancelToken,
+    /// Which run of an external agent does the job: the first that asked.
+    claim: Arc<OnceLock<String>>,
+}
+
+impl JobHandle {
+    /// Gives the job to `agent` if nobody has it yet; whether it is that agent's.
+    pub(crate) fn belongs_to(&self, agent: &str) -> bool {
+        self.claim.get_or_init(|| agent.to_owned()) == agent
+    }
 }
 
 /// One job and everything that its life needs.
@@ -72,8 +81,13 @@ pub(crate) fn prepare(hub: &Arc<Hub>, backup: Backup, agent: AgentKind) -> (Driv
     let (sender, mailbox) = mpsc::channel(MAILBOX);
     let progress = Arc::new(Progress::default());
     let stop = CancelToken::new();
-    let handle =
-        JobHandle { mailbox: sender, progress: Arc::clone(&progress), agent, stop: stop.clone() };
+    let handle = JobHandle {
+        mailbox: sender,
+        progress: Arc::clone(&progress),
+        agent,
+        stop: stop.clone(),
+        claim: Arc::default(),
+    };
     let driver = Driver {
         hub: Arc::clone(hub),
         backup_id: backup.id.clone(),

@@ -203,3 +203,25 @@ fn a_killed_hub_fails_its_jobs_when_it_returns() -> Result<()> {
 fn hub_and_agent_killed_together_leave_no_half_layer() -> Result<()> {
     survives_the_death_of(Victim::Both)
 }
+
+#[test]
+fn a_second_agent_is_turned_away_from_a_job() -> Result<()> {
+    let mut scene = Scene::set()?;
+    let job = scene.hub()?.start_backup("victim", "main", "full")?;
+    let mut first = scene.start_agent(&job)?;
+    wait_for_progress(&mut first, 10)?;
+    let hub = scene.hub()?;
+    let second = Command::new(program("sendense-agent"))
+        .args(["migrate", "--progress", "none", "--job-id", &job, "--hub", hub.url()])
+        .arg("--token-file")
+        .arg(hub.token_file())
+        .arg("--state")
+        .arg(scene.folder.path().join("another"))
+        .output()?;
+    let words = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(1), "{words}");
+    assert!(words.contains("another agent"), "{words}");
+    let backup = hub.ended(&job)?;
+    assert_eq!(backup["status"], "completed", "{backup:#}");
+    scene.equals_the_disk(&backup)
+}

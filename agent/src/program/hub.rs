@@ -76,10 +76,20 @@ struct Problem {
     detail: String,
 }
 
+/// The hub does not want this agent to do the job: another one does, or it is over.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Turned(String);
+
+/// The header by which the hub tells one run of an agent from another.
+const AGENT_HEADER: &str = "sendense-agent";
+
 /// A hub and one job of it.
 #[derive(Clone, Debug)]
 pub(crate) struct Hub {
     client: Client,
+    /// Names this run, so that no second one works on the same job.
+    agent: String,
     job: Url,
     host: String,
     token: Option<String>,
@@ -105,7 +115,8 @@ impl Hub {
             .connect_timeout(CONNECT_TIMEOUT)
             .build()
             .context("the HTTP client")?;
-        Ok(Self { client, job, host, token: token.transpose()? })
+        let agent = uuid::Uuid::new_v4().to_string();
+        Ok(Self { client, agent, job, host, token: token.transpose()? })
     }
 
     /// The host of the hub's URL.
@@ -130,6 +141,24 @@ impl Hub {
         ready.unwrap_or_else(|_| {
             bail!("the job did not ask for its agent within {} s", READY_TIMEOUT.as_secs())
         })
+    }
+
+    /// Claims the job for this run, before anything is sent.
+    ///
+    /// # Errors
+    /// [`Turned`] where the hub says that another agent has it, or that it is over. A hub that does not answer is no
+    /// reason yet: progress will show whether it does.
+    pub(crate) async fn claim(&self) -> Result<()> {
+        let nothing: &[Event] = &[];
+        let request = self.client.post(self.below("progress")).json(nothing);
+        match self.authorised(request).send().await {
+            Ok(answer) if answer.status() == StatusCode::CONFLICT => {
+                let problem = answer.json::<Problem>().await;
+                let detail = problem.map(|problem| problem.detail).unwrap_or_default();
+                Err(Turned(detail).into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Tells what happened since the last call; nothing is a sign of life, too.
@@ -179,6 +208,7 @@ impl Hub {
     }
 
     fn authorised(&self, request: RequestBuilder) -> RequestBuilder {
+        let request = request.header(AGENT_HEADER, &self.agent);
         match &self.token {
             Some(token) => request.bearer_auth(token),
             None => request,

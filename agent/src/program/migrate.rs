@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::arguments::Migrate;
-use super::hub::Hub;
+use super::hub::{Hub, Turned};
 use super::show::Show;
 use super::{DONE, DONE_WITH_WARNINGS, FAILED, USAGE, disks, report, say, telemetry};
 
@@ -87,6 +87,7 @@ async fn work(flags: &Migrate, asked: &Asked) -> Result<RunReport> {
             () = cancel.cancelled() => return Err(anyhow!("cancelled")),
             assignment = hub.assignment() => assignment?,
         };
+        hub.claim().await?;
         run(flags, asked, disks::from_hub(flags, &assignment, hub.host())?, &cancel).await
     };
     match running.await {
@@ -94,6 +95,8 @@ async fn work(flags: &Migrate, asked: &Asked) -> Result<RunReport> {
             let told = hub.complete(&report).await;
             told.context("everything was sent, but the hub cannot be told").map(|()| report)
         }
+        // The job is not this run's to fail.
+        Err(error) if error.is::<Turned>() => Err(error),
         Err(error) => {
             if let Err(untold) = hub.fail(&format!("{error:#}")).await {
                 say(format_args!(

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use agent::{Address, DiskReport, Event, RunReport};
 use serde_json::{Value, json};
@@ -244,13 +244,34 @@ fn a_hub_that_ends_the_job_stops_the_agent() {
     let stuck =
         Peer::nbdkit(bench.path(), "stuck", &["--filter=delay", "memory", "2560k", "wdelay=3600"]);
     let wish = assignment("agent", &source, None);
+    let claimed = AtomicBool::new(false);
     let hub = FakeHub::start(Box::new(move |call| match call.what.split_once('/') {
         Some(("GET ", _)) => (200, wish.clone()),
+        _ if !claimed.swap(true, Ordering::SeqCst) => (200, json!({"status": "running"})),
         _ => problem(409, "the job has ended"),
     }));
     let arguments = ["--job-id", "job-1", "--nbd-socket", &socket(&stuck), "--hub", &hub.url];
     let (_, told) = finish(program(&bench, &arguments), 1);
     assert!(told.contains("cancelled"), "{told}");
+}
+
+#[test]
+fn an_agent_whose_job_is_taken_sends_nothing() {
+    let bench = Bench::new();
+    let source = Disk::sparse(bench.path(), "source", 4 * BLOCK);
+    source.fill(0..4, 1);
+    let target = Disk::sparse(bench.path(), "target", 4 * BLOCK);
+    let server = bench.serve("server", &target);
+    let wish = assignment("agent", &source, None);
+    let hub = FakeHub::start(Box::new(move |call| match call.what.split_once('/') {
+        Some(("GET ", _)) => (200, wish.clone()),
+        _ => problem(409, "another agent does this job"),
+    }));
+    let arguments = ["--job-id", "job-1", "--nbd-socket", &socket(&server), "--hub", &hub.url];
+    let (_, told) = finish(program(&bench, &arguments), 1);
+    assert!(told.contains("another agent does this job"), "{told}");
+    assert!(std::fs::read(&target.path).unwrap().iter().all(|byte| *byte == 0));
+    assert!(!hub.calls().iter().any(|call| call.what.ends_with("/fail")), "not its job to fail");
 }
 
 #[test]

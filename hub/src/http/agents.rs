@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::Shared;
-use super::extract::{Body, Segments};
+use super::extract::{AgentRun, Body, Segments};
 use super::problem::Refused;
 use crate::api::{AgentAnswer, AgentCompletion, AgentEvents, AgentFailure};
 use crate::error::HubError;
@@ -20,10 +20,11 @@ const REASON_CHARS: usize = 4096;
 /// `POST /backups/{id}/progress`
 pub(super) async fn progress(
     State(hub): Shared,
+    AgentRun(run): AgentRun,
     Segments(id): Segments<String>,
     Body(events): Body<AgentEvents>,
 ) -> Result<Json<AgentAnswer>, Refused> {
-    let handle = external(&hub, &id).await?;
+    let handle = external(&hub, &id, &run).await?;
     let events = match events {
         AgentEvents::One(event) => vec![event],
         AgentEvents::Many(events) => events,
@@ -37,6 +38,7 @@ pub(super) async fn progress(
 /// `POST /backups/{id}/complete`
 pub(super) async fn complete(
     State(hub): Shared,
+    AgentRun(run): AgentRun,
     Segments(id): Segments<String>,
     Body(completion): Body<AgentCompletion>,
 ) -> Result<(StatusCode, Json<AgentAnswer>), Refused> {
@@ -55,7 +57,7 @@ pub(super) async fn complete(
             .into());
         }
     }
-    let told = match external(&hub, &id).await {
+    let told = match external(&hub, &id, &run).await {
         Ok(handle) => {
             let told = hub.tell(&handle, Message::Finished(reports.clone())).await;
             told.map(|()| answer(&handle))
@@ -114,20 +116,26 @@ async fn completed_so(hub: &Hub, id: &str, reports: &[DiskReport]) -> Result<boo
 /// `POST /backups/{id}/fail`
 pub(super) async fn fail(
     State(hub): Shared,
+    AgentRun(run): AgentRun,
     Segments(id): Segments<String>,
     Body(failure): Body<AgentFailure>,
 ) -> Result<(StatusCode, Json<AgentAnswer>), Refused> {
-    let handle = external(&hub, &id).await?;
+    let handle = external(&hub, &id, &run).await?;
     let reason = failure.error.chars().take(REASON_CHARS).collect();
     hub.tell(&handle, Message::GaveUp(reason)).await?;
     Ok((StatusCode::ACCEPTED, Json(answer(&handle))))
 }
 
-/// The job, if it is in work and waits for an external agent.
-async fn external(hub: &Hub, id: &str) -> Result<JobHandle, HubError> {
+/// The job, if it is in work and waits for an external agent. The first run that asks has it to the end: two that write
+/// to one layer would make a backup of neither.
+async fn external(hub: &Hub, id: &str, run: &str) -> Result<JobHandle, HubError> {
     let backup = hub.db.backup(id).await?;
     match hub.job(id) {
-        Some(handle) if handle.agent == AgentKind::External => Ok(handle),
+        Some(handle) if handle.agent == AgentKind::External && handle.belongs_to(run) => Ok(handle),
+        Some(handle) if handle.agent == AgentKind::External => Err(HubError::Conflict(
+            "another agent does this job already: wait for its end, or cancel the job and start a new one"
+                .to_owned(),
+        )),
         Some(_) => Err(HubError::Conflict("the hub's own agent has this job".to_owned())),
         None => Err(HubError::Conflict(match backup.error_message {
             Some(why) => format!("the job is {}: {why}", backup.status),

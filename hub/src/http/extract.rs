@@ -4,6 +4,7 @@
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 
 use super::problem::Refused;
 
@@ -21,6 +22,18 @@ pub(super) struct Query<T>(pub(super) T);
 #[derive(FromRequestParts)]
 #[from_request(via(axum::extract::Path), rejection(Refused))]
 pub(super) struct Segments<T>(pub(super) T);
+
+/// Which run of an agent speaks, by its header; the empty text where it does not say.
+pub(super) struct AgentRun(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for AgentRun {
+    type Rejection = Refused;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Refused> {
+        let said = parts.headers.get("sendense-agent").and_then(|value| value.to_str().ok());
+        Ok(Self(said.unwrap_or_default().to_owned()))
+    }
+}
 
 impl From<JsonRejection> for Refused {
     fn from(rejection: JsonRejection) -> Self {

@@ -134,14 +134,16 @@ impl Work {
         let (hub, id) = (Arc::clone(&self.hub), self.job.id.clone());
         let progress = Arc::clone(&self.progress);
         // Ends by itself: the run drops its end of the channel.
-        tokio::spawn(async move {
+        let noting = async move {
             while let Some(event) = events.recv().await {
                 if let Some(warning) = note(&progress, &event) {
                     hub.log(&id, Some(Step::Monitor), Level::Warning, &warning).await;
                 }
             }
-        });
-        self.run = Some(tokio::spawn(agent::run(disks, options, sender, self.stop.clone())));
+        };
+        let run = agent::run(disks, options, sender, self.stop.clone());
+        // The run is over when its last warning is in the log: whoever sees the end of the job sees them all.
+        self.run = Some(tokio::spawn(async move { tokio::join!(run, noting).0 }));
         Ok(())
     }
 

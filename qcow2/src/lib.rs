@@ -26,6 +26,7 @@
 
 mod alloc;
 mod backing;
+mod cipher;
 mod core;
 mod create;
 mod device;

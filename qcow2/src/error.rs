@@ -122,6 +122,37 @@ pub enum Corruption {
     /// The autoclear bit says that there are bitmaps, and the extension is not there.
     #[error("the bitmaps bit is set without a bitmaps extension")]
     BitmapsWithoutExtension,
+    /// The image says that it is encrypted by LUKS, and not where its LUKS header is.
+    #[error("the image is encrypted by LUKS without an encryption header")]
+    NoEncryptionHeader,
+    /// The encryption header does not start on a cluster of the file, or does not end in it.
+    #[error("the encryption header of {len} bytes at {at:#x} is not in clusters of this file")]
+    EncryptionHeaderPlace {
+        /// Where it should start.
+        at: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// A field of the LUKS header holds a value that the format forbids.
+    #[error("LUKS header field {field} holds {value}, which the format forbids")]
+    LuksField {
+        /// The name of the field in the specification.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// A text of the LUKS header does not end, or is no text.
+    #[error("LUKS header field {field} is no text that ends")]
+    LuksText {
+        /// The name of the field in the specification.
+        field: &'static str,
+    },
+    /// The material of a key slot lies where something else does.
+    #[error("the material of LUKS key slot {slot} overlaps what it must not")]
+    LuksOverlap {
+        /// The slot, counted from 0.
+        slot: usize,
+    },
 }
 
 /// What an image asks for and this version does not do.
@@ -131,9 +162,34 @@ pub enum Feature {
     /// A version other than 3.
     #[error("version {0} of the format")]
     Version(u32),
-    /// Encrypted content.
+    /// Encrypted content, in a way that nobody knows.
     #[error("encryption (method {0})")]
     Encryption(u32),
+    /// Encrypted content, in a way that is not safe.
+    #[error(
+        "legacy AES encryption, which is not safe: convert the image with qemu-img to one with LUKS or without"
+    )]
+    LegacyEncryption,
+    /// Encrypted content, in a build without LUKS.
+    #[error("LUKS encryption, which this build leaves out (its feature `luks` is off)")]
+    LuksLeftOut,
+    /// A version of LUKS other than 1, which is the only one that QEMU opens in images.
+    #[error("version {0} of LUKS (only version 1 can be opened)")]
+    LuksVersion(u16),
+    /// A cipher other than AES in XTS mode with plain or plain64 tweaks.
+    #[error("LUKS cipher {0:?}")]
+    LuksCipher(String),
+    /// A hash that is not SHA-1 or SHA-2.
+    #[error("LUKS hash {0:?}")]
+    LuksHash(String),
+    /// More rounds of PBKDF2 than [`crate::MAX_UNLOCK_ROUNDS`].
+    #[error("{rounds} rounds of PBKDF2 to open LUKS (at most {limit})")]
+    LuksRounds {
+        /// The rounds asked for.
+        rounds: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// Data in a second file.
     #[error("external data files")]
     ExternalDataFile,
@@ -219,6 +275,18 @@ pub enum ReferenceError {
     TooDeep(usize),
 }
 
+/// Why an encrypted image was not opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum UnlockError {
+    /// The caller gave no passphrase.
+    #[error("it is encrypted and no passphrase was given")]
+    NoPassphrase,
+    /// No key slot opens with a passphrase of the caller.
+    #[error("it is encrypted and the passphrase opens none of its key slots")]
+    WrongPassphrase,
+}
+
 /// What a new image cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -279,6 +347,14 @@ pub enum Error {
         /// Why not.
         reason: ReferenceError,
     },
+    /// An encrypted image was not opened.
+    #[error("{} stays locked: {reason}", file.display())]
+    Locked {
+        /// The image.
+        file: PathBuf,
+        /// Why.
+        reason: UnlockError,
+    },
     /// A path could not be resolved.
     #[error("cannot resolve {}: {source}", path.display())]
     Path {
@@ -329,7 +405,9 @@ impl Error {
             Self::Corrupt { .. } | Self::Path { .. } | Self::Poisoned { .. } => ErrorKind::Io,
             Self::Unsupported { .. } => ErrorKind::NotSupported,
             Self::Host(error) => error.kind(),
-            Self::Reference { .. } | Self::Invalid { .. } => ErrorKind::Invalid,
+            Self::Reference { .. } | Self::Invalid { .. } | Self::Locked { .. } => {
+                ErrorKind::Invalid
+            }
             Self::Backing { source, .. } | Self::Request(source) => source.kind(),
             Self::Closed { .. } => ErrorKind::ShuttingDown,
         }

@@ -24,6 +24,7 @@ const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
+const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 
 /// Bits of `incompatible_features`.
 const DIRTY: u64 = 1;
@@ -69,6 +70,10 @@ pub(crate) struct Header {
     pub snapshots: u32,
     /// Where the snapshot table starts.
     pub snapshots_at: HostOffset,
+    /// How guest data is encrypted: 0 for not at all, 1 for legacy AES, 2 for LUKS.
+    pub crypt_method: u32,
+    /// Where the encryption header starts, and its length in bytes.
+    pub encryption_header: Option<(u64, u64)>,
     /// The incompatible feature bits; all of them are known.
     pub incompatible: u64,
     /// The compatible feature bits, known or not.
@@ -137,6 +142,8 @@ impl Header {
             refcount_order: u32_at(96),
             snapshots: u32_at(60),
             snapshots_at: HostOffset(u64_at(64)),
+            crypt_method: u32_at(32),
+            encryption_header: extensions.encryption,
             incompatible,
             compatible: u64_at(80),
             autoclear: u64_at(88),
@@ -318,6 +325,7 @@ struct Extensions {
     backing_format: Option<Vec<u8>>,
     feature_names: Vec<(u8, u8, String)>,
     bitmaps: bool,
+    encryption: Option<(u64, u64)>,
 }
 
 impl Extensions {
@@ -353,6 +361,7 @@ impl Extensions {
         match kind {
             EXTENSION_BACKING_FORMAT => self.backing_format = Some(data.to_vec()),
             EXTENSION_BITMAPS => self.bitmaps = true,
+            EXTENSION_ENCRYPTION => self.encryption = Some((be_u64(data, 0), be_u64(data, 8))),
             EXTENSION_FEATURE_NAMES => {
                 for entry in data.chunks_exact(FEATURE_NAME_BYTES) {
                     let text = entry[2..].split(|byte| *byte == 0).next().unwrap_or_default();
@@ -407,7 +416,8 @@ fn known_features(
     if !unknown.is_empty() {
         return Err(Fault::Unsupported(Feature::Unknown(unknown.join(", "))));
     }
-    if crypt_method != 0 {
+    // Legacy AES and LUKS are refused or opened by what reads guest data.
+    if crypt_method > 2 {
         return Err(Fault::Unsupported(Feature::Encryption(crypt_method)));
     }
     if incompatible & EXTERNAL_DATA != 0 {

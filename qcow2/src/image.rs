@@ -9,6 +9,7 @@ use block::{BlockDevice, ByteRange, DeviceError, HostError, HostFile, HostOp, Li
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
+use crate::cipher::Cipher;
 use crate::core::Core;
 use crate::error::{Error, Fault};
 use crate::mapping::{Step, Table};
@@ -60,19 +61,21 @@ pub(crate) struct Inner {
 pub(crate) struct Live {
     pub(crate) file: HostFile,
     pub(crate) backing: Option<Arc<dyn BlockDevice>>,
+    /// What guest data in `file` is encrypted with.
+    #[expect(dead_code, reason = "until reads and writes of guest data go through it")]
+    pub(crate) cipher: Option<Arc<dyn Cipher>>,
 }
 
 impl Image {
     pub(crate) fn assemble(
-        file: HostFile,
-        backing: Option<Arc<dyn BlockDevice>>,
+        live: Live,
         core: Core,
         limits: Limits,
         info: crate::info::Facts,
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
-                path: file.path().to_owned(),
+                path: live.file.path().to_owned(),
                 limits,
                 info,
                 core: Arc::new(Mutex::new(core)),
@@ -81,7 +84,7 @@ impl Image {
                 flush_gate: Arc::new(AsyncMutex::new(())),
                 flushes_begun: AtomicU64::new(0),
                 flushes_done: AtomicU64::new(0),
-                live: RwLock::new(Some(Arc::new(Live { file, backing }))),
+                live: RwLock::new(Some(Arc::new(live))),
                 closing: AtomicBool::new(false),
                 poison: Mutex::new(None),
                 first_change: OnceCell::new(),

@@ -30,6 +30,7 @@ mod cipher;
 mod core;
 mod create;
 mod device;
+mod encryption;
 mod entry;
 mod error;
 mod flush;
@@ -48,7 +49,10 @@ mod write;
 
 pub use backing::{MAX_CHAIN_DEPTH, References};
 pub use create::{BackingFormat, BackingName, CreateOptions};
-pub use error::{Corruption, Error, Feature, InvalidOption, ReferenceError, TableKind};
+pub use encryption::{KeyCost, LuksCipher, LuksHash, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase};
+pub use error::{
+    Corruption, Error, Feature, InvalidOption, ReferenceError, TableKind, UnlockError,
+};
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;
 pub use info::{ImageInfo, RecordedBacking};

@@ -10,9 +10,10 @@ use block::{BlockDevice, ByteRange, DeviceError, HostFile, Limits, RawDevice};
 use crate::backing::{References, Trail};
 use crate::core::Core;
 use crate::create::BackingFormat;
+use crate::encryption::{self, Passphrase};
 use crate::error::{Error, Fault, Feature, ReferenceError};
 use crate::header::Header;
-use crate::image::Image;
+use crate::image::{Image, Live};
 use crate::info::Facts;
 use crate::mapping::{Mapping, from_big_endian};
 use crate::refcount::{RefcountWidth, Refcounts};
@@ -29,12 +30,20 @@ pub struct OpenOptions {
     pub lock: bool,
     /// Bypass the page cache where the host can.
     pub direct: bool,
+    /// What may open encrypted images, this one and those below it: each image takes the first that fits.
+    pub passphrases: Vec<Passphrase>,
 }
 
 impl OpenOptions {
     /// For reading: locked, direct, with backing files in the folder of the image.
     pub fn reading() -> Self {
-        Self { read_only: true, references: References::Confined, lock: true, direct: true }
+        Self {
+            read_only: true,
+            references: References::Confined,
+            lock: true,
+            direct: true,
+            passphrases: Vec::new(),
+        }
     }
 
     /// For reading and writing; otherwise as [`OpenOptions::reading`]. Backing files are never written.
@@ -46,6 +55,13 @@ impl OpenOptions {
     #[must_use]
     pub fn references(self, references: References) -> Self {
         Self { references, ..self }
+    }
+
+    /// The same with one more passphrase for encrypted images.
+    #[must_use]
+    pub fn passphrase(mut self, passphrase: Passphrase) -> Self {
+        self.passphrases.push(passphrase);
+        self
     }
 
     fn host(&self) -> block::OpenOptions {
@@ -106,7 +122,7 @@ impl Image {
             let name = name.unwrap_or_default().into_owned();
             return Err(Error::Reference { file: file.path().to_owned(), name, reason });
         }
-        open_with_header(file, header, backing, options.read_only).await
+        open_with_header(file, header, backing, &options).await
     }
 }
 
@@ -128,7 +144,7 @@ fn open_chain(path: PathBuf, options: OpenOptions, trail: Trail) -> Opening {
                 })
             }
         };
-        open_with_header(file, header, backing, options.read_only).await
+        open_with_header(file, header, backing, &options).await
     })
 }
 
@@ -155,10 +171,11 @@ async fn open_with_header(
     file: HostFile,
     header: Header,
     backing: Option<Arc<dyn BlockDevice>>,
-    read_only: bool,
+    options: &OpenOptions,
 ) -> Result<Image, Error> {
     let fault = |fault: Fault| fault.of(file.path());
-    let read_only = read_only || file.is_read_only();
+    let read_only = options.read_only || file.is_read_only();
+    let cipher = encryption::unlock(&file, &header, &options.passphrases).await?;
     let geometry = header.geometry;
     if !read_only && header.is_corrupt() {
         return Err(fault(Fault::Unsupported(Feature::WritingCorrupt)));
@@ -190,7 +207,7 @@ async fn open_with_header(
     let refs = Refcounts::new(geometry, width, table, table_run);
     let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
     let core = Core::new(header, map, refs, backing_bytes, file.len());
-    let image = Image::assemble(file, backing, core, limits, facts);
+    let image = Image::assemble(Live { file, backing, cipher }, core, limits, facts);
     if !read_only {
         let inner = &image.inner;
         let live = inner.live()?;

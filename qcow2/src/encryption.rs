@@ -1,0 +1,166 @@
+//! Encryption as callers see it: passphrases, what a new LUKS header is to be, and the step of opening that gives an
+//! image its cipher. The cryptography itself stands in `luks`, behind the feature of that name; without it an
+//! encrypted image is refused here.
+
+use std::fmt;
+use std::sync::Arc;
+
+use block::{ByteRange, HostFile};
+use zeroize::Zeroizing;
+
+use crate::cipher::Cipher;
+use crate::error::{Corruption, Error, Fault, Feature};
+use crate::header::Header;
+use crate::units::HostOffset;
+
+/// The most rounds of PBKDF2 that opening one image takes, over all its key slots and passphrases: some ten seconds of
+/// one processor, so that a hostile header cannot hold it for days.
+pub const MAX_UNLOCK_ROUNDS: u64 = 1 << 26;
+
+/// A passphrase. Its memory is wiped when the last clone goes, and it never shows in debug output.
+#[derive(Clone)]
+pub struct Passphrase(Arc<Zeroizing<Vec<u8>>>);
+
+impl Passphrase {
+    /// Takes a passphrase; QEMU takes only UTF-8 text.
+    pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
+        Self(Arc::new(Zeroizing::new(bytes.into())))
+    }
+
+    #[cfg(feature = "luks")]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Passphrase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Passphrase")
+    }
+}
+
+impl PartialEq for Passphrase {
+    fn eq(&self, other: &Self) -> bool {
+        ***self.0 == ***other.0
+    }
+}
+
+impl Eq for Passphrase {}
+
+/// How guest data is encrypted: AES in XTS mode, the tweak of each sector being its number in 64 bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LuksCipher {
+    /// With a key of 128 bits (and another for the tweaks).
+    Aes128Xts,
+    /// With a key of 256 bits (and another for the tweaks): QEMU's choice, too.
+    #[default]
+    Aes256Xts,
+}
+
+/// The hash behind the keys of a LUKS header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LuksHash {
+    /// SHA-1. For old images.
+    Sha1,
+    /// SHA-224.
+    Sha224,
+    /// SHA-256: QEMU's choice, too.
+    #[default]
+    Sha256,
+    /// SHA-384.
+    Sha384,
+    /// SHA-512.
+    Sha512,
+}
+
+/// How much work it is to try a passphrase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyCost {
+    /// As many rounds as this machine does in this time.
+    Milliseconds(u32),
+    /// This many rounds, and at least 1000.
+    Rounds(u32),
+}
+
+impl Default for KeyCost {
+    /// Two seconds, as QEMU.
+    fn default() -> Self {
+        Self::Milliseconds(2000)
+    }
+}
+
+/// What the encryption of a new image is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LuksOptions {
+    /// What opens the first key slot.
+    pub passphrase: Passphrase,
+    /// The cipher.
+    pub cipher: LuksCipher,
+    /// The hash.
+    pub hash: LuksHash,
+    /// The work for each try.
+    pub cost: KeyCost,
+}
+
+impl LuksOptions {
+    /// QEMU's defaults.
+    pub fn new(passphrase: Passphrase) -> Self {
+        Self {
+            passphrase,
+            cipher: LuksCipher::default(),
+            hash: LuksHash::default(),
+            cost: KeyCost::default(),
+        }
+    }
+}
+
+/// Where the encryption header of an image lies, and that it can be opened by this build.
+///
+/// `None` for an image that is not encrypted.
+///
+/// # Errors
+/// [`Feature::LegacyEncryption`], [`Feature::LuksLeftOut`], and [`Corruption`] for a header that is not where it says.
+pub(crate) fn area(header: &Header, file_bytes: u64) -> Result<Option<ByteRange>, Fault> {
+    match header.crypt_method {
+        0 => return Ok(None),
+        1 => return Err(Fault::Unsupported(Feature::LegacyEncryption)),
+        _ => {}
+    }
+    let corrupt = |what| Fault::Corrupt { at: HostOffset(32), what };
+    let Some((at, len)) = header.encryption_header else {
+        return Err(corrupt(Corruption::NoEncryptionHeader));
+    };
+    let misplaced = || corrupt(Corruption::EncryptionHeaderPlace { at, len });
+    let area = ByteRange::new(at, len).filter(|area| area.end() <= file_bytes);
+    let area = area.ok_or_else(misplaced)?;
+    if at == 0 || len == 0 || !header.geometry.is_aligned(at) {
+        return Err(misplaced());
+    }
+    if cfg!(not(feature = "luks")) {
+        return Err(Fault::Unsupported(Feature::LuksLeftOut));
+    }
+    Ok(Some(area))
+}
+
+/// Opens the encryption of an image with the first passphrase that fits. `None` for an image that is not encrypted.
+///
+/// # Errors
+/// As [`area`]; [`Error::Locked`] where no passphrase fits.
+pub(crate) async fn unlock(
+    file: &HostFile,
+    header: &Header,
+    passphrases: &[Passphrase],
+) -> Result<Option<Arc<dyn Cipher>>, Error> {
+    let area = area(header, file.len()).map_err(|fault| fault.of(file.path()))?;
+    let Some(area) = area else { return Ok(None) };
+    #[cfg(feature = "luks")]
+    {
+        crate::luks::unlock(file, area, passphrases).await.map(Some)
+    }
+    #[cfg(not(feature = "luks"))]
+    {
+        // `area` has refused already.
+        let _ = (area, passphrases);
+        Ok(None)
+    }
+}

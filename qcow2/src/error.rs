@@ -21,6 +21,10 @@ pub enum TableKind {
     RefcountTable,
     /// A block of refcounts.
     RefcountBlock,
+    /// The table of internal snapshots.
+    Snapshots,
+    /// The L1 table of an internal snapshot.
+    SnapshotL1,
 }
 
 impl fmt::Display for TableKind {
@@ -30,6 +34,8 @@ impl fmt::Display for TableKind {
             Self::L2 => "L2",
             Self::RefcountTable => "refcount",
             Self::RefcountBlock => "refcount block",
+            Self::Snapshots => "snapshot",
+            Self::SnapshotL1 => "snapshot's L1",
         })
     }
 }
@@ -118,6 +124,24 @@ pub enum Corruption {
         table: TableKind,
         /// What it points at.
         host: HostOffset,
+    },
+    /// A field of a snapshot holds a value that the format forbids.
+    #[error("snapshot {entry} (from 0): field {field} holds {value}, which the format forbids")]
+    SnapshotField {
+        /// The position in the snapshot table, from 0.
+        entry: u32,
+        /// The name of the field in the specification.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// A snapshot's id or name holds a NUL.
+    #[error("snapshot {entry} (from 0): the {what} holds a NUL")]
+    SnapshotText {
+        /// The position in the snapshot table, from 0.
+        entry: u32,
+        /// Which text.
+        what: &'static str,
     },
     /// The autoclear bit says that there are bitmaps, and the extension is not there.
     #[error("the bitmaps bit is set without a bitmaps extension")]
@@ -224,6 +248,18 @@ pub enum Feature {
     FileTooLarge {
         /// The size that it would have.
         bytes: u64,
+    },
+    /// More internal snapshots than QEMU opens.
+    #[error("more than {limit} internal snapshots")]
+    TooManySnapshots {
+        /// The limit.
+        limit: u32,
+    },
+    /// A snapshot's id or name that does not fit the table.
+    #[error("a snapshot id or name of more than {limit} bytes")]
+    SnapshotNameTooLong {
+        /// The limit in bytes.
+        limit: usize,
     },
     /// A table larger than its limit.
     #[error("a {table} table of {bytes} bytes (at most {limit})")]

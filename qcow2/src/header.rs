@@ -2,6 +2,7 @@
 //! out; unknown fields and extensions survive because changes patch the bytes that were read.
 
 use crate::error::{Corruption, Fault, Feature, TableKind};
+use crate::snapshot::MAX_SNAPSHOTS;
 use crate::units::{ClusterGeometry, HostOffset, MAX_CLUSTER_BITS, SECTOR_BYTES, index};
 
 /// The longest L1 table that QEMU opens, in bytes.
@@ -10,8 +11,6 @@ pub const MAX_L1_BYTES: u64 = 32 << 20;
 pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// The longest name of a backing file, in bytes.
 pub const MAX_BACKING_NAME_BYTES: usize = 1023;
-/// The most internal snapshots that QEMU opens.
-const MAX_SNAPSHOTS: u32 = 65536;
 
 /// `QFI\xfb`.
 const MAGIC: u32 = 0x5146_49fb;

@@ -43,6 +43,8 @@ mod open;
 mod plan;
 mod read;
 mod refcount;
+mod snapshot;
+mod snapshots;
 mod sync;
 mod units;
 mod write;
@@ -58,6 +60,10 @@ pub use image::Image;
 pub use info::{ImageInfo, RecordedBacking};
 pub use open::OpenOptions;
 pub use read::{LayerExtent, LayerState};
+pub use snapshot::{
+    MAX_SNAPSHOT_EXTRA_BYTES, MAX_SNAPSHOT_NAME_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
+    Snapshot,
+};
 pub use units::{
     ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
 };

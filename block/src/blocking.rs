@@ -49,6 +49,7 @@ struct Queue {
     state: Mutex<QueueState>,
     work: Condvar,
     max_threads: usize,
+    thread_name: &'static str,
 }
 
 #[derive(Default)]
@@ -61,7 +62,11 @@ struct QueueState {
 
 impl BlockingEngine {
     pub(crate) fn new(max_threads: usize) -> Arc<Self> {
-        let queue = Queue { max_threads: max_threads.max(1), ..Queue::default() };
+        Self::named(max_threads, "block-io")
+    }
+
+    pub(crate) fn named(max_threads: usize, thread_name: &'static str) -> Arc<Self> {
+        let queue = Queue { max_threads: max_threads.max(1), thread_name, ..Queue::default() };
         Arc::new(Self { queue: Arc::new(queue), slots: Arc::new(Semaphore::new(ENGINE_SLOTS)) })
     }
 
@@ -110,7 +115,7 @@ impl Queue {
         state.threads += 1;
         drop(state);
         let queue = Arc::clone(self);
-        let name = "block-io".to_owned();
+        let name = self.thread_name.to_owned();
         if let Err(error) = thread::Builder::new().name(name).spawn(move || queue.work()) {
             let mut state = self.state.lock();
             state.threads -= 1;

@@ -33,6 +33,7 @@
 
 mod blocking;
 mod buffer;
+mod cpu;
 mod descriptor;
 mod device;
 mod engine;
@@ -53,6 +54,7 @@ pub use blocking::{BLOCKING_THREADS, ENGINE_SLOTS};
 pub use buffer::{
     BUFFER_ALIGN_BYTES, Buffer, BufferPool, RETAINED_POOL_BYTES, SHARED_POOL_BYTES, is_zero,
 };
+pub use cpu::{CPU_JOBS_PER_THREAD, CpuError, cpu_threads, on_cpu};
 pub use device::{
     BlockDevice, Durability, Extent, Limits, MAX_EXTENTS, Segment, Segments, ZeroMode,
 };

@@ -5,8 +5,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use block::{DeviceError, ErrorKind, HostError};
+use block::{CpuError, DeviceError, ErrorKind, HostError};
 
+use crate::codec::Compression;
 use crate::units::HostOffset;
 
 /// Which table an entry stands in.
@@ -142,6 +143,22 @@ pub enum Corruption {
         entry: u32,
         /// Which text.
         what: &'static str,
+    },
+    /// A compressed cluster that its algorithm cannot make sense of.
+    #[error("the compressed cluster is no {compression} stream of one cluster")]
+    CompressedGarbage {
+        /// The algorithm that the header names.
+        compression: Compression,
+    },
+    /// A compressed cluster that ends before it is a cluster.
+    #[error("the compressed cluster ends after {bytes} of {cluster} bytes ({compression})")]
+    CompressedShort {
+        /// The algorithm that the header names.
+        compression: Compression,
+        /// The bytes that it holds.
+        bytes: u64,
+        /// The bytes of a cluster.
+        cluster: u64,
     },
     /// The autoclear bit says that there are bitmaps, and the extension is not there.
     #[error("the bitmaps bit is set without a bitmaps extension")]
@@ -418,6 +435,14 @@ pub enum Error {
     /// A request that leaves the disk, or a change to a read-only one.
     #[error(transparent)]
     Request(DeviceError),
+    /// Compressing or decompressing broke down, which is a defect of ours and not of the image.
+    #[error("{}: {source}", file.display())]
+    Cpu {
+        /// The image.
+        file: PathBuf,
+        /// What happened.
+        source: CpuError,
+    },
     /// Writing metadata failed earlier: what is on disk is consistent, what is in memory is not to be trusted.
     #[error("{} must be reopened, because writing its metadata failed: {first}", file.display())]
     Poisoned {
@@ -438,7 +463,9 @@ impl Error {
     /// The class of this error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Corrupt { .. } | Self::Path { .. } | Self::Poisoned { .. } => ErrorKind::Io,
+            Self::Corrupt { .. } | Self::Path { .. } | Self::Poisoned { .. } | Self::Cpu { .. } => {
+                ErrorKind::Io
+            }
             Self::Unsupported { .. } => ErrorKind::NotSupported,
             Self::Host(error) => error.kind(),
             Self::Reference { .. } | Self::Invalid { .. } | Self::Locked { .. } => {

@@ -27,6 +27,8 @@
 mod alloc;
 mod backing;
 mod cipher;
+#[allow(dead_code, reason = "the way of the data takes it up next")]
+mod codec;
 mod core;
 mod create;
 mod device;
@@ -50,6 +52,7 @@ mod units;
 mod write;
 
 pub use backing::{MAX_CHAIN_DEPTH, References};
+pub use codec::Compression;
 pub use create::{BackingFormat, BackingName, CreateOptions};
 pub use encryption::{KeyCost, LuksCipher, LuksHash, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase};
 pub use error::{

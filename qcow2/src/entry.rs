@@ -13,6 +13,17 @@ const ZERO: u64 = 1;
 /// Bits 9 to 55: a host offset.
 const HOST_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// What decides how the entries of an image are read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EntryFormat {
+    /// The cluster size, and whether L2 entries are extended.
+    pub geometry: ClusterGeometry,
+    /// The version of the format: 2 has no zero flag.
+    pub version: u32,
+    /// Guest data lies in a file of its own, whose clusters have no refcounts.
+    pub external_data: bool,
+}
+
 /// A place in the image file, and whether this entry is its only user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hosted {

@@ -1,6 +1,7 @@
 //! The header: the first cluster of an image with its fields, extensions and backing name. Bytes come in, bytes go
 //! out; unknown fields and extensions survive because changes patch the bytes that were read.
 
+use crate::entry::EntryFormat;
 use crate::error::{Corruption, Fault, Feature, TableKind};
 use crate::snapshot::MAX_SNAPSHOTS;
 use crate::units::{ClusterGeometry, HostOffset, MAX_CLUSTER_BITS, SECTOR_BYTES, index};
@@ -153,6 +154,15 @@ impl Header {
         };
         header.check(file_bytes, extensions.bitmaps)?;
         Ok(header)
+    }
+
+    /// How L1 and L2 entries are read and written.
+    pub(crate) fn entry_format(&self) -> EntryFormat {
+        EntryFormat {
+            geometry: self.geometry,
+            version: self.version,
+            external_data: self.incompatible & EXTERNAL_DATA != 0,
+        }
     }
 
     /// Whether refcounts may be wrong.

@@ -59,10 +59,12 @@ pub(crate) struct Inner {
 
 /// What an image stands on.
 pub(crate) struct Live {
+    /// The image file: all metadata, and guest data where there is no data file.
     pub(crate) file: HostFile,
+    /// The external data file, where guest data lives in one.
+    pub(crate) data: Option<HostFile>,
     pub(crate) backing: Option<Arc<dyn BlockDevice>>,
-    /// What guest data in `file` is encrypted with.
-    #[expect(dead_code, reason = "until reads and writes of guest data go through it")]
+    /// What encrypts guest data on the host.
     pub(crate) cipher: Option<Arc<dyn Cipher>>,
 }
 

@@ -31,6 +31,7 @@ mod cipher;
 mod codec;
 mod core;
 mod create;
+mod data;
 mod device;
 mod encryption;
 mod entry;

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use block::ByteRange;
 
-use crate::entry::{Hosted, L1Entry, L2Entry};
+use crate::entry::{EntryFormat, Hosted, L1Entry, L2Entry};
 use crate::error::{Corruption, Fault, Feature};
 use crate::refcount::{MetaWrite, big_endian, entry_writes, join, write_units};
 use crate::units::{ClusterGeometry, GuestOffset, HostOffset, index};
@@ -108,6 +108,7 @@ pub(crate) struct CapturedMapping {
 /// The L1 table and the L2 tables in memory.
 #[derive(Debug)]
 pub(crate) struct Mapping {
+    format: EntryFormat,
     geometry: ClusterGeometry,
     l1_at: HostOffset,
     l1: Vec<u64>,
@@ -117,8 +118,17 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
-    pub(crate) fn new(geometry: ClusterGeometry, l1_at: HostOffset, l1: Vec<u64>) -> Self {
-        Self { geometry, l1_at, l1, dirty_l1: BTreeSet::new(), tables: HashMap::new(), clock: 0 }
+    pub(crate) fn new(format: EntryFormat, l1_at: HostOffset, l1: Vec<u64>) -> Self {
+        let geometry = format.geometry;
+        Self {
+            format,
+            geometry,
+            l1_at,
+            l1,
+            dirty_l1: BTreeSet::new(),
+            tables: HashMap::new(),
+            clock: 0,
+        }
     }
 
     /// Finds where `range` lives in this file, or names the table that must be loaded first.
@@ -263,7 +273,7 @@ impl Mapping {
         bytes: &[u8],
     ) -> Result<(), Fault> {
         let entries: Vec<u64> = from_big_endian(bytes);
-        if entries.len() as u64 != self.geometry.l2_entries() {
+        if entries.len() as u64 != self.format.geometry.l2_entries() {
             return Err(Fault::Corrupt { at, what: Corruption::Truncated { what: "an L2 table" } });
         }
         let L1Entry::Table(hosted) = self.l1_entry(l1)? else { return Ok(()) };

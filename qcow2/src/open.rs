@@ -203,11 +203,12 @@ async fn open_with_header(
         fast_zeroes: !read_only,
     };
     let facts = Facts::new(file.path().to_owned(), &header, read_only);
-    let map = Mapping::new(geometry, header.l1_at, l1);
+    let map = Mapping::new(header.entry_format(), header.l1_at, l1);
     let refs = Refcounts::new(geometry, width, table, table_run);
     let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
     let core = Core::new(header, map, refs, backing_bytes, file.len());
-    let image = Image::assemble(Live { file, backing, cipher }, core, limits, facts);
+    let live = Live { file, data: None, backing, cipher };
+    let image = Image::assemble(live, core, limits, facts);
     if !read_only {
         let inner = &image.inner;
         let live = inner.live()?;

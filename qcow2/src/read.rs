@@ -4,6 +4,7 @@ use block::{
     BlockDevice, ByteRange, Extent as DeviceExtent, MAX_EXTENTS, Segment, Segments, try_join_all,
 };
 
+use crate::data::read_data;
 use crate::error::Error;
 use crate::image::{Inner, Live};
 use crate::mapping::{Extent, Place};
@@ -65,7 +66,7 @@ impl Inner {
         match (extent.place, &live.backing) {
             (Place::Data { host, .. }, _) => {
                 let at = ByteRange::between(host.0, host.0.saturating_add(range.len()));
-                let bytes = live.file.read(at).await?;
+                let bytes = read_data(live, at).await?;
                 Ok(Segments(vec![Segment::Data(bytes)]))
             }
             (Place::Unallocated, Some(backing)) => {

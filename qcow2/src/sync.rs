@@ -204,6 +204,9 @@ fn whole_blocks(range: ByteRange) -> ByteRange {
 async fn write_plan(live: &Live, plan: FlushPlan, hold: &Hold) -> Result<(), HostError> {
     write_all(live, plan.first, hold).await?;
     // Also what makes data durable: needed even where there is no metadata.
+    if let Some(data) = &live.data {
+        data.sync().await?;
+    }
     live.file.sync().await?;
     for stage in [plan.link, plan.last] {
         if !stage.is_empty() {

@@ -77,10 +77,15 @@ impl Run {
     }
 }
 
-/// The cluster size of an image and all that follows from it.
+/// The smallest cluster that 32 subclusters of at least 512 bytes fit in: 16 KiB.
+const MIN_EXTENDED_BITS: u32 = 14;
+
+/// The cluster size of an image, the width of its L2 entries, and all that follows from them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClusterGeometry {
     bits: u32,
+    /// L2 entries have 16 bytes and describe 32 subclusters each.
+    extended: bool,
 }
 
 impl ClusterGeometry {
@@ -89,7 +94,7 @@ impl ClusterGeometry {
         if bits < MIN_CLUSTER_BITS || bits > MAX_CLUSTER_BITS {
             return None;
         }
-        Some(Self { bits })
+        Some(Self { bits, extended: false })
     }
 
     /// The geometry for clusters of `bytes`, or `None` for a size that is no power of two or out of bounds.
@@ -98,6 +103,29 @@ impl ClusterGeometry {
             return None;
         }
         Self::new(bytes.trailing_zeros())
+    }
+
+    /// The same with extended L2 entries, or `None` for clusters below 16 KiB, which have no subclusters.
+    pub const fn extended(self) -> Option<Self> {
+        if self.bits < MIN_EXTENDED_BITS {
+            return None;
+        }
+        Some(Self { extended: true, ..self })
+    }
+
+    /// Whether L2 entries are extended.
+    pub const fn is_extended(self) -> bool {
+        self.extended
+    }
+
+    /// The subclusters of a cluster: 32 with extended L2 entries, otherwise the cluster itself.
+    pub const fn subclusters(self) -> u32 {
+        if self.extended { 32 } else { 1 }
+    }
+
+    /// The bytes of a subcluster: the unit in which extended L2 entries tell data from zeros and holes.
+    pub const fn subcluster_bytes(self) -> u64 {
+        if self.extended { self.bytes() >> 5 } else { self.bytes() }
     }
 
     /// The base-2 logarithm of the cluster size.
@@ -110,14 +138,28 @@ impl ClusterGeometry {
         1 << self.bits
     }
 
-    /// The entries of an L2 table, 8 bytes each.
+    /// The bytes of an L2 entry: 8, or 16 where it is extended.
+    pub const fn l2_entry_bytes(self) -> u64 {
+        1 << self.entry_bits()
+    }
+
+    const fn entry_bits(self) -> u32 {
+        if self.extended { 4 } else { 3 }
+    }
+
+    /// The base-2 logarithm of [`ClusterGeometry::l2_coverage`].
+    const fn coverage_bits(self) -> u32 {
+        2 * self.bits - self.entry_bits()
+    }
+
+    /// The entries of an L2 table.
     pub const fn l2_entries(self) -> u64 {
-        1 << (self.bits - 3)
+        1 << (self.bits - self.entry_bits())
     }
 
     /// The bytes of the virtual disk that one L2 table maps.
     pub const fn l2_coverage(self) -> u64 {
-        1 << (2 * self.bits - 3)
+        1 << self.coverage_bits()
     }
 
     /// The entries that an L1 table needs for a disk of `size` bytes.
@@ -127,7 +169,7 @@ impl ClusterGeometry {
 
     /// The L1 entry that maps `at`.
     pub const fn l1_index(self, at: GuestOffset) -> u64 {
-        at.0 >> (2 * self.bits - 3)
+        at.0 >> self.coverage_bits()
     }
 
     /// The entry in its L2 table that maps `at`.
@@ -137,7 +179,7 @@ impl ClusterGeometry {
 
     /// The guest bytes that entry `l2` of L2 table `l1` maps, without regard to the size of the disk.
     pub const fn guest_range(self, l1: u64, l2: u64) -> ByteRange {
-        let start = (l1 << (2 * self.bits - 3)) + (l2 << self.bits);
+        let start = (l1 << self.coverage_bits()) + (l2 << self.bits);
         ByteRange::between(start, start.saturating_add(self.bytes()))
     }
 
@@ -192,6 +234,16 @@ mod tests {
         assert_eq!(geometry.l1_index(GuestOffset((512 << 20) + 65536)), 1);
         assert_eq!(geometry.l2_index(GuestOffset((512 << 20) + 65536)), 1);
         assert_eq!(geometry.guest_range(1, 1).start(), (512 << 20) + 65536);
+    }
+
+    #[test]
+    fn extended_entries_halve_what_a_table_maps() {
+        let geometry = ClusterGeometry::of_bytes(65536).unwrap().extended().unwrap();
+        assert_eq!((geometry.l2_entries(), geometry.l2_entry_bytes()), (4096, 16));
+        assert_eq!(geometry.l2_coverage(), 256 << 20);
+        assert_eq!((geometry.subclusters(), geometry.subcluster_bytes()), (32, 2048));
+        assert_eq!(geometry.guest_range(1, 1).start(), (256 << 20) + 65536);
+        assert!(ClusterGeometry::of_bytes(8192).unwrap().extended().is_none());
     }
 
     #[test]

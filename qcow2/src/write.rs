@@ -8,6 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::core::Core;
+use crate::data::{needs_whole_sectors, read_data, write_data};
 use crate::error::Error;
 use crate::image::{Inner, Live};
 use crate::plan::{Clear, Fill, Move, Reservation, slice_of};
@@ -86,7 +87,14 @@ impl Inner {
         if !self.core.lock().is_in_place(range) {
             return Ok(false);
         }
-        let guard = self.guests.lock_shared(self.widen(range)).await;
+        let live = self.live()?;
+        let wide = self.widen(range);
+        let guard = if needs_whole_sectors(&live, range) {
+            // Read, changed and written: nobody else may do so at the same time.
+            self.guests.lock_exclusive(wide).await
+        } else {
+            self.guests.lock_shared(wide).await
+        };
         let live = self.live()?;
         // Another request may have changed the mapping before the lock was ours.
         let plan = self.step(&live, |core| core.plan_in_place(range)).await?;
@@ -130,7 +138,7 @@ impl Inner {
                 (host, self.patched(live, payload, &payload_bytes, cluster, fill).await?)
             }
         };
-        Ok(live.file.write(host.0, bytes, hold.clone()).await?)
+        Ok(write_data(live, host, bytes, hold).await?)
     }
 
     /// A whole cluster: `data` at its place, and around it what `fill` says.
@@ -154,7 +162,7 @@ impl Inner {
                 Fill::Backing => self.read_backing(live, part, room).await?,
                 Fill::Copy(host) => {
                     let at = host.0 + (part.start() - cluster.start());
-                    let bytes = live.file.read(ByteRange::between(at, at + part.len())).await?;
+                    let bytes = read_data(live, ByteRange::between(at, at + part.len())).await?;
                     room.copy_from_slice(&bytes);
                 }
             }

@@ -22,6 +22,8 @@ pub enum TableKind {
     RefcountTable,
     /// A block of refcounts.
     RefcountBlock,
+    /// The table of a bitmap.
+    Bitmap,
     /// The table of internal snapshots.
     Snapshots,
     /// The L1 table of an internal snapshot.
@@ -35,6 +37,7 @@ impl fmt::Display for TableKind {
             Self::L2 => "L2",
             Self::RefcountTable => "refcount",
             Self::RefcountBlock => "refcount block",
+            Self::Bitmap => "bitmap",
             Self::Snapshots => "snapshot",
             Self::SnapshotL1 => "snapshot's L1",
         })
@@ -163,6 +166,20 @@ pub enum Corruption {
     /// The autoclear bit says that there are bitmaps, and the extension is not there.
     #[error("the bitmaps bit is set without a bitmaps extension")]
     BitmapsWithoutExtension,
+    /// A field of the bitmaps extension or of the bitmap directory holds what the format forbids.
+    #[error("{field} of the bitmaps holds {value:#x}, which the format forbids")]
+    BitmapField {
+        /// The name of the field in the specification.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// Two bitmaps have one name.
+    #[error("there are two bitmaps named {name:?}")]
+    BitmapName {
+        /// The name.
+        name: String,
+    },
     /// The image says that it is encrypted by LUKS, and not where its LUKS header is.
     #[error("the image is encrypted by LUKS without an encryption header")]
     NoEncryptionHeader,

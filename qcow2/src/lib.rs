@@ -26,6 +26,8 @@
 
 mod alloc;
 mod backing;
+#[allow(dead_code, reason = "keeping bitmaps takes it up next")]
+mod bitmap;
 mod cipher;
 #[allow(dead_code, reason = "the way of the data takes it up next")]
 mod codec;
@@ -53,6 +55,10 @@ mod units;
 mod write;
 
 pub use backing::{MAX_CHAIN_DEPTH, References};
+pub use bitmap::{
+    MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_GRANULARITY_BITS,
+    MAX_BITMAP_NAME_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS, MIN_BITMAP_GRANULARITY_BITS,
+};
 pub use codec::Compression;
 pub use create::{BackingFormat, BackingName, CreateOptions};
 pub use encryption::{KeyCost, LuksCipher, LuksHash, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase};

@@ -28,6 +28,14 @@ pub enum TableKind {
     Snapshots,
     /// The L1 table of an internal snapshot.
     SnapshotL1,
+    /// The header with all that lies in its cluster.
+    Header,
+    /// The header of LUKS with its key material.
+    Encryption,
+    /// The list of bitmaps.
+    BitmapDirectory,
+    /// The bits of a bitmap.
+    BitmapData,
 }
 
 impl fmt::Display for TableKind {
@@ -40,6 +48,10 @@ impl fmt::Display for TableKind {
             Self::Bitmap => "bitmap",
             Self::Snapshots => "snapshot",
             Self::SnapshotL1 => "snapshot's L1",
+            Self::Header => "header",
+            Self::Encryption => "encryption header",
+            Self::BitmapDirectory => "bitmap directory",
+            Self::BitmapData => "bitmap data",
         })
     }
 }
@@ -294,6 +306,12 @@ pub enum Feature {
     SnapshotNameTooLong {
         /// The limit in bytes.
         limit: usize,
+    },
+    /// References so scattered that counting them takes more memory than a check may.
+    #[error("counting references that are scattered too widely for {limit} bytes of memory")]
+    ScatteredReferences {
+        /// The limit in bytes.
+        limit: u64,
     },
     /// A table larger than its limit.
     #[error("a {table} table of {bytes} bytes (at most {limit})")]

@@ -38,6 +38,7 @@ mod device;
 mod encryption;
 mod entry;
 mod error;
+mod fields;
 mod flush;
 mod free;
 mod header;
@@ -51,6 +52,11 @@ mod refcount;
 mod snapshot;
 mod snapshots;
 mod sync;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, unused_imports, reason = "the check that stands on it follows")
+)]
+mod tally;
 mod units;
 mod write;
 
@@ -74,6 +80,7 @@ pub use snapshot::{
     MAX_SNAPSHOT_EXTRA_BYTES, MAX_SNAPSHOT_NAME_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
     Snapshot,
 };
+pub use tally::{EntryPlace, Finding};
 pub use units::{
     ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
 };

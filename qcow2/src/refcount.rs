@@ -18,6 +18,9 @@ impl RefcountWidth {
     /// 16 bits: what new images have.
     pub(crate) const DEFAULT: Self = Self { order: 4 };
 
+    /// One bit.
+    pub(crate) const SMALLEST: Self = Self { order: 0 };
+
     /// The width of `1 << order` bits, or `None` above 64.
     pub(crate) const fn new(order: u32) -> Option<Self> {
         if order > 6 { None } else { Some(Self { order }) }

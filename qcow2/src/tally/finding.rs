@@ -1,0 +1,203 @@
+//! What can be wrong in an image: one variant a rule, with the entry and the offsets in it. Who finds it and what is
+//! done about it stands elsewhere.
+
+use std::fmt;
+
+use crate::error::TableKind;
+use crate::units::HostOffset;
+
+/// An entry of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryPlace {
+    /// The table.
+    pub table: TableKind,
+    /// Where the entry lies in the image file.
+    pub at: HostOffset,
+    /// The position of the entry in its table, from 0.
+    pub index: u64,
+}
+
+impl fmt::Display for EntryPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} table entry {} at {}", self.table, self.index, self.at)
+    }
+}
+
+/// Something that is wrong in an image.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Finding {
+    /// A cluster is counted more often than it is used.
+    #[error("cluster at {at} is leaked: refcount {refcount}, references {references}")]
+    Leaked {
+        /// The cluster.
+        at: HostOffset,
+        /// What the image counts.
+        refcount: u64,
+        /// How often it is used.
+        references: u64,
+    },
+    /// A cluster is used more often than it is counted: it would be taken for something else while it is in use.
+    #[error("cluster at {at} is in use: refcount {refcount}, references {references}")]
+    CountTooLow {
+        /// The cluster.
+        at: HostOffset,
+        /// What the image counts.
+        refcount: u64,
+        /// How often it is used.
+        references: u64,
+    },
+    /// A cluster is used more often than a refcount of this image can say.
+    #[error("cluster at {at} has {references} references, and refcounts end at {limit}")]
+    CountOverflow {
+        /// The cluster.
+        at: HostOffset,
+        /// How often it is used.
+        references: u64,
+        /// The largest refcount.
+        limit: u64,
+    },
+    /// The COPIED flag of an active entry does not say whether the refcount is one.
+    #[error("{entry}: {raw:#018x} has the wrong COPIED flag, the refcount is {refcount}")]
+    CopiedFlag {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+        /// The refcount of what it points at.
+        refcount: u64,
+    },
+    /// A cluster of metadata is used for something else, too.
+    #[error("cluster at {at} holds a part of a {table} table and is used for something else, too")]
+    Overlap {
+        /// The cluster.
+        at: HostOffset,
+        /// The metadata in it.
+        table: TableKind,
+    },
+    /// An entry sets bits that must be zero.
+    #[error("{entry}: {raw:#018x} sets reserved bits")]
+    ReservedBits {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+    },
+    /// An entry points into the middle of a cluster.
+    #[error("{entry}: {raw:#018x} is not aligned to a cluster")]
+    Unaligned {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+    },
+    /// An entry that reads as zeros reserves the middle of a cluster.
+    #[error("{entry}: {raw:#018x} reserves space that is not aligned to a cluster")]
+    UnalignedReserve {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+    },
+    /// An entry points at something that lies behind the end of the file by a cluster or more.
+    #[error("{entry} points at {len} bytes at {at}, behind the end of the file")]
+    BehindFile {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it points at.
+        at: HostOffset,
+        /// The length of that in bytes.
+        len: u64,
+    },
+    /// An entry of a compressed cluster has the COPIED flag.
+    #[error("{entry}: {raw:#018x} is compressed and has the COPIED flag")]
+    CompressedCopied {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+    },
+    /// A compressed cluster in an image with an external data file.
+    #[error("{entry}: {raw:#018x} is compressed in an image with an external data file")]
+    CompressedExternal {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+    },
+    /// A compressed cluster with subclusters.
+    #[error("{entry}: {raw:#018x} is compressed and has subclusters {bitmap:#018x}")]
+    CompressedSubclusters {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+        /// Its subclusters.
+        bitmap: u64,
+    },
+    /// A subcluster that is allocated and zero at once.
+    #[error("{entry}: {raw:#018x} has subclusters that are allocated and zero: {bitmap:#018x}")]
+    SubclustersContradict {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+        /// Its subclusters.
+        bitmap: u64,
+    },
+    /// Allocated subclusters of no cluster.
+    #[error("{entry}: {raw:#018x} has allocated subclusters and no cluster: {bitmap:#018x}")]
+    SubclustersWithoutCluster {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds.
+        raw: u64,
+        /// Its subclusters.
+        bitmap: u64,
+    },
+    /// Internal snapshots in an image with an external data file.
+    #[error(
+        "the image has an external data file and {snapshots} snapshots, which exclude each other"
+    )]
+    SnapshotsWithExternalData {
+        /// How many.
+        snapshots: u64,
+    },
+    /// The L1 table of a snapshot is too long, or does not start on a cluster.
+    #[error("snapshot {snapshot} (from 0) has no valid L1 table: {entries} entries at {at}")]
+    SnapshotTable {
+        /// The position in the snapshot table, from 0.
+        snapshot: u64,
+        /// Where its L1 table should start.
+        at: HostOffset,
+        /// The entries of its L1 table.
+        entries: u64,
+    },
+    /// A structure that leads to others cannot be read: what it refers to is not known.
+    #[error("the {what} at {at} cannot be read: {reason}")]
+    Unreadable {
+        /// The structure.
+        what: &'static str,
+        /// Where it lies.
+        at: HostOffset,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A refcount block that is used for something else, too.
+    #[error("{entry}: the refcount block at {at} has {references} references")]
+    SharedRefcountBlock {
+        /// The entry of the refcount table.
+        entry: EntryPlace,
+        /// The block.
+        at: HostOffset,
+        /// How often its cluster is used so far.
+        references: u64,
+    },
+}
+
+impl Finding {
+    /// Whether nothing but space is lost by it.
+    pub fn is_leak(&self) -> bool {
+        matches!(self, Self::Leaked { .. })
+    }
+}

@@ -61,10 +61,7 @@ impl Core {
             start: geometry.host_cluster(header.l1_at),
             count: geometry.clusters(header.l1_entries * 8),
         };
-        let mut fixed = vec![Run::one(HostCluster(0)), l1];
-        if header.snapshots > 0 {
-            fixed.push(Run::one(geometry.host_cluster(header.snapshots_at)));
-        }
+        let fixed = vec![Run::one(HostCluster(0)), l1];
         let clusters = geometry.clusters(file_bytes);
         let tables = if refs.table_entries() == 0 {
             HashSet::new()

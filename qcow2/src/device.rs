@@ -11,11 +11,11 @@ use crate::read::LayerExtent;
 #[async_trait]
 impl BlockDevice for Image {
     fn limits(&self) -> Limits {
-        self.inner.limits
+        self.inner.limits()
     }
 
     async fn read(&self, range: ByteRange) -> Result<Segments, DeviceError> {
-        self.inner.limits.check_read(range)?;
+        self.inner.limits().check_read(range)?;
         if range.is_empty() {
             return Ok(Segments::default());
         }
@@ -28,7 +28,7 @@ impl BlockDevice for Image {
         data: Bytes,
         durability: Durability,
     ) -> Result<(), DeviceError> {
-        let limits = self.inner.limits;
+        let limits = self.inner.limits();
         let range = ByteRange::new(offset, data.len() as u64).ok_or_else(|| {
             let range = ByteRange::between(offset, u64::MAX);
             DeviceError::WritePastEnd { range, size_bytes: limits.size_bytes }
@@ -46,7 +46,7 @@ impl BlockDevice for Image {
         mode: ZeroMode,
         durability: Durability,
     ) -> Result<(), DeviceError> {
-        self.inner.limits.check_write(range)?;
+        self.inner.limits().check_write(range)?;
         if !range.is_empty() {
             self.inner.write_zeroes(range, mode).await?;
         }
@@ -54,7 +54,7 @@ impl BlockDevice for Image {
     }
 
     async fn discard(&self, range: ByteRange, durability: Durability) -> Result<(), DeviceError> {
-        let limits = self.inner.limits;
+        let limits = self.inner.limits();
         if limits.read_only {
             return Err(DeviceError::ReadOnly);
         }
@@ -67,14 +67,14 @@ impl BlockDevice for Image {
 
     async fn flush(&self) -> Result<(), DeviceError> {
         let live = self.inner.live()?;
-        if self.inner.limits.read_only {
+        if self.inner.limits().read_only {
             return Ok(());
         }
         Ok(self.inner.flush(&live).await?)
     }
 
     async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
-        self.inner.limits.check_read(range)?;
+        self.inner.limits().check_read(range)?;
         Ok(self.inner.extents(range).await?)
     }
 
@@ -90,7 +90,7 @@ impl Image {
     /// # Errors
     /// As [`BlockDevice::extents`].
     pub async fn map(&self, range: ByteRange) -> Result<Vec<LayerExtent>, Error> {
-        self.inner.limits.check_read(range)?;
+        self.inner.limits().check_read(range)?;
         self.inner.map(range).await
     }
 

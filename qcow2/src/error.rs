@@ -151,6 +151,14 @@ pub enum Corruption {
         /// What it holds.
         value: u64,
     },
+    /// A snapshot's disk has a size that no disk can have.
+    #[error("a snapshot's disk of {bytes} bytes (with this cluster size at most {limit_bytes})")]
+    SnapshotDisk {
+        /// The size of the disk in bytes.
+        bytes: u64,
+        /// The largest size for the cluster size.
+        limit_bytes: u64,
+    },
     /// A snapshot's id or name holds a NUL.
     #[error("snapshot {entry} (from 0): the {what} holds a NUL")]
     SnapshotText {
@@ -400,6 +408,40 @@ pub enum InvalidOption {
     },
 }
 
+/// What cannot be done with an internal snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// No snapshot has this id or name.
+    #[error("there is no snapshot with the id or name {0:?}")]
+    NotFound(String),
+    /// A snapshot was to be opened for writing.
+    #[error("a snapshot can be opened for reading only")]
+    ReadOnly,
+    /// A name that is too long, or holds a NUL.
+    #[error("a snapshot name of {len} bytes (at most {limit}, without NUL)")]
+    Name {
+        /// Its length in bytes.
+        len: usize,
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// Guest data lies in another file, where nothing counts references.
+    #[error("an image with an external data file has no internal snapshots")]
+    ExternalDataFile,
+    /// A refcount would not fit.
+    #[error("refcounts of {bits} bits cannot count the references that this takes ({needed})")]
+    RefcountTooNarrow {
+        /// The width of a refcount in bits.
+        bits: u32,
+        /// The refcount that would be needed.
+        needed: u64,
+    },
+    /// The disk would change under bitmaps that are to be kept up to date.
+    #[error("the image has dirty bitmaps, which would not tell of the change: remove them first")]
+    Bitmaps,
+}
+
 /// Why an image could not be created, opened, read or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -467,6 +509,14 @@ pub enum Error {
         /// What is wrong.
         what: InvalidOption,
     },
+    /// Something cannot be done with an internal snapshot.
+    #[error("{}: {what}", file.display())]
+    Snapshot {
+        /// The image.
+        file: PathBuf,
+        /// What, and why not.
+        what: SnapshotError,
+    },
     /// A request that leaves the disk, or a change to a read-only one.
     #[error(transparent)]
     Request(DeviceError),
@@ -503,9 +553,10 @@ impl Error {
             }
             Self::Unsupported { .. } => ErrorKind::NotSupported,
             Self::Host(error) => error.kind(),
-            Self::Reference { .. } | Self::Invalid { .. } | Self::Locked { .. } => {
-                ErrorKind::Invalid
-            }
+            Self::Reference { .. }
+            | Self::Invalid { .. }
+            | Self::Locked { .. }
+            | Self::Snapshot { .. } => ErrorKind::Invalid,
             Self::Backing { source, .. } | Self::Request(source) => source.kind(),
             Self::Closed { .. } => ErrorKind::ShuttingDown,
         }

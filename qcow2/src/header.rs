@@ -47,6 +47,12 @@ const FEATURE_NAMES: [(u8, u8, &str); 7] = [
 ];
 const FEATURE_NAME_BYTES: usize = 48;
 
+/// The largest disk that an image with these clusters can have, in bytes: its L1 table has a limit, and files and
+/// devices end at 2^63 - 1.
+pub(crate) fn largest_disk_bytes(geometry: ClusterGeometry) -> u64 {
+    (MAX_L1_BYTES / 8).saturating_mul(geometry.l2_coverage()).min(i64::MAX.unsigned_abs())
+}
+
 /// The header of an image, as read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Header {

@@ -38,7 +38,8 @@ pub struct Image {
 
 pub(crate) struct Inner {
     pub(crate) path: PathBuf,
-    pub(crate) limits: Limits,
+    /// The size of the disk in it may change.
+    limits: RwLock<Limits>,
     pub(crate) info: crate::info::Facts,
     pub(crate) core: Arc<Mutex<Core>>,
     /// Guest ranges, widened to clusters.
@@ -78,7 +79,7 @@ impl Image {
         Self {
             inner: Arc::new(Inner {
                 path: live.file.path().to_owned(),
-                limits,
+                limits: RwLock::new(limits),
                 info,
                 core: Arc::new(Mutex::new(core)),
                 guests: RangeLock::new(),
@@ -141,6 +142,16 @@ impl Inner {
     /// Whether the file has been let go.
     pub(crate) fn is_gone(&self) -> bool {
         self.live.read().is_none()
+    }
+
+    /// What requests have to keep to. The size may have changed by the time that a request gets its lock.
+    pub(crate) fn limits(&self) -> Limits {
+        *self.limits.read()
+    }
+
+    /// The disk has another size from now on.
+    pub(crate) fn set_size(&self, size_bytes: u64) {
+        self.limits.write().size_bytes = size_bytes;
     }
 
     /// The error of an answer of the core.

@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use crate::header::Header;
 use crate::image::Image;
 
-/// The parts of [`ImageInfo`] that never change, and two sizes that the driver needs at every turn.
-#[derive(Clone, Debug)]
+/// What never changes while an image is open, and the driver needs at every turn.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {
     pub cluster_bytes: u64,
     pub l2_coverage: u64,
-    info: ImageInfo,
 }
 
 /// The backing file that an image records.
@@ -50,37 +49,33 @@ pub struct ImageInfo {
 }
 
 impl Facts {
-    pub(crate) fn new(path: PathBuf, header: &Header, read_only: bool) -> Self {
-        let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
-        Self {
-            cluster_bytes: header.geometry.bytes(),
-            l2_coverage: header.geometry.l2_coverage(),
-            info: ImageInfo {
-                path,
-                version: header.version,
-                size_bytes: header.size_bytes,
-                cluster_bytes: header.geometry.bytes(),
-                refcount_bits: 1 << header.refcount_order,
-                backing: header.backing_name.as_ref().map(|name| RecordedBacking {
-                    name: text(name),
-                    format: header.backing_format.as_ref().map(text),
-                }),
-                snapshots: header.snapshots,
-                is_dirty: header.is_dirty(),
-                is_corrupt: header.is_corrupt(),
-                read_only,
-                file_bytes: 0,
-            },
-        }
+    pub(crate) fn new(header: &Header) -> Self {
+        Self { cluster_bytes: header.geometry.bytes(), l2_coverage: header.geometry.l2_coverage() }
     }
 }
 
 impl Image {
     /// What the image says of itself.
     pub fn info(&self) -> ImageInfo {
+        let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
         let core = self.inner.core.lock();
+        let header = &core.header;
         let used = core.end * core.geometry.bytes();
-        let file_bytes = if used == 0 { core.capacity_bytes } else { used };
-        ImageInfo { file_bytes, ..self.inner.info.info.clone() }
+        ImageInfo {
+            path: self.inner.path.clone(),
+            version: header.version,
+            size_bytes: header.size_bytes,
+            cluster_bytes: header.geometry.bytes(),
+            refcount_bits: 1 << header.refcount_order,
+            backing: header.backing_name.as_ref().map(|name| RecordedBacking {
+                name: text(name),
+                format: header.backing_format.as_ref().map(text),
+            }),
+            snapshots: header.snapshots,
+            is_dirty: header.is_dirty(),
+            is_corrupt: header.is_corrupt(),
+            read_only: self.inner.limits().read_only,
+            file_bytes: if used == 0 { core.capacity_bytes } else { used },
+        }
     }
 }

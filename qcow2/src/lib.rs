@@ -69,7 +69,8 @@ pub use codec::Compression;
 pub use create::{BackingFormat, BackingName, CreateOptions};
 pub use encryption::{KeyCost, LuksCipher, LuksHash, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase};
 pub use error::{
-    Corruption, Error, Feature, InvalidOption, ReferenceError, TableKind, UnlockError,
+    Corruption, Error, Feature, InvalidOption, ReferenceError, SnapshotError, TableKind,
+    UnlockError,
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;

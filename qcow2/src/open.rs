@@ -11,12 +11,14 @@ use crate::backing::{References, Trail};
 use crate::core::Core;
 use crate::create::BackingFormat;
 use crate::encryption::{self, Passphrase};
-use crate::error::{Error, Fault, Feature, ReferenceError};
+use crate::error::{Error, Fault, Feature, ReferenceError, SnapshotError};
 use crate::header::Header;
 use crate::image::{Image, Live};
 use crate::info::Facts;
 use crate::mapping::{Mapping, from_big_endian};
 use crate::refcount::{RefcountWidth, Refcounts};
+use crate::snapshot;
+use crate::snapshots::{SnapshotTable, read_snapshots};
 use crate::units::{HostOffset, Run, SECTOR_BYTES, index};
 
 /// How to open an image.
@@ -32,6 +34,9 @@ pub struct OpenOptions {
     pub direct: bool,
     /// What may open encrypted images, this one and those below it: each image takes the first that fits.
     pub passphrases: Vec<Passphrase>,
+    /// Show the disk as this internal snapshot of the image has it: an id, or else a name. Only for reading; images
+    /// below it are shown as they are now.
+    pub snapshot: Option<String>,
 }
 
 impl OpenOptions {
@@ -43,6 +48,7 @@ impl OpenOptions {
             lock: true,
             direct: true,
             passphrases: Vec::new(),
+            snapshot: None,
         }
     }
 
@@ -62,6 +68,12 @@ impl OpenOptions {
     pub fn passphrase(mut self, passphrase: Passphrase) -> Self {
         self.passphrases.push(passphrase);
         self
+    }
+
+    /// The same, showing an internal snapshot, by its id or else its name.
+    #[must_use]
+    pub fn snapshot(self, id_or_name: impl Into<String>) -> Self {
+        Self { snapshot: Some(id_or_name.into()), ..self }
     }
 
     fn host(&self) -> block::OpenOptions {
@@ -137,7 +149,7 @@ fn open_chain(path: PathBuf, options: OpenOptions, trail: Trail) -> Opening {
             None => None,
             Some(name) => {
                 let found = trail.resolve(&path, name, header.backing_format.as_deref())?;
-                let below = OpenOptions { read_only: true, ..options.clone() };
+                let below = OpenOptions { read_only: true, snapshot: None, ..options.clone() };
                 Some(match found.format {
                     BackingFormat::Qcow2 => Arc::new(open_chain(found.path, below, trail).await?),
                     BackingFormat::Raw => open_raw(&found.path, &below, &trail).await?,
@@ -158,7 +170,7 @@ async fn open_raw(
     Ok(RawDevice::new(file))
 }
 
-async fn read_header(file: &HostFile) -> Result<Header, Error> {
+pub(crate) async fn read_header(file: &HostFile) -> Result<Header, Error> {
     let fault = |fault: Fault| fault.of(file.path());
     let len = file.len();
     let start = file.read(ByteRange::between(0, SECTOR_BYTES.min(len))).await?;
@@ -183,18 +195,11 @@ async fn open_with_header(
     if !read_only && header.is_dirty() {
         return Err(fault(Fault::Unsupported(Feature::WritingDirty)));
     }
-    let l1 = read_table(&file, header.l1_at, header.l1_entries).await?;
-    let table_run = Run {
-        start: geometry.host_cluster(header.refcount_table_at),
-        count: header.refcount_table_clusters,
+    let header = match &options.snapshot {
+        None => header,
+        Some(_) if !read_only => return Err(snapshot_error(&file, SnapshotError::ReadOnly)),
+        Some(wanted) => view_of(&file, header, wanted).await?,
     };
-    let table = if read_only {
-        Vec::new()
-    } else {
-        let entries = header.refcount_table_clusters * geometry.bytes() / 8;
-        read_table(&file, header.refcount_table_at, entries).await?
-    };
-    let width = RefcountWidth::new(header.refcount_order).unwrap_or(RefcountWidth::DEFAULT);
     let limits = Limits {
         size_bytes: header.size_bytes,
         read_only,
@@ -202,11 +207,9 @@ async fn open_with_header(
         can_discard: !read_only,
         fast_zeroes: !read_only,
     };
-    let facts = Facts::new(file.path().to_owned(), &header, read_only);
-    let map = Mapping::new(header.entry_format(), header.l1_at, l1);
-    let refs = Refcounts::new(geometry, width, table, table_run);
+    let facts = Facts::new(&header);
     let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
-    let core = Core::new(header, map, refs, backing_bytes, file.len());
+    let core = load_core(&file, header, backing_bytes, !read_only).await?;
     let live = Live { file, data: None, backing, cipher };
     let image = Image::assemble(live, core, limits, facts);
     if !read_only {
@@ -215,6 +218,56 @@ async fn open_with_header(
         inner.step_in_flush(&live, Core::find_end).await?;
     }
     Ok(image)
+}
+
+/// The header as it would be if a snapshot were the active disk.
+async fn view_of(file: &HostFile, header: Header, wanted: &str) -> Result<Header, Error> {
+    let table = read_snapshots(file, &header).await?;
+    let entry = snapshot::find(&table.entries, wanted)
+        .and_then(|at| table.entries.into_iter().nth(at))
+        .ok_or_else(|| snapshot_error(file, SnapshotError::NotFound(wanted.to_owned())))?;
+    entry.check(header.geometry, file.len()).map_err(|fault| fault.of(file.path()))?;
+    let mut view = header;
+    view.size_bytes = entry.disk_bytes.unwrap_or(view.size_bytes);
+    view.l1_at = entry.l1_at;
+    view.l1_entries = u64::from(entry.l1_entries);
+    Ok(view)
+}
+
+fn snapshot_error(file: &HostFile, what: SnapshotError) -> Error {
+    Error::Snapshot { file: file.path().to_owned(), what }
+}
+
+/// Reads what a core begins with: the L1 table and, for writing, the refcount table and the snapshot table.
+/// [`Core::find_end`] is still to be done.
+pub(crate) async fn load_core(
+    file: &HostFile,
+    header: Header,
+    backing_bytes: Option<u64>,
+    writing: bool,
+) -> Result<Core, Error> {
+    let geometry = header.geometry;
+    let l1 = read_table(file, header.l1_at, header.l1_entries).await?;
+    let table_run = Run {
+        start: geometry.host_cluster(header.refcount_table_at),
+        count: header.refcount_table_clusters,
+    };
+    let mut table = Vec::new();
+    let mut snapshots = SnapshotTable::default();
+    if writing {
+        let entries = header.refcount_table_clusters * geometry.bytes() / 8;
+        table = read_table(file, header.refcount_table_at, entries).await?;
+        snapshots = read_snapshots(file, &header).await?;
+    }
+    let width = RefcountWidth::new(header.refcount_order).unwrap_or(RefcountWidth::DEFAULT);
+    let map = Mapping::new(header.entry_format(), header.l1_at, l1);
+    let refs = Refcounts::new(geometry, width, table, table_run);
+    let snapshots_at = geometry.host_cluster(header.snapshots_at);
+    let mut core = Core::new(header, map, refs, backing_bytes, file.len());
+    if snapshots.len > 0 {
+        core.fixed.push(Run { start: snapshots_at, count: geometry.clusters(snapshots.len) });
+    }
+    Ok(core)
 }
 
 async fn read_table(file: &HostFile, at: HostOffset, entries: u64) -> Result<Vec<u64>, Error> {

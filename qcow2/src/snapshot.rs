@@ -4,7 +4,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::error::{Corruption, Fault, Feature, TableKind};
-use crate::header::MAX_L1_BYTES;
+use crate::header::{MAX_L1_BYTES, largest_disk_bytes};
 use crate::units::{ClusterGeometry, HostOffset, index};
 
 /// The most internal snapshots of an image: QEMU's limit.
@@ -225,12 +225,19 @@ impl SnapshotEntry {
         version >= 3 && self.disk_bytes.is_none()
     }
 
-    /// Checks that its L1 table has a size and a place that a table can have in a file of `file_bytes` bytes.
+    /// Checks that its disk has a possible size, and its L1 table a size and a place that a table can have in a file of
+    /// `file_bytes` bytes.
     ///
     /// # Errors
-    /// [`Corruption::TablePlace`] at the L1 table's place, [`Feature::TableTooLarge`].
-    pub(crate) fn check_l1(&self, geometry: ClusterGeometry, file_bytes: u64) -> Result<(), Fault> {
+    /// [`Corruption::TablePlace`] and [`Corruption::SnapshotDisk`] at the L1 table's place,
+    /// [`Feature::TableTooLarge`].
+    pub(crate) fn check(&self, geometry: ClusterGeometry, file_bytes: u64) -> Result<(), Fault> {
         let table = TableKind::SnapshotL1;
+        let limit_bytes = largest_disk_bytes(geometry);
+        if let Some(bytes) = self.disk_bytes.filter(|bytes| *bytes > limit_bytes) {
+            let what = Corruption::SnapshotDisk { bytes, limit_bytes };
+            return Err(Fault::Corrupt { at: self.l1_at, what });
+        }
         let bytes = u64::from(self.l1_entries) * 8;
         if bytes > MAX_L1_BYTES {
             let limit = MAX_L1_BYTES;
@@ -386,7 +393,7 @@ mod tests {
         let check = |at, entries| {
             let entry =
                 SnapshotEntry { l1_at: HostOffset(at), l1_entries: entries, ..entry("1", "") };
-            entry.check_l1(geometry, 0x60000)
+            entry.check(geometry, 0x60000)
         };
         assert_eq!(check(0x50000, 8192), Ok(()));
         assert_eq!(check(0x50000, 0), Ok(()));
@@ -395,6 +402,8 @@ mod tests {
             assert!(check(at, entries).is_err(), "{at:#x} {entries}");
         }
         assert!(matches!(check(0x50000, u32::MAX), Err(Fault::Unsupported(_))));
+        let entry = SnapshotEntry { disk_bytes: Some(1 << 63), ..entry("1", "") };
+        assert!(matches!(entry.check(geometry, 0x60000), Err(Fault::Corrupt { .. })));
     }
 
     proptest! {

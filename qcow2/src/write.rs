@@ -180,7 +180,7 @@ impl Inner {
     ) -> Result<(), Error> {
         room.fill(0);
         let Some(backing) = &live.backing else { return Ok(()) };
-        let end = backing.limits().size_bytes.min(self.limits.size_bytes);
+        let end = backing.limits().size_bytes.min(self.limits().size_bytes);
         let range = range.intersection(ByteRange::between(0, end));
         if range.is_empty() {
             return Ok(());
@@ -241,7 +241,7 @@ impl Inner {
     fn whole_clusters(&self, range: ByteRange) -> (ByteRange, ByteRange, ByteRange) {
         let cluster = self.cluster_bytes();
         let start = range.start().next_multiple_of(cluster);
-        let at_end = range.end() == self.limits.size_bytes;
+        let at_end = range.end() == self.limits().size_bytes;
         let end = if at_end { range.end() } else { range.end() - range.end() % cluster };
         if start >= end {
             // At most two clusters are touched, and none is whole.

@@ -13,3 +13,4 @@ mod memory;
 mod model;
 mod order;
 mod shape;
+mod snapshots;

@@ -7,7 +7,7 @@ use block::{ByteRange, HostFile};
 use bytes::Bytes;
 
 use crate::error::{Error, InvalidOption};
-use crate::header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, NewHeader};
+use crate::header::{Header, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES};
 use crate::image::Image;
 use crate::refcount::{RefcountWidth, big_endian};
 use crate::units::{ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostCluster, index};
@@ -123,23 +123,23 @@ impl Layout {
         let l1_clusters = geometry.clusters(l1_entries * 8);
         let (table_clusters, blocks) = refcounts_for(geometry, 1 + l1_clusters);
         let at = |cluster| geometry.host_offset(HostCluster(cluster));
-        let narrow = |value| u32::try_from(value).unwrap_or(u32::MAX);
-        let new = NewHeader {
-            geometry,
-            size_bytes: options.size_bytes,
-            l1_at: at(1 + table_clusters + blocks),
-            l1_entries: narrow(l1_entries),
-            refcount_table_at: at(1),
-            refcount_table_clusters: narrow(table_clusters),
-            refcount_order: RefcountWidth::DEFAULT.order(),
-            backing: options.backing.as_ref().map(|b| (b.path.as_str(), b.format.name())),
-        };
+        let mut new = Header::new(geometry, options.size_bytes);
+        new.l1_at = at(1 + table_clusters + blocks);
+        new.l1_entries = l1_entries;
+        new.refcount_table_at = at(1);
+        new.refcount_table_clusters = table_clusters;
+        new.refcount_order = RefcountWidth::DEFAULT.order();
+        if let Some(backing) = &options.backing {
+            new.backing_name = Some(backing.path.as_bytes().to_vec());
+            new.extensions.backing_format = Some(backing.format.name().as_bytes().to_vec());
+        }
         let name_len = options.backing.as_ref().map_or(1, |backing| backing.path.len());
         let bad_name = |limit| invalid(InvalidOption::BackingName { len: name_len, limit });
         if name_len == 0 || name_len > MAX_BACKING_NAME_BYTES {
             return Err(bad_name(MAX_BACKING_NAME_BYTES));
         }
-        let header = new.encode().map_err(bad_name)?;
+        let room = index(geometry.bytes()).saturating_sub(new.least_bytes());
+        let header = new.encode().map_err(|_| bad_name(room))?;
         Ok(Self { geometry, header, table_clusters, blocks, l1_clusters })
     }
 

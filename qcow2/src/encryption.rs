@@ -127,9 +127,10 @@ pub(crate) fn area(header: &Header, file_bytes: u64) -> Result<Option<ByteRange>
         _ => {}
     }
     let corrupt = |what| Fault::Corrupt { at: HostOffset(32), what };
-    let Some((at, len)) = header.encryption_header else {
+    let Some(pointer) = header.extensions.luks else {
         return Err(corrupt(Corruption::NoEncryptionHeader));
     };
+    let (at, len) = (pointer.at.0, pointer.bytes);
     let misplaced = || corrupt(Corruption::EncryptionHeaderPlace { at, len });
     let area = ByteRange::new(at, len).filter(|area| area.end() <= file_bytes);
     let area = area.ok_or_else(misplaced)?;

@@ -200,6 +200,17 @@ pub enum Corruption {
         /// The name.
         name: String,
     },
+    /// A header extension holds what the format forbids.
+    #[error("header extension {kind:#010x}: {rule}")]
+    ExtensionContent {
+        /// The type of the extension.
+        kind: u32,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
+    /// The autoclear bit says that the external data file reads like the disk, which cannot be.
+    #[error("the raw external data bit is set without a data file, or with a backing file")]
+    RawData,
     /// The image says that it is encrypted by LUKS, and not where its LUKS header is.
     #[error("the image is encrypted by LUKS without an encryption header")]
     NoEncryptionHeader,
@@ -237,7 +248,7 @@ pub enum Corruption {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Feature {
-    /// A version other than 3.
+    /// A version that is not opened yet.
     #[error("version {0} of the format")]
     Version(u32),
     /// Encrypted content, in a way that nobody knows.
@@ -319,6 +330,14 @@ pub enum Feature {
     #[error("counting references that are scattered too widely for {limit} bytes of memory")]
     ScatteredReferences {
         /// The limit in bytes.
+        limit: u64,
+    },
+    /// A header whose extensions and backing name do not fit its cluster.
+    #[error("a header of {bytes} bytes (at most {limit})")]
+    HeaderTooLarge {
+        /// Its size.
+        bytes: u64,
+        /// The limit.
         limit: u64,
     },
     /// A table larger than its limit.

@@ -43,7 +43,7 @@ impl Core {
             let at = self.geometry.host_offset(run.start);
             let clusters = u32::try_from(run.count).unwrap_or(u32::MAX);
             self.header.move_refcount_table(at, clusters);
-            link.push(MetaWrite { at: HostOffset(0), bytes: self.header.sector().to_vec() });
+            link.push(MetaWrite { at: HostOffset(0), bytes: self.header.sector() });
         }
         for writes in [&mut first, &mut link] {
             writes.sort_unstable_by_key(|write| write.at);

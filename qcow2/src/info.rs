@@ -69,7 +69,7 @@ impl Image {
             refcount_bits: 1 << header.refcount_order,
             backing: header.backing_name.as_ref().map(|name| RecordedBacking {
                 name: text(name),
-                format: header.backing_format.as_ref().map(text),
+                format: header.extensions.backing_format.as_ref().map(text),
             }),
             snapshots: header.snapshots,
             is_dirty: header.is_dirty(),

@@ -51,6 +51,7 @@ mod read;
 mod refcount;
 mod snapshot;
 mod snapshots;
+mod switch;
 mod sync;
 #[cfg_attr(
     not(test),

@@ -148,7 +148,8 @@ fn open_chain(path: PathBuf, options: OpenOptions, trail: Trail) -> Opening {
         let backing: Option<Arc<dyn BlockDevice>> = match &header.backing_name {
             None => None,
             Some(name) => {
-                let found = trail.resolve(&path, name, header.backing_format.as_deref())?;
+                let found =
+                    trail.resolve(&path, name, header.extensions.backing_format.as_deref())?;
                 let below = OpenOptions { read_only: true, snapshot: None, ..options.clone() };
                 Some(match found.format {
                     BackingFormat::Qcow2 => Arc::new(open_chain(found.path, below, trail).await?),
@@ -176,7 +177,26 @@ pub(crate) async fn read_header(file: &HostFile) -> Result<Header, Error> {
     let start = file.read(ByteRange::between(0, SECTOR_BYTES.min(len))).await?;
     let needed = Header::needed_bytes(&start).map_err(fault)?;
     let cluster = file.read(ByteRange::between(0, needed.min(len))).await?;
-    Header::parse(&cluster, len).map_err(fault)
+    let header = Header::parse(&cluster).map_err(fault)?;
+    header.check(len).map_err(fault)?;
+    supported(&header).map_err(fault)?;
+    Ok(header)
+}
+
+/// Refuses what the mapping cannot do.
+fn supported(header: &Header) -> Result<(), Fault> {
+    let feature = if header.version != 3 {
+        Feature::Version(header.version)
+    } else if header.has_data_file() {
+        Feature::ExternalDataFile
+    } else if header.has_extended_l2() {
+        Feature::ExtendedL2
+    } else if header.compression_type() != 0 {
+        Feature::CompressionType(header.compression_type())
+    } else {
+        return Ok(());
+    };
+    Err(Fault::Unsupported(feature))
 }
 
 async fn open_with_header(

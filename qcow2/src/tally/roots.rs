@@ -62,16 +62,13 @@ pub(crate) struct Roots {
     pub incomplete: bool,
 }
 
-/// The header extension that names the bitmap directory.
-const EXTENSION_BITMAPS: u32 = 0x2385_2875;
-
 impl Roots {
     /// What a header names itself; snapshots and bitmaps are left out.
     pub(crate) fn of_header(header: &Header) -> Self {
         Self {
             version: header.version,
             geometry: header.geometry,
-            external_data: header.incompatible & (1 << 2) != 0,
+            external_data: header.has_data_file(),
             l1: TablePlace { at: header.l1_at, entries: header.l1_entries },
             refcount_table: TablePlace {
                 at: header.refcount_table_at,
@@ -79,7 +76,7 @@ impl Roots {
             },
             snapshots: Vec::new(),
             snapshot_table: None,
-            encryption: header.encryption_header.map(|(at, len)| Piece { at: HostOffset(at), len }),
+            encryption: header.extensions.luks.map(|luks| Piece { at: luks.at, len: luks.bytes }),
             bitmap_directory: None,
             bitmaps: Vec::new(),
             incomplete: false,
@@ -112,7 +109,7 @@ impl Roots {
                 roots.incomplete = true;
             }
         }
-        roots.incomplete |= header.extensions.iter().any(|(kind, _)| *kind == EXTENSION_BITMAPS);
+        roots.incomplete |= header.extensions.bitmaps.is_some();
         Ok(roots)
     }
 }

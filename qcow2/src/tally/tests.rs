@@ -18,7 +18,7 @@ fn run(program: &str, args: &[&str], path: &Path) {
 async fn counts(path: &Path) -> (Tally, Vec<Finding>, Vec<(u64, u64)>) {
     let file = HostFile::open(path, block::OpenOptions::reading()).await.unwrap();
     let cluster = file.read(ByteRange::between(0, 1 << 16)).await.unwrap();
-    let header = Header::parse(&cluster, file.len()).unwrap();
+    let header = Header::parse(&cluster).unwrap();
     let mut findings = Vec::new();
     let mut visit = |finding, _| findings.push(finding);
     let tally = Tally::of_image(&file, &header, &mut visit).await.unwrap();

@@ -1,7 +1,8 @@
-//! Waiting for several operations of one request at once. Only what devices need: results in order, the first error at
-//! once, a bound on how many run; anything richer belongs to whoever embeds us.
+//! Waiting for several operations of one caller at once. Only what devices and copies between them need: results in
+//! order, the first error at once, a bound on how many run; anything richer belongs to whoever embeds us.
 
-use std::future::Future;
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
 use std::iter::Enumerate;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -67,6 +68,88 @@ where
     }
 }
 
+/// Futures that run at once while their owner goes on to make more: it adds one as long as there is room for its
+/// liking, and takes results as they come. They run only while a result is waited for.
+///
+/// Each wake-up looks at all that run, so a few dozen are what it is good for.
+pub struct InFlight<F: Future> {
+    slots: VecDeque<Slot<F>>,
+}
+
+enum Slot<F: Future> {
+    Running(Pin<Box<F>>),
+    Done(F::Output),
+}
+
+impl<F: Future> InFlight<F> {
+    /// With none running.
+    pub fn new() -> Self {
+        Self { slots: VecDeque::new() }
+    }
+
+    /// Adds one, behind all others.
+    pub fn push(&mut self, future: F) {
+        self.slots.push_back(Slot::Running(Box::pin(future)));
+    }
+
+    /// How many run, or have a result that nobody has taken.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// The result of the one that was added first, when it is there; `None` where there is none.
+    pub async fn oldest(&mut self) -> Option<F::Output> {
+        poll_fn(|context| {
+            self.run(context);
+            self.take(|place| place == 0)
+        })
+        .await
+    }
+
+    /// The result of whichever is ready first; `None` where there is none.
+    pub async fn any(&mut self) -> Option<F::Output> {
+        poll_fn(|context| {
+            self.run(context);
+            self.take(|_| true)
+        })
+        .await
+    }
+
+    fn run(&mut self, context: &mut Context<'_>) {
+        for slot in &mut self.slots {
+            if let Slot::Running(future) = slot
+                && let Poll::Ready(output) = future.as_mut().poll(context)
+            {
+                *slot = Slot::Done(output);
+            }
+        }
+    }
+
+    fn take(&mut self, may: impl Fn(usize) -> bool) -> Poll<Option<F::Output>> {
+        if self.slots.is_empty() {
+            return Poll::Ready(None);
+        }
+        let mut done = self.slots.iter().enumerate();
+        let found = done.find(|(place, slot)| may(*place) && matches!(slot, Slot::Done(_)));
+        let Some((place, _)) = found else { return Poll::Pending };
+        match self.slots.remove(place) {
+            Some(Slot::Done(output)) => Poll::Ready(Some(output)),
+            Some(Slot::Running(_)) | None => Poll::Pending,
+        }
+    }
+}
+
+impl<F: Future> Default for InFlight<F> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
@@ -109,5 +192,35 @@ mod tests {
         });
         assert_eq!(try_join_all(futures).await, Err(300));
         assert_eq!(most.get(), AT_ONCE);
+    }
+
+    #[tokio::test]
+    async fn those_in_flight_are_taken_in_order_or_as_they_come() {
+        let (mut senders, mut flight) = (Vec::new(), InFlight::new());
+        for _ in 0..4 {
+            let (sender, receiver) = oneshot::channel::<u8>();
+            senders.push(Some(sender));
+            flight.push(receiver);
+        }
+        let mut send = |number: u8| {
+            let sender = senders[usize::from(number)].take().expect("sent once");
+            sender.send(number).expect("somebody listens");
+        };
+        send(2);
+        assert_eq!(flight.any().await, Some(Ok(2)));
+        send(1);
+        {
+            let mut oldest = std::pin::pin!(flight.oldest());
+            let mut context = Context::from_waker(std::task::Waker::noop());
+            assert!(oldest.as_mut().poll(&mut context).is_pending());
+        }
+        send(0);
+        assert_eq!(flight.oldest().await, Some(Ok(0)));
+        assert_eq!(flight.oldest().await, Some(Ok(1)));
+        assert_eq!(flight.len(), 1);
+        send(3);
+        assert_eq!(flight.oldest().await, Some(Ok(3)));
+        assert!(flight.is_empty());
+        assert_eq!(flight.any().await, None);
     }
 }

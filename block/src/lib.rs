@@ -61,7 +61,7 @@ pub use device::{
 pub use engine::{ENGINE_VARIABLE, Engine};
 pub use error::{DeviceError, ErrorKind, HostError, HostOp};
 pub use host::{Create, HostFile, OpenOptions};
-pub use join::{TryJoinAll, try_join_all};
+pub use join::{InFlight, TryJoinAll, try_join_all};
 pub use lock::{LockConflict, Permission};
 pub use memory::MemoryDevice;
 pub use memory_storage::{CrashChoice, HeldOps, LoggedOp, MemoryStorage, OpView, TEAR_BYTES};

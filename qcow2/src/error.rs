@@ -409,6 +409,12 @@ pub enum InvalidOption {
     /// No power of two from 512 bytes to 2 MiB.
     #[error("a cluster size of {0} bytes (a power of two from 512 to 2097152 is needed)")]
     ClusterBytes(u32),
+    /// No power of two from 1 to 64.
+    #[error("refcounts of {0} bits (a power of two from 1 to 64 is needed)")]
+    RefcountBits(u32),
+    /// Clusters too small for 32 subclusters.
+    #[error("extended L2 entries with clusters of {0} bytes (at least 16384 are needed)")]
+    ExtendedL2Clusters(u32),
     /// A disk for which the L1 table would pass its limit.
     #[error("a disk of {size_bytes} bytes: with this cluster size at most {limit_bytes}")]
     SizeBytes {

@@ -31,6 +31,7 @@ mod bitmap;
 mod cipher;
 #[allow(dead_code, reason = "the way of the data takes it up next")]
 mod codec;
+mod compare;
 mod core;
 mod create;
 mod data;
@@ -45,8 +46,10 @@ mod header;
 mod image;
 mod info;
 mod mapping;
+mod measure;
 mod open;
 mod plan;
+mod progress;
 mod read;
 mod refcount;
 mod snapshot;
@@ -59,6 +62,7 @@ mod sync;
 )]
 mod tally;
 mod units;
+mod walk;
 mod write;
 
 pub use backing::{MAX_CHAIN_DEPTH, References};
@@ -67,6 +71,7 @@ pub use bitmap::{
     MAX_BITMAP_NAME_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS, MIN_BITMAP_GRANULARITY_BITS,
 };
 pub use codec::Compression;
+pub use compare::{CompareError, CompareOptions, Comparison, compare};
 pub use create::{BackingFormat, BackingName, CreateOptions};
 pub use encryption::{KeyCost, LuksCipher, LuksHash, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase};
 pub use error::{
@@ -76,7 +81,11 @@ pub use error::{
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;
 pub use info::{ImageInfo, RecordedBacking};
+pub use measure::{
+    BitmapSize, MeasureError, MeasureOptions, MeasureTarget, Measured, measure, measure_size,
+};
 pub use open::OpenOptions;
+pub use progress::Progress;
 pub use read::{LayerExtent, LayerState};
 pub use snapshot::{
     MAX_SNAPSHOT_EXTRA_BYTES, MAX_SNAPSHOT_NAME_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,

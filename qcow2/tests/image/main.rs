@@ -9,6 +9,7 @@ mod crowd;
 mod faults;
 mod hostile;
 mod interop;
+mod measure;
 mod memory;
 mod model;
 mod order;

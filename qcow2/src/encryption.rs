@@ -3,14 +3,16 @@
 //! encrypted image is refused here.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
-use block::{ByteRange, HostFile};
+use block::{ByteRange, DeviceError, HostFile};
 use zeroize::Zeroizing;
 
 use crate::cipher::Cipher;
-use crate::error::{Corruption, Error, Fault, Feature};
+use crate::error::{Corruption, Error, Fault, Feature, KeyError};
 use crate::header::Header;
+use crate::image::Image;
 use crate::units::HostOffset;
 
 /// The most rounds of PBKDF2 that opening one image takes, over all its key slots and passphrases: some ten seconds of
@@ -55,6 +57,21 @@ pub enum LuksCipher {
     /// With a key of 256 bits (and another for the tweaks): QEMU's choice, too.
     #[default]
     Aes256Xts,
+}
+
+impl LuksCipher {
+    /// The length of a key in bytes, both halves of it.
+    pub(crate) const fn key_bytes(self) -> usize {
+        match self {
+            Self::Aes128Xts => 32,
+            Self::Aes256Xts => 64,
+        }
+    }
+
+    /// The length of a new LUKS header with all its key slots, in bytes.
+    pub const fn header_bytes(self) -> u64 {
+        4096 + 8 * (self.key_bytes() as u64 * 4000).next_multiple_of(4096)
+    }
 }
 
 /// The hash behind the keys of a LUKS header.
@@ -114,6 +131,70 @@ impl LuksOptions {
     }
 }
 
+/// Which keys are meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Slots {
+    /// The key in this slot, counted from 0.
+    One(usize),
+    /// All keys that this passphrase opens.
+    OpenedBy(Passphrase),
+}
+
+/// A change to the keys of an encrypted image. To change a passphrase, add the new one and then remove the old one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyChange {
+    /// Fills a slot.
+    Add {
+        /// A passphrase that opens the image.
+        existing: Passphrase,
+        /// The one that shall, too.
+        added: Passphrase,
+        /// The slot; the first free one otherwise.
+        slot: Option<usize>,
+        /// The work for each try.
+        cost: KeyCost,
+        /// Overwrite a slot in use; a crash then may lose both keys.
+        force: bool,
+    },
+    /// Empties slots and wipes what was in them.
+    Remove {
+        /// Which.
+        slots: Slots,
+        /// Even if nothing opens the image any more.
+        force: bool,
+    },
+}
+
+/// A key slot of a LUKS header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotInfo {
+    /// Whether it has a key.
+    pub active: bool,
+    /// The rounds of PBKDF2 for each try.
+    pub rounds: u32,
+    /// Where its material starts, in bytes from the start of the LUKS header.
+    pub key_offset: u64,
+}
+
+/// What a LUKS header says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LuksInfo {
+    /// The cipher.
+    pub cipher: LuksCipher,
+    /// What sectors are tweaked with: `plain` or `plain64`.
+    pub tweak: &'static str,
+    /// The hash.
+    pub hash: LuksHash,
+    /// The identity of the header.
+    pub uuid: String,
+    /// Where data would start in a volume without qcow2, in bytes from the start of the LUKS header.
+    pub payload_offset: u64,
+    /// The rounds of PBKDF2 that the digest of the master key takes.
+    pub digest_rounds: u32,
+    /// All key slots.
+    pub slots: Vec<SlotInfo>,
+}
+
 /// Where the encryption header of an image lies, and that it can be opened by this build.
 ///
 /// `None` for an image that is not encrypted.
@@ -163,5 +244,68 @@ pub(crate) async fn unlock(
         // `area` has refused already.
         let _ = (area, passphrases);
         Ok(None)
+    }
+}
+
+/// The LUKS header of a new image, [`LuksCipher::header_bytes`] long: what goes to clusters of its own.
+///
+/// # Errors
+/// [`Feature::LuksLeftOut`], [`Error::NoRandomness`].
+pub(crate) async fn format(path: &Path, options: &LuksOptions) -> Result<Vec<u8>, Error> {
+    #[cfg(feature = "luks")]
+    {
+        crate::luks::format(path, options).await
+    }
+    #[cfg(not(feature = "luks"))]
+    {
+        let _ = options;
+        Err(Fault::Unsupported(Feature::LuksLeftOut).of(path))
+    }
+}
+
+/// What the LUKS header of an image says of itself, without a passphrase. `None` for an image that is not encrypted.
+///
+/// # Errors
+/// As [`area`], and what is wrong with the LUKS header.
+pub(crate) async fn describe(file: &HostFile, header: &Header) -> Result<Option<LuksInfo>, Error> {
+    let area = area(header, file.len()).map_err(|fault| fault.of(file.path()))?;
+    let Some(area) = area else { return Ok(None) };
+    #[cfg(feature = "luks")]
+    {
+        crate::luks::describe(file, area).await.map(Some)
+    }
+    #[cfg(not(feature = "luks"))]
+    {
+        // `area` has refused already.
+        let _ = area;
+        Ok(None)
+    }
+}
+
+impl Image {
+    /// Adds or removes keys of an encrypted image. Durable when it returns; guest data is not touched.
+    ///
+    /// # Errors
+    /// [`Error::Key`] for what would lose the image or makes no sense, [`Error::Locked`] where the passphrase opens
+    /// nothing, [`Error::Request`] for an image that is open for reading only, [`Error::Host`].
+    pub async fn change_keys(&self, change: &KeyChange) -> Result<(), Error> {
+        if self.inner.limits.read_only {
+            return Err(Error::Request(DeviceError::ReadOnly));
+        }
+        let live = self.inner.live()?;
+        let found = area(&self.inner.core.lock().header, live.file.len());
+        let found = found.map_err(|fault| self.inner.fault(fault))?;
+        let refused = |reason| Error::Key { file: self.inner.path.clone(), reason };
+        let area = found.ok_or_else(|| refused(KeyError::NotEncrypted))?;
+        let _turn = self.inner.flush_gate.lock().await;
+        #[cfg(feature = "luks")]
+        {
+            crate::luks::change_keys(&live.file, area, change).await
+        }
+        #[cfg(not(feature = "luks"))]
+        {
+            let _ = (area, change);
+            Err(refused(KeyError::NotEncrypted))
+        }
     }
 }

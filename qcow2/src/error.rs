@@ -402,6 +402,30 @@ pub enum UnlockError {
     WrongPassphrase,
 }
 
+/// Why the keys of an encrypted image were not changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeyError {
+    /// The image has no keys.
+    #[error("it is not encrypted")]
+    NotEncrypted,
+    /// There are slots 0 to 7.
+    #[error("there is no key slot {0}, only 0 to 7")]
+    NoSuchSlot(usize),
+    /// All slots have keys.
+    #[error("all key slots are in use")]
+    NoFreeSlot,
+    /// The slot has a key, which nobody asked to lose.
+    #[error("key slot {0} is in use")]
+    SlotInUse(usize),
+    /// The slot has no key.
+    #[error("key slot {0} is empty")]
+    SlotEmpty(usize),
+    /// Nothing would open the image any more.
+    #[error("no key would be left, and nothing could open the image again")]
+    LastKey,
+}
+
 /// What a new image cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -510,6 +534,20 @@ pub enum Error {
         /// Why.
         reason: UnlockError,
     },
+    /// The keys of an encrypted image were not changed.
+    #[error("the keys of {} stay as they are: {reason}", file.display())]
+    Key {
+        /// The image.
+        file: PathBuf,
+        /// Why.
+        reason: KeyError,
+    },
+    /// The system has no random numbers for keys.
+    #[error("no random numbers for keys: {source}")]
+    NoRandomness {
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A path could not be resolved.
     #[error("cannot resolve {}: {source}", path.display())]
     Path {
@@ -545,7 +583,7 @@ pub enum Error {
     /// A request that leaves the disk, or a change to a read-only one.
     #[error(transparent)]
     Request(DeviceError),
-    /// Compressing or decompressing broke down, which is a defect of ours and not of the image.
+    /// A computation (of a compression or a key) broke down, which is a defect of ours and not of the image.
     #[error("{}: {source}", file.display())]
     Cpu {
         /// The image.
@@ -573,15 +611,18 @@ impl Error {
     /// The class of this error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Corrupt { .. } | Self::Path { .. } | Self::Poisoned { .. } | Self::Cpu { .. } => {
-                ErrorKind::Io
-            }
+            Self::Corrupt { .. }
+            | Self::Path { .. }
+            | Self::NoRandomness { .. }
+            | Self::Poisoned { .. }
+            | Self::Cpu { .. } => ErrorKind::Io,
             Self::Unsupported { .. } => ErrorKind::NotSupported,
             Self::Host(error) => error.kind(),
             Self::Reference { .. }
             | Self::Invalid { .. }
             | Self::Locked { .. }
-            | Self::Snapshot { .. } => ErrorKind::Invalid,
+            | Self::Snapshot { .. }
+            | Self::Key { .. } => ErrorKind::Invalid,
             Self::Backing { source, .. } | Self::Request(source) => source.kind(),
             Self::Closed { .. } => ErrorKind::ShuttingDown,
         }

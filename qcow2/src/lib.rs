@@ -45,6 +45,8 @@ mod free;
 mod header;
 mod image;
 mod info;
+#[cfg(feature = "luks")]
+mod luks;
 mod mapping;
 mod measure;
 mod open;
@@ -73,9 +75,12 @@ pub use bitmap::{
 pub use codec::Compression;
 pub use compare::{CompareError, CompareOptions, Comparison, compare};
 pub use create::{BackingFormat, BackingName, CreateOptions};
-pub use encryption::{KeyCost, LuksCipher, LuksHash, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase};
+pub use encryption::{
+    KeyChange, KeyCost, LuksCipher, LuksHash, LuksInfo, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase,
+    SlotInfo, Slots,
+};
 pub use error::{
-    Corruption, Error, Feature, InvalidOption, ReferenceError, SnapshotError, TableKind,
+    Corruption, Error, Feature, InvalidOption, KeyError, ReferenceError, SnapshotError, TableKind,
     UnlockError,
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};

@@ -216,7 +216,9 @@ impl Core {
         fresh: Option<(Run, bool)>,
     ) -> (Vec<Move>, Vec<Link>) {
         let (mut moves, mut links) = (Vec::new(), Vec::new());
-        let virgin_run = fresh.is_some_and(|(_, virgin)| virgin);
+        // Zeros of the host are no zeros of the guest where a cipher stands between them.
+        let plain = self.header.crypt_method == 0;
+        let virgin_run = plain && fresh.is_some_and(|(_, virgin)| virgin);
         let mut next = fresh.map_or(HostCluster(0), |(run, _)| run.start);
         for (piece, intent) in intents {
             let l2 = self.geometry.l2_index(GuestOffset(piece.start()));

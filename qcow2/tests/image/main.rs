@@ -9,6 +9,8 @@ mod crowd;
 mod faults;
 mod hostile;
 mod interop;
+#[cfg(feature = "luks")]
+mod luks;
 mod measure;
 mod memory;
 mod model;

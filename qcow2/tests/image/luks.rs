@@ -1,0 +1,312 @@
+//! Encrypted images, with QEMU as the judge: what it writes we read to the byte, and the other way round. How a LUKS
+//! header is laid out is tested beside its code.
+
+use std::path::Path;
+use std::process::Command;
+
+use block::{BlockDevice, Durability, ZeroMode};
+use bytes::Bytes;
+use qcow2::{
+    Error, Feature, Image, KeyChange, KeyCost, KeyError, OpenOptions, Passphrase, Slots,
+    UnlockError,
+};
+
+use crate::common::{block_on, pattern, range, read_all};
+
+const SECRET: &str = "open sesame";
+
+/// Runs a program of QEMU with the passphrase as the object `sec0`, and `old` as `sec1`.
+fn qemu(program: &str, secret: &str, args: &[&str]) -> String {
+    let object = format!("secret,id=sec0,data={secret}");
+    let mut all: Vec<&str> = if program == "qemu-img" { vec![args[0]] } else { vec![] };
+    all.extend(["--object", &object]);
+    all.extend(if program == "qemu-img" { &args[1..] } else { args });
+    let output = Command::new(program).args(&all).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("failed"), "{program} {all:?}: {said}");
+    said
+}
+
+/// The image as QEMU's options name it.
+fn opts(path: &Path) -> String {
+    format!("driver=qcow2,file.filename={},encrypt.key-secret=sec0", path.display())
+}
+
+fn create_by_qemu(path: &Path, secret: &str, more: &str, size: &str, backing: &[&str]) {
+    let options = format!("encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=10{more}");
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &options];
+    args.extend(backing);
+    args.extend([path.to_str().unwrap(), size]);
+    qemu("qemu-img", secret, &args);
+}
+
+fn raw_by_qemu(path: &Path, secret: &str) -> Vec<u8> {
+    let raw = path.with_extension("raw");
+    qemu(
+        "qemu-img",
+        secret,
+        &["convert", "--image-opts", &opts(path), "-O", "raw", raw.to_str().unwrap()],
+    );
+    std::fs::read(raw).unwrap()
+}
+
+/// `qemu-img check` exits with 0 for a clean image only.
+fn assert_clean(path: &Path, secret: &str) {
+    qemu("qemu-img", secret, &["check", "-q", "--image-opts", &opts(path)]);
+}
+
+fn reading() -> OpenOptions {
+    OpenOptions::reading().passphrase(Passphrase::new(SECRET))
+}
+
+fn writing() -> OpenOptions {
+    OpenOptions::writing().passphrase(Passphrase::new(SECRET))
+}
+
+fn read_file(path: &Path, options: OpenOptions) -> Result<Vec<u8>, Error> {
+    block_on(async {
+        let image = Image::open(path, options).await?;
+        Ok(read_all(&image).await)
+    })
+}
+
+#[test]
+fn what_qemu_encrypts_is_read_in_every_cipher_and_hash() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, more) in [
+        ("default", ""),
+        ("aes-128", ",encrypt.cipher-alg=aes-128,encrypt.hash-alg=sha1,cluster_size=4096"),
+        ("plain", ",encrypt.hash-alg=sha512,encrypt.ivgen-alg=plain,cluster_size=2M"),
+    ] {
+        let path = dir.path().join(name);
+        create_by_qemu(&path, SECRET, more, "8M", &[]);
+        let write = [
+            "-c",
+            "write -P 0x5a 12345 1000000",
+            "-c",
+            "write -z 2M 64k",
+            "-c",
+            "write -P 7 8388607 1",
+        ];
+        let opts = opts(&path);
+        let mut args = vec!["--image-opts"];
+        args.extend(write);
+        args.push(&opts);
+        qemu("qemu-io", SECRET, &args);
+        let mut model = vec![0; 8 << 20];
+        model[12345..1_012_345].fill(0x5a);
+        model[8_388_607] = 7;
+        assert!(read_file(&path, reading()).unwrap() == model, "{name}");
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(
+            !bytes.windows(64).any(|window| window == [0x5a; 64]),
+            "{name}: plain text on disk"
+        );
+    }
+}
+
+#[test]
+fn no_passphrase_and_a_wrong_one_are_refused_and_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create_by_qemu(&path, SECRET, "", "1M", &[]);
+    let without = read_file(&path, OpenOptions::reading());
+    assert!(matches!(without, Err(Error::Locked { reason: UnlockError::NoPassphrase, .. })));
+    let wrong = OpenOptions::reading().passphrase(Passphrase::new("open barley"));
+    assert!(!format!("{wrong:?}").contains("barley"));
+    let refused = read_file(&path, wrong.clone());
+    assert!(matches!(refused, Err(Error::Locked { reason: UnlockError::WrongPassphrase, .. })));
+    // One that fits among several is enough.
+    assert!(read_file(&path, wrong.passphrase(Passphrase::new(SECRET))).is_ok());
+}
+
+/// Where the LUKS header of an image starts.
+fn luks_at(bytes: &[u8]) -> usize {
+    bytes.windows(8).position(|window| window == b"LUKS\xba\xbe\0\x01").unwrap()
+}
+
+#[test]
+fn a_header_may_hold_anything_and_what_we_do_not_have_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create_by_qemu(&path, SECRET, "", "1M", &[]);
+    let good = std::fs::read(&path).unwrap();
+    let base = luks_at(&good);
+    let with = |at: usize, bytes: &[u8]| {
+        let mut bad = good.clone();
+        bad[base + at..base + at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(&path, bad).unwrap();
+        read_file(&path, reading())
+    };
+    for (at, text, wanted) in [
+        (8, &b"serpent\0"[..], "serpent-xts-plain64 with a key of 512 bits"),
+        (40, b"cbc-essiv:sha256\0", "aes-cbc-essiv:sha256 with a key of 512 bits"),
+        (108, &[0, 0, 0, 48], "aes-xts-plain64 with a key of 384 bits"),
+    ] {
+        match with(at, text) {
+            Err(Error::Unsupported { feature: Feature::LuksCipher(name), .. }) => {
+                assert_eq!(name, wanted);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let version = with(6, &[0, 2]);
+    assert!(matches!(version, Err(Error::Unsupported { feature: Feature::LuksVersion(2), .. })));
+    let hash = with(72, b"md5\0");
+    assert!(matches!(hash, Err(Error::Unsupported { feature: Feature::LuksHash(_), .. })));
+    let slow = with(212, &[0xff; 4]);
+    assert!(matches!(slow, Err(Error::Unsupported { feature: Feature::LuksRounds { .. }, .. })));
+    // Fields of four bytes at their edges: refused, or (where nothing depends on them) opened to the same disk.
+    let numbers = [0u32, 1, 7, 8, 0x7fff_ffff, 0x8000_0000, u32::MAX];
+    let fields = (104..112).chain(164..168).chain(208..592).step_by(4);
+    for at in fields.filter(|at| *at < 208 || (at - 208) % 48 < 8 || (at - 208) % 48 >= 40) {
+        for number in numbers {
+            match with(at, &number.to_be_bytes()) {
+                Ok(disk) => assert!(disk == vec![0; 1 << 20]),
+                Err(Error::Corrupt { .. } | Error::Unsupported { .. } | Error::Locked { .. }) => {}
+                Err(other) => panic!("{at}: {other}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn legacy_aes_is_refused_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    crate::common::qemu_create(&path, "compat=1.1", "1M", None);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[35] = 1;
+    std::fs::write(&path, bytes).unwrap();
+    let error = read_file(&path, reading()).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { feature: Feature::LegacyEncryption, .. }));
+    assert!(error.to_string().contains("convert"), "{error}");
+}
+
+#[test]
+fn what_we_write_in_any_pieces_qemu_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, more) in [("64k", ""), ("512", ",cluster_size=512")] {
+        let path = dir.path().join(name);
+        create_by_qemu(&path, SECRET, more, "2M", &[]);
+        let mut model = vec![0; 2 << 20];
+        block_on(async {
+            let image = Image::open(&path, writing()).await.unwrap();
+            for (seed, (at, len)) in [
+                (100, 5),
+                (511, 2),
+                (512, 512),
+                (4000, 70_000),
+                (65_536, 65_536),
+                (65_000, 3),
+                (2_097_151, 1),
+                (1_000_001, 300_000),
+                (70_000, 513),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let bytes = pattern(seed as u64 + 1, len);
+                model[at..at + len].copy_from_slice(&bytes);
+                image.write(at as u64, bytes.into(), Durability::Deferred).await.unwrap();
+            }
+            image
+                .write_zeroes(range(66_000, 700), ZeroMode::default(), Durability::Deferred)
+                .await
+                .unwrap();
+            model[66_000..66_700].fill(0);
+            image.discard(range(1 << 20, 128 << 10), Durability::Deferred).await.unwrap();
+            model[1 << 20..(1 << 20) + (128 << 10)].fill(0);
+            let all = read_all(&image).await;
+            let first = all.iter().zip(&model).position(|(a, b)| a != b);
+            assert_eq!(first, None, "{name}");
+            image.close().await.unwrap();
+        });
+        assert!(raw_by_qemu(&path, SECRET) == model, "{name}");
+        assert_clean(&path, SECRET);
+    }
+}
+
+#[test]
+fn layers_of_a_chain_have_their_own_passphrases_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.qcow2");
+    create_by_qemu(&base, "below", "", "4M", &[]);
+    let middle = dir.path().join("middle.qcow2");
+    crate::common::qemu_create(&middle, "cluster_size=4096", "4M", Some("base.qcow2"));
+    let top = dir.path().join("top.qcow2");
+    create_by_qemu(&top, SECRET, ",cluster_size=16k", "4M", &["-b", "middle.qcow2", "-F", "qcow2"]);
+    let (below, between, above) = (pattern(1, 3 << 20), pattern(2, 9000), pattern(3, 777));
+    let mut model = vec![0; 4 << 20];
+    for (at, bytes) in [(5000, &below), (20_000, &between), (21_000, &above)] {
+        model[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    let both = |options: OpenOptions| options.passphrase(Passphrase::new("below"));
+    block_on(async {
+        for (path, at, bytes) in
+            [(&base, 5000, below), (&middle, 20_000, between), (&top, 21_000, above)]
+        {
+            let image = Image::open(path, both(writing())).await.unwrap();
+            image.write(at, Bytes::from(bytes), Durability::Deferred).await.unwrap();
+            image.close().await.unwrap();
+        }
+    });
+    assert!(read_file(&top, both(reading())).unwrap() == model);
+    let locked = read_file(&top, reading());
+    assert!(matches!(locked, Err(Error::Locked { file, .. }) if file.ends_with("base.qcow2")));
+}
+
+#[test]
+fn keys_are_added_and_removed_and_qemu_opens_by_those_that_are_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create_by_qemu(&path, SECRET, "", "1M", &[]);
+    let change = |change: KeyChange| {
+        block_on(async {
+            let image = Image::open(
+                &path,
+                OpenOptions::writing()
+                    .passphrase(Passphrase::new(SECRET))
+                    .passphrase(Passphrase::new("two")),
+            )
+            .await?;
+            image.change_keys(&change).await?;
+            image.close().await?;
+            Ok::<_, Error>(())
+        })
+    };
+    let key = |error: Error| match error {
+        Error::Key { reason, .. } => reason,
+        other => panic!("{other}"),
+    };
+    let add = |added: &str, slot, force| KeyChange::Add {
+        existing: Passphrase::new(SECRET),
+        added: Passphrase::new(added),
+        slot,
+        cost: KeyCost::Rounds(1000),
+        force,
+    };
+    let remove = |slots, force| KeyChange::Remove { slots, force };
+    let only = change(remove(Slots::One(0), false)).map_err(key);
+    assert_eq!(only, Err(KeyError::LastKey));
+    for slot in 1..8 {
+        change(add("two", if slot % 2 == 0 { None } else { Some(slot) }, false)).unwrap();
+    }
+    assert_eq!(change(add("nine", None, false)).map_err(key), Err(KeyError::NoFreeSlot));
+    assert_eq!(change(add("nine", Some(3), false)).map_err(key), Err(KeyError::SlotInUse(3)));
+    assert_eq!(change(add("nine", Some(8), true)).map_err(key), Err(KeyError::NoSuchSlot(8)));
+    change(add("six", Some(6), true)).unwrap();
+    for secret in [SECRET, "two", "six"] {
+        assert_eq!(raw_by_qemu(&path, secret).len(), 1 << 20, "{secret}");
+    }
+    change(remove(Slots::One(5), false)).unwrap();
+    assert_eq!(change(remove(Slots::One(5), false)).map_err(key), Err(KeyError::SlotEmpty(5)));
+    change(remove(Slots::OpenedBy(Passphrase::new(SECRET)), false)).unwrap();
+    let gone = read_file(&path, reading());
+    assert!(matches!(gone, Err(Error::Locked { reason: UnlockError::WrongPassphrase, .. })));
+    for secret in ["two", "six"] {
+        assert_eq!(raw_by_qemu(&path, secret).len(), 1 << 20, "{secret}");
+    }
+    assert_clean(&path, "six");
+}

@@ -289,7 +289,7 @@ impl Image {
     /// [`Error::Key`] for what would lose the image or makes no sense, [`Error::Locked`] where the passphrase opens
     /// nothing, [`Error::Request`] for an image that is open for reading only, [`Error::Host`].
     pub async fn change_keys(&self, change: &KeyChange) -> Result<(), Error> {
-        if self.inner.limits.read_only {
+        if self.inner.limits().read_only {
             return Err(Error::Request(DeviceError::ReadOnly));
         }
         let live = self.inner.live()?;

@@ -32,6 +32,7 @@ mod cipher;
 #[allow(dead_code, reason = "the way of the data takes it up next")]
 mod codec;
 mod compare;
+mod convert;
 mod core;
 mod create;
 mod data;
@@ -74,6 +75,9 @@ pub use bitmap::{
 };
 pub use codec::Compression;
 pub use compare::{CompareError, CompareOptions, Comparison, compare};
+pub use convert::{
+    ConvertError, ConvertOptions, ConvertTarget, Converted, MAX_UNREADABLE_RANGES, convert,
+};
 pub use create::{BackingFormat, BackingName, CreateOptions};
 pub use encryption::{
     KeyChange, KeyCost, LuksCipher, LuksHash, LuksInfo, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase,

@@ -5,6 +5,9 @@ use std::collections::VecDeque;
 
 use block::{BlockDevice, ByteRange, DeviceError, Extent};
 
+use crate::image::Image;
+use crate::read::{LayerExtent, LayerState};
+
 /// How much of a disk is asked about at once, in bytes: its answer comes before the first byte is moved.
 const LOOK_AHEAD_BYTES: u64 = 4 << 30;
 
@@ -63,6 +66,44 @@ impl<'a> Walk<'a> {
                 Stretch { range, allocated: true, zero: false }
             }
         })
+    }
+}
+
+/// How much of a layer is asked about at once, in bytes: its answer may hold an extent for each cluster.
+const LAYER_LOOK_AHEAD_BYTES: u64 = 64 << 20;
+
+/// A walk over what one layer of a chain says.
+pub(crate) struct Layers<'a> {
+    image: &'a Image,
+    size_bytes: u64,
+    ahead: VecDeque<LayerExtent>,
+}
+
+impl<'a> Layers<'a> {
+    /// Over `image` without its backing files.
+    pub(crate) fn new(image: &'a Image) -> Self {
+        Self { image, size_bytes: image.limits().size_bytes, ahead: VecDeque::new() }
+    }
+
+    /// Whether the layer says what the bytes from `at` on are, and how far that goes. `at` must not go back.
+    ///
+    /// # Errors
+    /// What the image answers, and the range that it was asked about.
+    pub(crate) async fn at(&mut self, at: u64) -> Result<(bool, u64), (ByteRange, DeviceError)> {
+        while self.ahead.front().is_some_and(|extent| extent.range.end() <= at) {
+            self.ahead.pop_front();
+        }
+        if self.ahead.is_empty() {
+            let end = self.size_bytes.min(at.saturating_add(LAYER_LOOK_AHEAD_BYTES));
+            let asked = ByteRange::between(at, end);
+            let found = self.image.map(asked).await.map_err(|error| (asked, error.into()))?;
+            self.ahead.extend(found);
+        }
+        // Behind its end a layer answers with zeros.
+        let behind = (true, u64::MAX);
+        let first = self.ahead.front();
+        Ok(first
+            .map_or(behind, |extent| (extent.state != LayerState::Unallocated, extent.range.end())))
     }
 }
 

@@ -10,6 +10,7 @@ use crate::free::FreeRuns;
 use crate::header::Header;
 use crate::mapping::{Extent, Mapping, Step, Table};
 use crate::refcount::{BlockState, Refcounts};
+use crate::streams::ImageId;
 use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
 
 /// The memory for L2 tables that are not dirty, in bytes: maps 512 GiB with 64 KiB clusters.
@@ -22,6 +23,8 @@ const MIN_CACHED_TABLES: u64 = 32;
 /// The state of an image.
 #[derive(Debug)]
 pub(crate) struct Core {
+    /// The name of the image among all that are open.
+    pub(crate) id: ImageId,
     pub(crate) geometry: ClusterGeometry,
     pub(crate) size_bytes: u64,
     /// The size of the backing file, where there is one.
@@ -37,6 +40,8 @@ pub(crate) struct Core {
     pub(crate) virgin_floor: u64,
     /// The length of the file that is known to be there, in bytes.
     pub(crate) capacity_bytes: u64,
+    /// Clusters that were never written read as zeros, so that only data needs to be written to them.
+    pub(crate) fresh_reads_zero: bool,
     /// Metadata that never moves: header, L1 table, snapshot table.
     pub(crate) fixed: Vec<Run>,
     /// The clusters of L2 tables and refcount blocks. Only for writing: a wrong refcount must not make room of them.
@@ -69,10 +74,14 @@ impl Core {
             let places = map.table_places().chain(refs.block_places());
             places.map(|at| geometry.host_cluster(at)).collect()
         };
+        // What lies in a data file is not known, and zeros on the host are no zeros once decrypted.
+        let fresh_reads_zero = !map.format().external_data && header.crypt_method == 0;
         Self {
+            id: ImageId::new(),
             geometry,
             size_bytes: header.size_bytes,
             backing_bytes,
+            fresh_reads_zero,
             header,
             map,
             refs,
@@ -153,18 +162,14 @@ impl Core {
         Ok(())
     }
 
-    /// Refuses a cluster that holds metadata: writing guest data there would break the image.
+    /// Refuses clusters that hold metadata as a place of guest data: writing there would break the image.
     ///
     /// # Errors
-    /// [`Corruption::OverlapsMetadata`] for the entry of a `table` that lies at `entry_at`.
-    pub(crate) fn check_target(
-        &self,
-        table: TableKind,
-        host: HostOffset,
-        entry_at: HostOffset,
-    ) -> Result<(), Fault> {
-        if self.is_metadata(Run::one(self.geometry.host_cluster(host))) {
-            let what = Corruption::OverlapsMetadata { table, host };
+    /// [`Corruption::OverlapsMetadata`] for the L2 entry at `entry_at`.
+    pub(crate) fn check_target(&self, run: Run, entry_at: HostOffset) -> Result<(), Fault> {
+        if !self.map.format().external_data && self.is_metadata(run) {
+            let host = self.geometry.host_offset(run.start);
+            let what = Corruption::OverlapsMetadata { table: TableKind::L2, host };
             return Err(Fault::Corrupt { at: entry_at, what });
         }
         Ok(())

@@ -117,6 +117,22 @@ pub enum Corruption {
         /// The entry.
         raw: u64,
     },
+    /// An extended L2 entry says of a subcluster that it is data and zeros, or data without a cluster.
+    #[error("L2 table entry {raw:#018x} has the impossible subclusters {bitmap:#018x}")]
+    SubclusterBits {
+        /// The first word of the entry.
+        raw: u64,
+        /// The second word: what is zero above what is data.
+        bitmap: u64,
+    },
+    /// An entry of an image with a data file points at another place in it than the guest's.
+    #[error("L2 table entry points at {host} of the data file instead of {guest:#x}")]
+    NotAtGuestOffset {
+        /// Where it points.
+        host: HostOffset,
+        /// Where it should.
+        guest: u64,
+    },
     /// A bit that must be zero.
     #[error("{table} table entry {raw:#018x} sets reserved bits")]
     ReservedBits {

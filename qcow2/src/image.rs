@@ -13,6 +13,7 @@ use crate::cipher::Cipher;
 use crate::core::Core;
 use crate::error::{Error, Fault};
 use crate::mapping::{Step, Table};
+use crate::streams;
 use crate::units::HostOffset;
 
 /// An open QCOW2 image. Clones are the same image.
@@ -101,6 +102,12 @@ impl Image {
     }
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        streams::forget_image(self.core.lock().id);
+    }
+}
+
 impl Inner {
     /// The file and the backing device, for a request that begins.
     ///
@@ -136,6 +143,7 @@ impl Inner {
 
     /// Lets go of the file, and with it of its locks.
     pub(crate) fn let_go(&self) {
+        streams::forget_image(self.core.lock().id);
         self.live.write().take();
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::codec::Compression;
 use crate::header::Header;
 use crate::image::Image;
 
@@ -9,7 +10,9 @@ use crate::image::Image;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {
     pub cluster_bytes: u64,
+    pub subcluster_bytes: u64,
     pub l2_coverage: u64,
+    pub compression: Compression,
 }
 
 /// The backing file that an image records.
@@ -50,7 +53,12 @@ pub struct ImageInfo {
 
 impl Facts {
     pub(crate) fn new(header: &Header) -> Self {
-        Self { cluster_bytes: header.geometry.bytes(), l2_coverage: header.geometry.l2_coverage() }
+        Self {
+            cluster_bytes: header.geometry.bytes(),
+            subcluster_bytes: header.geometry.subcluster_bytes(),
+            l2_coverage: header.geometry.l2_coverage(),
+            compression: Compression::from_type_byte(header.compression_type()).unwrap_or_default(),
+        }
     }
 }
 

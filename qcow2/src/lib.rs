@@ -29,7 +29,8 @@ mod backing;
 #[allow(dead_code, reason = "keeping bitmaps takes it up next")]
 mod bitmap;
 mod cipher;
-#[allow(dead_code, reason = "the way of the data takes it up next")]
+mod clear;
+#[allow(dead_code, reason = "compressed writes take the other half up next")]
 mod codec;
 mod compare;
 mod convert;
@@ -57,6 +58,7 @@ mod read;
 mod refcount;
 mod snapshot;
 mod snapshots;
+mod streams;
 mod switch;
 mod sync;
 #[cfg_attr(

@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use block::ByteRange;
 
-use crate::entry::{EntryFormat, Hosted, L1Entry, L2Entry};
-use crate::error::{Corruption, Fault, Feature};
+use crate::entry::{Cluster, EntryFormat, Hosted, L1Entry, L2Entry, Stream, Sub};
+use crate::error::{Corruption, Fault};
 use crate::refcount::{MetaWrite, big_endian, entry_writes, join, write_units};
 use crate::units::{ClusterGeometry, GuestOffset, HostOffset, index};
 
@@ -52,11 +52,13 @@ pub(crate) enum Place {
     },
     /// Bytes.
     Data {
-        /// Where the first lies.
+        /// Where the first lies, in the image file or the external data file.
         host: HostOffset,
         /// They may be overwritten in place.
         exclusive: bool,
     },
+    /// A part of one compressed cluster: which part, the guest range tells.
+    Compressed(Stream),
 }
 
 /// A run of guest bytes that are stored alike, and contiguously.
@@ -173,24 +175,40 @@ impl Mapping {
     ) -> Result<(), Fault> {
         for piece in range.pieces(self.geometry.bytes()) {
             let l2 = self.geometry.l2_index(GuestOffset(piece.start()));
-            let within = piece.start() & (self.geometry.bytes() - 1);
-            let place = match self.entry(l1, l2)? {
-                L2Entry::Unallocated => Place::Unallocated,
-                L2Entry::Zero { host } => Place::Zero { reserved: host.is_some() },
-                L2Entry::Data(Hosted { at, exclusive }) => {
-                    Place::Data { host: HostOffset(at.0 + within), exclusive }
+            match self.entry(l1, l2)? {
+                L2Entry::Cluster(cluster) => self.push_cluster(cluster, piece, extents),
+                L2Entry::Compressed(stream) => {
+                    push(extents, Extent { range: piece, place: Place::Compressed(stream) });
                 }
-                L2Entry::Compressed { .. } => {
-                    return Err(Fault::Unsupported(Feature::CompressedClusters));
-                }
-            };
-            push(extents, Extent { range: piece, place });
+            }
             if extents.len() > most {
-                extents.pop();
+                extents.truncate(most);
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// Tells the part `range` of a cluster that is not compressed, subcluster by subcluster.
+    fn push_cluster(&self, cluster: Cluster, range: ByteRange, extents: &mut Vec<Extent>) {
+        let start = range.start() & !(self.geometry.bytes() - 1);
+        let sub_bytes = self.geometry.subcluster_bytes();
+        let mut at = range.start();
+        while at < range.end() {
+            // At most 32 subclusters.
+            let first = u32::try_from((at - start) / sub_bytes).unwrap_or(0);
+            let (sub, count) = cluster.run_at(first);
+            let end = (start + u64::from(first + count) * sub_bytes).min(range.end());
+            let place = match (sub, cluster.host) {
+                (Sub::Data, Some(Hosted { at: host, exclusive })) => {
+                    Place::Data { host: HostOffset(host.0 + (at - start)), exclusive }
+                }
+                (Sub::Zero, host) => Place::Zero { reserved: host.is_some() },
+                (Sub::Unallocated, _) | (Sub::Data, None) => Place::Unallocated,
+            };
+            push(extents, Extent { range: ByteRange::between(at, end), place });
+            at = end;
+        }
     }
 
     /// The guest bytes that the table of an L1 entry maps.
@@ -239,26 +257,46 @@ impl Mapping {
         })
     }
 
+    /// How entries are read and written.
+    pub(crate) fn format(&self) -> EntryFormat {
+        self.format
+    }
+
     /// Where an entry of a table in memory lies, for messages.
     pub(crate) fn entry_at(&self, l1: u64, l2: u64) -> HostOffset {
-        HostOffset(self.tables.get(&l1).map_or(0, |table| table.at.0) + l2 * 8)
+        let start = self.tables.get(&l1).map_or(0, |table| table.at.0);
+        HostOffset(start + l2 * self.geometry.l2_entry_bytes())
     }
 
     /// An entry of a table that is in memory; unallocated where it is not.
     pub(crate) fn entry(&self, l1: u64, l2: u64) -> Result<L2Entry, Fault> {
-        let entries = self.tables.get(&l1).map(|table| table.entries.as_slice());
-        let raw = entries.and_then(|entries| entries.get(index(l2))).copied().unwrap_or(0);
-        L2Entry::decode(raw, self.geometry)
-            .map_err(|what| Fault::Corrupt { at: self.entry_at(l1, l2), what })
+        let fault = |what| Fault::Corrupt { at: self.entry_at(l1, l2), what };
+        let at = index(l2) * self.format.words();
+        let word = |at: usize| {
+            let entries = self.tables.get(&l1).map(|table| table.entries.as_slice());
+            entries.and_then(|entries| entries.get(at)).copied().unwrap_or(0)
+        };
+        let bitmap = if self.format.words() > 1 { word(at + 1) } else { 0 };
+        let entry = self.format.decode(word(at), bitmap).map_err(fault)?;
+        if self.format.external_data
+            && let L2Entry::Cluster(Cluster { host: Some(Hosted { at: host, .. }), .. }) = entry
+        {
+            let guest = self.geometry.guest_range(l1, l2).start();
+            if host.0 != guest {
+                return Err(fault(Corruption::NotAtGuestOffset { host, guest }));
+            }
+        }
+        Ok(entry)
     }
 
     /// Changes an entry of a table that is in memory.
     pub(crate) fn set_entry(&mut self, l1: u64, l2: u64, entry: L2Entry) {
         let Some(table) = self.tables.get_mut(&l1) else { return };
-        let at = index(l2);
-        if let Some(slot) = table.entries.get_mut(at) {
-            *slot = entry.encode();
-            table.dirty = Some(join(table.dirty.take(), at * 8..at * 8 + 8));
+        let words = self.format.words();
+        let at = index(l2) * words;
+        if let Some(slot) = table.entries.get_mut(at..at + words) {
+            slot.copy_from_slice(&self.format.encode(entry)[..words]);
+            table.dirty = Some(join(table.dirty.take(), at * 8..(at + words) * 8));
         }
     }
 
@@ -273,7 +311,7 @@ impl Mapping {
         bytes: &[u8],
     ) -> Result<(), Fault> {
         let entries: Vec<u64> = from_big_endian(bytes);
-        if entries.len() as u64 != self.format.geometry.l2_entries() {
+        if entries.len() as u64 * 8 != self.geometry.bytes() {
             return Err(Fault::Corrupt { at, what: Corruption::Truncated { what: "an L2 table" } });
         }
         let L1Entry::Table(hosted) = self.l1_entry(l1)? else { return Ok(()) };
@@ -295,18 +333,21 @@ impl Mapping {
     /// Gives an L1 entry a table of its own at `at`: empty, or a copy of the shared one that is in memory.
     pub(crate) fn insert_new(&mut self, l1: u64, at: HostOffset) {
         self.clock += 1;
-        let empty = || vec![0; index(self.geometry.l2_entries())];
+        let empty = || vec![0; index(self.geometry.bytes() / 8)];
         let (mut entries, pins) =
             self.tables.remove(&l1).map_or_else(|| (empty(), 0), |old| (old.entries, old.pins));
-        // What a shared table points at is shared, too.
-        for entry in &mut entries {
-            if let Ok(L2Entry::Data(hosted)) = L2Entry::decode(*entry, self.geometry) {
-                *entry = L2Entry::Data(Hosted { exclusive: false, ..hosted }).encode();
-            } else if let Ok(L2Entry::Zero { host: Some(hosted) }) =
-                L2Entry::decode(*entry, self.geometry)
-            {
-                let host = Some(Hosted { exclusive: false, ..hosted });
-                *entry = L2Entry::Zero { host }.encode();
+        // What a shared table points at is shared, too; clusters of a data file have one user whatever happens.
+        if !self.format.external_data {
+            for words in entries.chunks_exact_mut(self.format.words()) {
+                let bitmap = words.get(1).copied().unwrap_or(0);
+                let decoded = words.first().map(|raw| self.format.decode(*raw, bitmap));
+                if let Some(Ok(L2Entry::Cluster(mut cluster))) = decoded
+                    && let Some(host) = &mut cluster.host
+                {
+                    host.exclusive = false;
+                    let encoded = self.format.encode(L2Entry::Cluster(cluster));
+                    words.copy_from_slice(&encoded[..words.len()]);
+                }
             }
         }
         let dirty = Some(0..entries.len() * 8);
@@ -453,6 +494,8 @@ fn continues(last: &Extent, next: Place) -> bool {
             Place::Data { host, exclusive },
             Place::Data { host: next_host, exclusive: next_exclusive },
         ) => exclusive == next_exclusive && host.0 + last.range.len() == next_host.0,
+        // Two clusters may have one stream, and each begins at its own start.
+        (Place::Compressed(_), _) => false,
         (last, next) => last == next,
     }
 }

@@ -185,18 +185,10 @@ pub(crate) async fn read_header(file: &HostFile) -> Result<Header, Error> {
 
 /// Refuses what the mapping cannot do.
 fn supported(header: &Header) -> Result<(), Fault> {
-    let feature = if header.version != 3 {
-        Feature::Version(header.version)
-    } else if header.has_data_file() {
-        Feature::ExternalDataFile
-    } else if header.has_extended_l2() {
-        Feature::ExtendedL2
-    } else if header.compression_type() != 0 {
-        Feature::CompressionType(header.compression_type())
-    } else {
-        return Ok(());
-    };
-    Err(Fault::Unsupported(feature))
+    if header.has_data_file() {
+        return Err(Fault::Unsupported(Feature::ExternalDataFile));
+    }
+    Ok(())
 }
 
 async fn open_with_header(
@@ -225,7 +217,8 @@ async fn open_with_header(
         read_only,
         preferred_bytes: u32::try_from(geometry.bytes()).unwrap_or(u32::MAX),
         can_discard: !read_only,
-        fast_zeroes: !read_only,
+        // Version 2 has no flag for them; without a backing file an absent cluster is as good.
+        fast_zeroes: !read_only && (header.version >= 3 || backing.is_none()),
     };
     let facts = Facts::new(&header);
     let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);

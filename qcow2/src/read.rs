@@ -19,6 +19,8 @@ const READ_EXTENTS: usize = 1024;
 pub enum LayerState {
     /// This layer holds the bytes.
     Data,
+    /// This layer holds the bytes, compressed.
+    Compressed,
     /// This layer says that they are zero.
     Zero,
     /// This layer says nothing: the backing file answers, or zeros.
@@ -69,6 +71,10 @@ impl Inner {
                 let bytes = read_data(live, at).await?;
                 Ok(Segments(vec![Segment::Data(bytes)]))
             }
+            (Place::Compressed(stream), _) => {
+                let bytes = self.inflate(live, stream, range).await?;
+                Ok(Segments(vec![Segment::Data(bytes)]))
+            }
             (Place::Unallocated, Some(backing)) => {
                 let end = backing.limits().size_bytes;
                 let below = range.intersection(ByteRange::between(0, end));
@@ -95,7 +101,9 @@ impl Inner {
             let here = self.step(&live, |core| core.lookup(rest, MAX_EXTENTS)).await?;
             for extent in here {
                 match (extent.place, &live.backing) {
-                    (Place::Data { .. }, _) => push(&mut all, extent.range, true, false),
+                    (Place::Data { .. } | Place::Compressed(_), _) => {
+                        push(&mut all, extent.range, true, false);
+                    }
                     (Place::Zero { reserved }, _) => push(&mut all, extent.range, reserved, true),
                     (Place::Unallocated, None) => push(&mut all, extent.range, false, true),
                     (Place::Unallocated, Some(backing)) => {
@@ -150,6 +158,7 @@ impl Inner {
             for extent in self.step(&live, |core| core.lookup(rest, MAX_EXTENTS)).await? {
                 let state = match extent.place {
                     Place::Data { .. } => LayerState::Data,
+                    Place::Compressed(_) => LayerState::Compressed,
                     Place::Zero { .. } => LayerState::Zero,
                     Place::Unallocated => LayerState::Unallocated,
                 };

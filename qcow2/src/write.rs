@@ -7,12 +7,16 @@ use block::{BufferPool, ByteRange, Hold, RangeGuard, Segment, ZeroMode, is_zero,
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+use crate::clear::Clear;
 use crate::core::Core;
 use crate::data::{needs_whole_sectors, read_data, write_data};
 use crate::error::Error;
 use crate::image::{Inner, Live};
-use crate::plan::{Clear, Fill, Move, Reservation, slice_of};
+use crate::plan::{Area, Fill, Move, Reservation, slice_of};
 use crate::units::index;
+
+/// The longest single write of zeros as data, in bytes.
+const ZEROS_BYTES: u64 = 2 << 20;
 
 /// What every host operation of a planned write holds: the lock on its clusters, and the clusters that it reserved.
 /// The last one to let go gives back what was not published, and only then the lock.
@@ -65,7 +69,7 @@ impl Inner {
             return Ok(());
         }
         let zeros: Vec<bool> = range
-            .pieces(self.cluster_bytes())
+            .pieces(self.info.subcluster_bytes)
             .map(|piece| !allocate && is_zero(&slice_of(data, range.start(), piece)))
             .collect();
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
@@ -115,9 +119,9 @@ impl Inner {
     ) -> Result<(), Error> {
         match moves {
             [] => Ok(()),
-            [one] => self.run_move(live, *one, start, data, hold).await,
+            [one] => self.run_move(live, one, start, data, hold).await,
             many => {
-                let all = many.iter().map(|one| self.run_move(live, *one, start, data, hold));
+                let all = many.iter().map(|one| self.run_move(live, one, start, data, hold));
                 try_join_all(all).await.map(drop)
             }
         }
@@ -126,48 +130,46 @@ impl Inner {
     async fn run_move(
         &self,
         live: &Live,
-        one: Move,
+        one: &Move,
         start: u64,
         data: &Bytes,
         hold: &Hold,
     ) -> Result<(), Error> {
         let (host, bytes) = match one {
-            Move::Payload { guest, host } => (host, slice_of(data, start, guest)),
-            Move::Patch { payload, cluster, host, fill } => {
-                let payload_bytes = slice_of(data, start, payload);
-                (host, self.patched(live, payload, &payload_bytes, cluster, fill).await?)
+            Move::Payload { guest, host } => (*host, slice_of(data, start, *guest)),
+            Move::Patch { area, host } => {
+                let payload = slice_of(data, start, area.payload);
+                (*host, self.patched(live, area, &payload).await?)
             }
         };
         Ok(write_data(live, host, bytes, hold).await?)
     }
 
-    /// A whole cluster: `data` at its place, and around it what `fill` says.
-    async fn patched(
-        &self,
-        live: &Live,
-        payload: ByteRange,
-        data: &Bytes,
-        cluster: ByteRange,
-        fill: Fill,
-    ) -> Result<Bytes, Error> {
+    /// All bytes of an area: `payload` at its place, and around it what fills it.
+    async fn patched(&self, live: &Live, area: &Area, payload: &Bytes) -> Result<Bytes, Error> {
+        let place = |range: ByteRange| {
+            index(range.start() - area.range.start())..index(range.end() - area.range.start())
+        };
         // Never waits: the request that this belongs to has been admitted already.
-        let mut buffer = BufferPool::shared().get_now(index(cluster.len()));
-        let head = ByteRange::between(cluster.start(), payload.start());
-        let tail = ByteRange::between(payload.end(), cluster.end());
-        for part in [head, tail] {
-            let place = index(part.start() - cluster.start())..index(part.end() - cluster.start());
-            let room = &mut buffer[place];
+        let mut buffer = BufferPool::shared().get_now(index(area.range.len()));
+        for (part, fill) in &area.fills {
+            let room = &mut buffer[place(*part)];
             match fill {
                 Fill::Zero => room.fill(0),
-                Fill::Backing => self.read_backing(live, part, room).await?,
+                Fill::Backing => self.read_backing(live, *part, room).await?,
                 Fill::Copy(host) => {
-                    let at = host.0 + (part.start() - cluster.start());
-                    let bytes = read_data(live, ByteRange::between(at, at + part.len())).await?;
-                    room.copy_from_slice(&bytes);
+                    let at = host.0 + (part.start() & (self.cluster_bytes() - 1));
+                    let at = ByteRange::between(at, at + part.len());
+                    room.copy_from_slice(&read_data(live, at).await?);
+                }
+                Fill::Inflate(stream) => {
+                    room.copy_from_slice(&self.inflate(live, *stream, *part).await?);
                 }
             }
         }
-        buffer[index(head.len())..][..data.len()].copy_from_slice(data);
+        if !payload.is_empty() {
+            buffer[place(area.payload)].copy_from_slice(payload);
+        }
         Ok(buffer.freeze())
     }
 
@@ -201,50 +203,69 @@ impl Inner {
 
     /// Makes a range of the disk read as zeros.
     pub(crate) async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Error> {
-        let (head, middle, tail) = self.whole_clusters(range);
+        let (head, middle, tail) = self.whole_subclusters(range);
+        let how = if mode.keep_allocated { Clear::AllocatedZeroes } else { Clear::Zeroes };
         let live = self.live()?;
-        if mode.fast_only && !(head.is_empty() && tail.is_empty()) {
-            let what = "zeroing parts of clusters without writing";
-            return Err(Error::Request(block::DeviceError::NotSupported { what }));
+        if mode.fast_only {
+            let writes = !(head.is_empty() && tail.is_empty())
+                || self.step(&live, |core| core.clearing_writes(middle, how)).await?;
+            if writes {
+                let what = "zeroing without writing";
+                return Err(Error::Request(block::DeviceError::NotSupported { what }));
+            }
         }
         self.before_change(&live).await?;
         for part in [head, tail] {
-            if !part.is_empty() {
-                let zeros = Bytes::from(vec![0; index(part.len())]);
-                self.write_piece(part, &zeros, mode.keep_allocated).await?;
-            }
+            self.write_zeros_as_data(part, mode.keep_allocated).await?;
         }
-        let how = if mode.keep_allocated { Clear::AllocatedZeroes } else { Clear::Zeroes };
         self.clear(middle, how).await
     }
 
-    /// Gives up the content of a range of the disk: whole clusters are dropped, parts of clusters stay.
+    /// Gives up the content of a range of the disk: whole subclusters are dropped, parts of them stay.
     pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), Error> {
-        let (_, middle, _) = self.whole_clusters(range);
+        let (_, middle, _) = self.whole_subclusters(range);
         let live = self.live()?;
         self.before_change(&live).await?;
         self.clear(middle, Clear::Discard).await
     }
 
-    /// Clears whole clusters, table by table: who waits for one of them does not wait for a whole disk.
+    /// Clears whole subclusters, table by table: who waits for one of them does not wait for a whole disk.
     async fn clear(&self, range: ByteRange, how: Clear) -> Result<(), Error> {
         for piece in range.pieces(self.info.l2_coverage) {
-            let _guard = self.guests.lock_exclusive(self.widen(piece)).await;
+            let guard = self.guests.lock_exclusive(self.widen(piece)).await;
             let live = self.live()?;
-            self.step(&live, |core| core.clear(piece, how)).await?;
+            let rest = self.step(&live, |core| core.clear(piece, how)).await?;
+            drop(guard);
+            for part in rest {
+                self.write_zeros_as_data(part, how == Clear::AllocatedZeroes).await?;
+            }
         }
         Ok(())
     }
 
-    /// Cuts a range into a part of a cluster, whole clusters and a part of a cluster. The last cluster of the disk is
-    /// whole where the disk ends.
-    fn whole_clusters(&self, range: ByteRange) -> (ByteRange, ByteRange, ByteRange) {
-        let cluster = self.cluster_bytes();
-        let start = range.start().next_multiple_of(cluster);
+    async fn write_zeros_as_data(&self, range: ByteRange, allocate: bool) -> Result<(), Error> {
+        let mut zeros = Bytes::new();
+        for piece in range.pieces(ZEROS_BYTES) {
+            if zeros.len() < index(piece.len()) {
+                zeros = Bytes::from(vec![0; index(piece.len())]);
+            }
+            // Clusters and tables are whole multiples of a piece, or the other way round.
+            for piece in piece.pieces(self.info.l2_coverage) {
+                self.write_piece(piece, &zeros.slice(..index(piece.len())), allocate).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts a range into a part of a subcluster, whole subclusters and a part of a subcluster. The last one of the disk
+    /// is whole where the disk ends.
+    fn whole_subclusters(&self, range: ByteRange) -> (ByteRange, ByteRange, ByteRange) {
+        let unit = self.info.subcluster_bytes;
+        let start = range.start().next_multiple_of(unit);
         let at_end = range.end() == self.limits().size_bytes;
-        let end = if at_end { range.end() } else { range.end() - range.end() % cluster };
+        let end = if at_end { range.end() } else { range.end() - range.end() % unit };
         if start >= end {
-            // At most two clusters are touched, and none is whole.
+            // At most two subclusters are touched, and none is whole.
             let middle = start.min(range.end());
             return (
                 ByteRange::between(range.start(), middle),

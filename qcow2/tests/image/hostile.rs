@@ -180,39 +180,10 @@ fn unsupported(path: &std::path::Path, options: OpenOptions) -> Feature {
 fn what_later_versions_do_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    for (name, options) in [
-        ("old", "compat=0.10"),
-        ("zstd", "compression_type=zstd"),
-        ("extended", "extended_l2=on,cluster_size=128k"),
-    ] {
-        qemu_create(&at(name), options, "1M", None);
-    }
     let data_file = format!("data_file={}", at("data.raw").display());
     qemu_create(&at("external"), &data_file, "1M", None);
     let read = OpenOptions::reading;
-    assert_eq!(unsupported(&at("old"), read()), Feature::Version(2));
-    assert_eq!(unsupported(&at("zstd"), read()), Feature::CompressionType(1));
-    assert_eq!(unsupported(&at("extended"), read()), Feature::ExtendedL2);
     assert_eq!(unsupported(&at("external"), read()), Feature::ExternalDataFile);
-}
-
-#[test]
-fn compressed_clusters_are_refused_where_they_are_met() {
-    let dir = tempfile::tempdir().unwrap();
-    let (raw, path) = (dir.path().join("raw"), dir.path().join("compressed"));
-    std::fs::write(&raw, [vec![7; 65536], vec![0; 65536]].concat()).unwrap();
-    let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
-    qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", from, to]);
-    block_on(async {
-        let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
-        let error = image.read(range(0, 1)).await.unwrap_err();
-        assert_eq!(error.kind(), block::ErrorKind::NotSupported, "{error}");
-        let later = Durability::Deferred;
-        assert!(image.write(0, vec![1; 512].into(), later).await.is_err());
-        assert!(image.read(range(65536, 65536)).await.is_ok(), "the rest is readable");
-        image.close().await.unwrap();
-    });
-    qemu_img(&["check", "-q", to]);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod crash;
 mod crash_crowd;
 mod crowd;
 mod faults;
+mod formats;
 mod hostile;
 mod interop;
 #[cfg(feature = "luks")]

@@ -10,6 +10,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("block", &[]),
     ("qcow2", &["block"]),
     ("nbd-server", &["block"]),
+    // The program alone: the library knows no protocol, and the client no format.
+    ("qcow2/program", &["block", "nbd-server", "qcow2"]),
     ("chain", &["block", "qcow2"]),
     ("agent", &["block", "nbd-server"]),
     ("hub", &["agent", "block", "chain", "nbd-server", "qcow2"]),

@@ -1,0 +1,58 @@
+//! The command line: its commands and what holds for all of them. The options of each command stand with it.
+
+use clap::{Parser, Subcommand};
+
+use crate::command::{bench, compare, completions, create, dd, info, measure};
+use crate::stop::Stop;
+
+/// Creates, inspects, converts and repairs disk images
+///
+/// Options, results and exit codes are those of qemu-img. Images are paths, or exports of NBD servers: nbd://HOST/EXPORT,
+/// nbd+unix:///EXPORT?socket=PATH.
+#[derive(Debug, Parser)]
+#[command(name = "qcow2", version, subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Create(create::Options),
+    Info(info::Options),
+    Compare(compare::Options),
+    Measure(measure::Options),
+    Dd(dd::Options),
+    Bench(bench::Options),
+    Completions(completions::Options),
+    /// Print the manual page
+    Man,
+}
+
+impl Cli {
+    /// Does what was asked for; the number is the exit code.
+    pub(crate) async fn run(self) -> anyhow::Result<u8> {
+        let stop = Stop::watch()?;
+        match self.command {
+            Command::Create(options) => create::run(options, &stop).await,
+            Command::Info(options) => info::run(options, &stop).await,
+            Command::Dd(options) => dd::run(options, &stop).await,
+            Command::Compare(options) => compare::run(options, &stop).await,
+            Command::Measure(options) => measure::run(options, &stop).await,
+            Command::Bench(options) => bench::run(options, &stop).await,
+            Command::Completions(options) => completions::run(&options),
+            Command::Man => completions::manual(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,162 @@
+//! `create`: a new, empty image.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+
+use crate::cache::Cache;
+use crate::format::{self, Format};
+use crate::making::{self, beside};
+use crate::open::{self, Access, How, Named};
+use crate::options::OptionList;
+use crate::output::{print, warn};
+use crate::settings::{self, Purpose};
+use crate::size::Size;
+use crate::stop::Stop;
+use crate::target::Target;
+
+/// Make a new, empty image
+///
+/// A file of this name that nobody has open is replaced. The image is durable when the command ends.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// The format of the new image
+    #[arg(short, long, value_name = "FMT", default_value = "raw")]
+    format: Format,
+
+    /// The image below: what is not written to the new image is read from it
+    #[arg(short, long = "backing", value_name = "FILE")]
+    backing: Option<String>,
+
+    /// The format of the image below
+    #[arg(short = 'F', long, value_name = "FMT")]
+    backing_format: Option<String>,
+
+    /// Do not look at the image below: it may be missing
+    #[arg(short = 'u')]
+    without_backing: bool,
+
+    /// Options of the format, NAME=VALUE[,...]; `-o help` lists them
+    #[arg(short, long = "options", value_name = "OPTIONS")]
+    options: Vec<String>,
+
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+
+    #[command(flatten)]
+    access: Access,
+
+    /// The new image
+    #[arg(value_name = "FILE", required_unless_present = "options")]
+    file: Option<PathBuf>,
+
+    /// The size of its disk in bytes, or with k, M, G, T, P or E; that of the image below where it is left out
+    #[arg(value_name = "SIZE")]
+    size: Option<Size>,
+}
+
+pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
+    let mut list = OptionList::parse(&options.options)?;
+    if list.wants_help() {
+        print(&settings::help(options.format, Purpose::Create))?;
+        return Ok(0);
+    }
+    let file = options.file.as_deref().context("Expecting image file name")?;
+    let naming = || file.display().to_string();
+    settings::check(&list, options.format, Purpose::Create).with_context(naming)?;
+    let size = complete(&options, &mut list, file).await.with_context(naming)?;
+    if !options.quiet {
+        let told = settings::describe(&list, options.format);
+        print(&format!("Formatting '{}', fmt={} {told}\n", file.display(), options.format))?;
+    }
+    let made = stop.or(make(file, &options, size, &list)).await;
+    made.with_context(naming)?;
+    Ok(0)
+}
+
+async fn make(path: &Path, options: &Options, size: u64, list: &OptionList) -> anyhow::Result<()> {
+    let below =
+        list.get("backing_file").and_then(|name| crate::target::file_id(&beside(path, name)));
+    let (target, file) = Target::make(path, Cache::PAGES, below.as_slice()).await?;
+    making::make(&file, options.format, size, list).await?;
+    file.sync().await?;
+    target.keep()
+}
+
+/// Puts what the letters say into the list, looks at the image below, and finds the size.
+async fn complete(options: &Options, list: &mut OptionList, file: &Path) -> anyhow::Result<u64> {
+    if let Some(backing) = &options.backing {
+        list.set("backing_file", backing);
+    }
+    if let Some(format) = &options.backing_format {
+        list.set("backing_fmt", format);
+    }
+    let named = match (list.get("size"), options.size) {
+        (Some(_), Some(_)) => bail!("The image size must be specified only once"),
+        (Some(size), None) => Some(settings::size("size", size)?),
+        (None, size) => size.map(|size| size.0),
+    };
+    let mut size = named;
+    if let Some(name) = list.get("backing_file") {
+        let has_backing = options.format == Format::Qcow2;
+        ensure!(has_backing, "Backing file not supported for file format '{}'", options.format);
+        ensure!(!name.is_empty(), "Expected backing file name, got empty string");
+        let path = beside(file, name);
+        ensure!(
+            path != file,
+            "Trying to create an image with the same filename as the backing file"
+        );
+        match list.get("backing_fmt") {
+            None => bail!("{}", without_format(&path)),
+            Some(format) => drop(making::backing_format(format)?),
+        }
+        if !options.without_backing {
+            let below = size_below(&path, list.get("backing_fmt"), &options.access).await?;
+            size = size.or(Some(below));
+            tell_of_distance(file, &path, &options.access);
+        }
+    }
+    let size = size.context("Image creation needs a size parameter")?;
+    if list.get("size").is_none() {
+        list.set("size", size.to_string());
+    }
+    Ok(size)
+}
+
+fn without_format(path: &Path) -> String {
+    let found = match format::recognise(path) {
+        Ok(format) => format!("; it is {format}"),
+        Err(_) => String::new(),
+    };
+    format!("Backing file specified without backing format (-F){found}")
+}
+
+async fn size_below(path: &Path, format: Option<&str>, access: &Access) -> anyhow::Result<u64> {
+    let format = format.map(str::parse).transpose().map_err(anyhow::Error::msg)?;
+    let named = Named::file(path, format);
+    let opened = open::open(&named, &How::reading(None, true), access).await;
+    let opened = opened.context("Could not open backing image")?;
+    let size = opened.size_bytes();
+    opened.close().await?;
+    Ok(size)
+}
+
+/// References are confined by default: better said now than when the image is opened.
+fn tell_of_distance(file: &Path, backing: &Path, access: &Access) {
+    let folder = match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let resolved = (folder.canonicalize(), backing.canonicalize());
+    if let (Ok(folder), Ok(backing)) = resolved
+        && access.allow_references.is_none()
+        && !backing.starts_with(&folder)
+    {
+        warn(&format!(
+            "{} lies outside {}: opening the new image will need --allow-references",
+            backing.display(),
+            folder.display()
+        ));
+    }
+}

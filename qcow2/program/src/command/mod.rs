@@ -1,0 +1,9 @@
+//! The commands, one file each. What they share stands above them.
+
+pub(crate) mod bench;
+pub(crate) mod compare;
+pub(crate) mod completions;
+pub(crate) mod create;
+pub(crate) mod dd;
+pub(crate) mod info;
+pub(crate) mod measure;

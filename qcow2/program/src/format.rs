@@ -1,0 +1,72 @@
+//! The image formats that the program knows, and which of them it recognises by itself. Opening is `open`'s.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+
+/// The first bytes of a qcow2 image.
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// An image format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    Qcow2,
+    Raw,
+}
+
+impl Format {
+    /// The name on the command line and in results.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "qcow2" => Ok(Self::Qcow2),
+            "raw" => Ok(Self::Raw),
+            _ => Err(format!("Unknown file format '{text}': qcow2 and raw are known")),
+        }
+    }
+}
+
+/// Recognises qcow2. Anything else must be named: a guest could write a header into a raw disk, and would be believed.
+///
+/// # Errors
+/// A file that cannot be read, and one that is no qcow2 image.
+pub(crate) fn recognise(path: &Path) -> anyhow::Result<Format> {
+    let mut magic = [0; QCOW2_MAGIC.len()];
+    let mut file = File::open(path).with_context(|| could_not_open(path))?;
+    match file.read_exact(&mut magic) {
+        Ok(()) if magic == QCOW2_MAGIC => Ok(Format::Qcow2),
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+            Err(error).with_context(|| could_not_open(path))
+        }
+        _ => bail!(
+            "{}: it is no qcow2 image, and other formats are not guessed, because a guest chooses \
+             the first bytes of a raw disk; say -f raw if it is one",
+            could_not_open(path)
+        ),
+    }
+}
+
+/// How an error about opening begins.
+pub(crate) fn could_not_open(path: &Path) -> String {
+    format!("Could not open '{}'", path.display())
+}

@@ -1,0 +1,350 @@
+//! Opening what the command line names: a place, a format, and what its references may lead to. What is done with an
+//! open image is the commands' business.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail, ensure};
+use block::{BlockDevice, HostFile, LockConflict, RawDevice};
+use nbd_server::client::{ClientOptions, NbdDevice, NbdUri};
+use qcow2::{Image, References};
+
+use crate::cache::Cache;
+use crate::format::{self, Format, could_not_open};
+use crate::options::{OptionList, switch};
+use crate::output;
+use crate::place::Place;
+use crate::secret::Secrets;
+
+/// What all images of a command line may do.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct Access {
+    #[command(flatten)]
+    pub(crate) secrets: Secrets,
+
+    /// Where backing and data files may lie: below DIR, or anywhere [default: below the directory of the image]
+    #[arg(long, value_name = "DIR|any")]
+    pub(crate) allow_references: Option<AllowReferences>,
+}
+
+/// Where references of an image may lead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AllowReferences {
+    Any,
+    Below(PathBuf),
+}
+
+impl FromStr for AllowReferences {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => Err("neither a directory nor `any`".to_owned()),
+            "any" => Ok(Self::Any),
+            directory => Ok(Self::Below(directory.into())),
+        }
+    }
+}
+
+impl Access {
+    /// What references may lead to.
+    pub(crate) fn references(&self) -> References {
+        match &self.allow_references {
+            None => References::Confined,
+            Some(AllowReferences::Any) => References::Any,
+            Some(AllowReferences::Below(directory)) => References::Under(directory.clone()),
+        }
+    }
+}
+
+/// One image as the command line names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Named {
+    pub(crate) place: Place,
+    /// Recognised where it is not said.
+    pub(crate) format: Option<Format>,
+    /// Whether QEMU's locks are taken.
+    locking: bool,
+}
+
+impl Named {
+    /// A file by its path.
+    pub(crate) fn file(path: &Path, format: Option<Format>) -> Self {
+        Self { place: Place::File(path.to_owned()), format, locking: true }
+    }
+
+    /// A plain name, or with `image_opts` a list of options.
+    ///
+    /// # Errors
+    /// Names and options that mean nothing here.
+    pub(crate) fn parse(
+        name: &str,
+        format: Option<Format>,
+        image_opts: bool,
+    ) -> anyhow::Result<Self> {
+        if !image_opts {
+            return Ok(Self { place: Place::parse(name)?, format, locking: true });
+        }
+        ensure!(format.is_none(), "--image-opts and --format are mutually exclusive");
+        let list = OptionList::parse_implied(name, "file")?;
+        from_options(&list).with_context(|| format!("Could not open '{name}'"))
+    }
+}
+
+fn from_options(list: &OptionList) -> anyhow::Result<Named> {
+    let mut format = None;
+    let mut path = None;
+    let mut protocol = "file";
+    let mut nbd = Vec::new();
+    let mut locking = true;
+    for (name, value) in list.iter() {
+        match name {
+            "driver" if matches!(value, "file" | "host_device" | "nbd") => {
+                format = Some(Format::Raw);
+                protocol = value;
+            }
+            "driver" => format = Some(value.parse().map_err(anyhow::Error::msg)?),
+            "file.driver" => protocol = value,
+            "file" | "filename" | "file.filename" => path = Some(value),
+            "locking" | "file.locking" if value == "auto" => {}
+            "locking" | "file.locking" => locking = switch(name, value)?,
+            "force-share" => locking = !switch(name, value)?,
+            // Every secret is tried.
+            "encrypt.key-secret" | "encrypt.format" => {}
+            _ => match name.strip_prefix("file.").unwrap_or(name) {
+                key @ ("host" | "port" | "path" | "export" | "uri") => nbd.push((key, value)),
+                key if key.starts_with("server.") => nbd.push((key, value)),
+                _ => bail!("Option '{name}' is not known here"),
+            },
+        }
+    }
+    let place = match protocol {
+        "nbd" => nbd_place(&nbd)?,
+        "file" | "host_device" if nbd.is_empty() => {
+            Place::parse(path.context("A path is needed: file.filename=PATH")?)?
+        }
+        other => bail!("Unknown protocol '{other}', or options of another one"),
+    };
+    Ok(Named { place, format, locking })
+}
+
+fn nbd_place(options: &[(&str, &str)]) -> anyhow::Result<Place> {
+    let get = |names: &[&str]| {
+        options.iter().rev().find(|(name, _)| names.contains(name)).map(|(_, value)| *value)
+    };
+    if let Some(uri) = get(&["uri"]) {
+        return Place::parse(uri);
+    }
+    let export = get(&["export"]).unwrap_or_default().to_owned();
+    let address = match (get(&["path", "server.path"]), get(&["host", "server.host"])) {
+        (Some(path), None) => nbd_server::client::Address::Unix(path.into()),
+        (None, Some(host)) => {
+            let port = get(&["port", "server.port"]).map(str::parse).transpose();
+            let port = port.context("The port is no number")?;
+            let port = port.unwrap_or(nbd_server::client::Address::PORT);
+            nbd_server::client::Address::Tcp { host: host.to_owned(), port }
+        }
+        _ => bail!("An NBD server needs either a path or a host"),
+    };
+    let text = format!("nbd:{address}:exportname={export}");
+    Ok(Place::Nbd { uri: NbdUri { address, export, query: Vec::new() }, text })
+}
+
+/// How an image is to be opened.
+#[derive(Clone, Debug)]
+pub(crate) struct How {
+    /// To change it.
+    pub(crate) writing: bool,
+    /// Although others may be changing it.
+    pub(crate) shared: bool,
+    pub(crate) cache: Cache,
+    /// Show an internal snapshot, by its id or else its name.
+    pub(crate) snapshot: Option<String>,
+}
+
+impl How {
+    /// For reading, with others kept from changing it unless `shared`.
+    pub(crate) fn reading(cache: Option<Cache>, shared: bool) -> Self {
+        Self { writing: false, shared, cache: cache.unwrap_or(Cache::PAGES), snapshot: None }
+    }
+
+    /// For reading and writing, alone.
+    pub(crate) fn writing(cache: Option<Cache>) -> Self {
+        Self { writing: true, ..Self::reading(cache, false) }
+    }
+
+    /// The same, showing an internal snapshot.
+    pub(crate) fn snapshot(self, snapshot: Option<String>) -> Self {
+        Self { snapshot, ..self }
+    }
+}
+
+/// An image that is open.
+pub(crate) struct Opened {
+    pub(crate) place: Place,
+    pub(crate) format: Format,
+    device: Arc<dyn BlockDevice>,
+    image: Option<Image>,
+}
+
+impl Opened {
+    /// The disk.
+    pub(crate) fn device(&self) -> Arc<dyn BlockDevice> {
+        Arc::clone(&self.device)
+    }
+
+    /// The image, where it is a qcow2 one.
+    pub(crate) fn image(&self) -> Option<&Image> {
+        self.image.as_ref()
+    }
+
+    /// The size of the disk in bytes.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.device.limits().size_bytes
+    }
+
+    /// Flushes and closes.
+    ///
+    /// # Errors
+    /// What the host or the server failed at: then the last changes may be lost.
+    pub(crate) async fn close(self) -> anyhow::Result<()> {
+        let closed = self.device.close().await;
+        closed.with_context(|| format!("Error while closing '{}'", self.place))
+    }
+}
+
+/// Opens an image with everything below it.
+///
+/// # Errors
+/// Everything that keeps it from being opened; the message names the place first.
+pub(crate) async fn open(named: &Named, how: &How, access: &Access) -> anyhow::Result<Opened> {
+    let place = named.place.clone();
+    let no_snapshots = || match &how.snapshot {
+        None => Ok(()),
+        Some(name) => Err(anyhow!("Could not open '{place}': a raw disk has no snapshot '{name}'")),
+    };
+    let path = match &place {
+        Place::Nbd { uri, .. } => {
+            no_snapshots()?;
+            let plain = matches!(named.format, None | Some(Format::Raw));
+            ensure!(plain, "Could not open '{place}': an NBD export is a disk, and so -f raw");
+            let device = connect(uri).await.with_context(|| format!("Could not open '{place}'"))?;
+            return Ok(Opened { place, format: Format::Raw, device, image: None });
+        }
+        Place::File(path) => path,
+    };
+    let format = match named.format {
+        Some(format) => format,
+        None => format::recognise(path)?,
+    };
+    let how = &How { shared: how.shared || !named.locking, ..how.clone() };
+    let (device, image): (Arc<dyn BlockDevice>, _) = match format {
+        Format::Raw => {
+            no_snapshots()?;
+            (open_raw(path, how).await?, None)
+        }
+        Format::Qcow2 => {
+            let image = open_qcow2(path, how, access).await?;
+            (Arc::new(image.clone()), Some(image))
+        }
+    };
+    Ok(Opened { place, format, device, image })
+}
+
+/// Connects to an export.
+///
+/// # Errors
+/// What the server refuses or the network fails at.
+pub(crate) async fn connect(uri: &NbdUri) -> anyhow::Result<Arc<dyn BlockDevice>> {
+    Ok(NbdDevice::connect(&uri.address, &uri.export, ClientOptions::default()).await?)
+}
+
+async fn open_raw(path: &Path, how: &How) -> anyhow::Result<Arc<dyn BlockDevice>> {
+    let facts = std::fs::metadata(path).with_context(|| could_not_open(path))?;
+    ensure!(!facts.is_dir(), "{}: it is a directory", could_not_open(path));
+    let options = block::OpenOptions {
+        read_only: !how.writing,
+        direct: how.cache.direct,
+        lock: !how.shared,
+        ..block::OpenOptions::default()
+    };
+    match HostFile::open(path, options).await {
+        Ok(file) => Ok(RawDevice::new(file)),
+        Err(error) => Err(explained(error, path, how)),
+    }
+}
+
+/// Opens a qcow2 image with everything below it.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) async fn open_qcow2(path: &Path, how: &How, access: &Access) -> anyhow::Result<Image> {
+    let options = qcow2_options(how, access)?;
+    Image::open(path, options).await.map_err(|error| explained(error, path, how))
+}
+
+/// How a qcow2 image is opened.
+fn qcow2_options(how: &How, access: &Access) -> anyhow::Result<qcow2::OpenOptions> {
+    Ok(qcow2::OpenOptions {
+        read_only: !how.writing,
+        references: access.references(),
+        lock: !how.shared,
+        direct: how.cache.direct,
+        passphrases: access.secrets.all()?,
+        snapshot: how.snapshot.clone(),
+    })
+}
+
+/// An error about opening, with what the command line offers against it.
+pub(crate) fn explained(error: impl Into<anyhow::Error>, path: &Path, how: &How) -> anyhow::Error {
+    let error = error.into();
+    let is_locked = error.chain().any(|cause| {
+        let inner = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        inner.is_some_and(|inner| inner.is::<LockConflict>())
+    });
+    let leads_away = error.chain().any(|cause| {
+        matches!(
+            cause.downcast_ref(),
+            Some(qcow2::Error::Reference { reason: qcow2::ReferenceError::Outside { .. }, .. })
+        )
+    });
+    let hint = if is_locked && !how.writing {
+        " (-U reads it all the same, and may see it half changed)"
+    } else if leads_away {
+        " (--allow-references DIR, or any, allows it for images that you trust)"
+    } else {
+        ""
+    };
+    // As text, so that the hint stands last.
+    anyhow!("{}: {}{hint}", could_not_open(path), output::text_of(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(text: &str) -> anyhow::Result<Named> {
+        Named::parse(text, None, true)
+    }
+
+    #[test]
+    fn image_options_name_files_and_servers() {
+        let file =
+            named("driver=qcow2,file.driver=file,file.filename=/x/a,,b,file.locking=off").unwrap();
+        assert_eq!(file.place, Place::File("/x/a,b".into()));
+        assert_eq!((file.format, file.locking), (Some(Format::Qcow2), false));
+        let nbd =
+            named("driver=raw,file.driver=nbd,file.host=h,file.port=7,file.export=e").unwrap();
+        assert!(matches!(nbd.place, Place::Nbd { uri, .. } if uri.export == "e"));
+        let nbd = named("driver=nbd,server.type=unix,server.path=/s").unwrap();
+        assert!(
+            matches!(nbd.place, Place::Nbd { uri, .. } if uri.address.to_string().contains("/s"))
+        );
+        assert_eq!(named("/x/a,driver=raw").unwrap().place, Place::File("/x/a".into()));
+        for text in ["driver=qcow2", "driver=bochs,file=x", "file=x,cache=none", "driver=nbd"] {
+            assert!(named(text).is_err(), "{text}");
+        }
+        assert!(Named::parse("file=x", Some(Format::Raw), true).is_err());
+    }
+}

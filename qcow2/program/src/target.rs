@@ -1,0 +1,90 @@
+//! Files that a command makes or makes anew: they are locked while they grow, and are removed again if the command
+//! does not come to its end. What is written into them is the commands' business.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use block::{Create, HostFile, OpenOptions};
+
+use crate::cache::Cache;
+
+/// A file that is being made. Dropped before it is kept, it is removed: nobody shall take half an image for a whole
+/// one.
+pub(crate) struct Target {
+    path: PathBuf,
+    /// Whether there is something to remove: a device stays.
+    is_ours: bool,
+}
+
+impl Target {
+    /// Makes a file, or empties the one that is there. A block device is taken as it is. `sources` are the files, by
+    /// device and inode, that the command still reads.
+    ///
+    /// # Errors
+    /// A file that somebody else has open, that is one of the sources, or that is neither a regular file nor a block
+    /// device.
+    pub(crate) async fn make(
+        path: &Path,
+        cache: Cache,
+        sources: &[(u64, u64)],
+    ) -> anyhow::Result<(Self, HostFile)> {
+        let cannot = || format!("{}: error while creating the image", path.display());
+        let options =
+            OpenOptions { read_only: false, create: Create::New, direct: cache.direct, lock: true };
+        match HostFile::open(path, options.clone()).await {
+            Ok(file) => return Ok((Self { path: path.to_owned(), is_ours: true }, file)),
+            Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error).with_context(cannot),
+        }
+        let facts = std::fs::metadata(path).with_context(cannot)?;
+        let is_device = facts.file_type().is_block_device();
+        ensure!(
+            facts.is_file() || is_device,
+            "{}: it exists, and is neither a regular file nor a block device",
+            cannot()
+        );
+        ensure!(
+            !sources.contains(&(facts.dev(), facts.ino())),
+            "{}: it is one of the images that are read",
+            cannot()
+        );
+        let options = OpenOptions { create: Create::No, ..options };
+        let file = HostFile::open(path, options).await.with_context(cannot)?;
+        if !is_device {
+            file.set_len(0).await.with_context(cannot)?;
+        }
+        Ok((Self { path: path.to_owned(), is_ours: !is_device }, file))
+    }
+
+    /// Says that it is complete, and makes its name durable.
+    ///
+    /// # Errors
+    /// Where its folder cannot be synced.
+    pub(crate) fn keep(mut self) -> anyhow::Result<()> {
+        self.is_ours = false;
+        let folder = match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let synced = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+        synced.with_context(|| format!("cannot make {} durable", folder.display()))
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if self.is_ours
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            let path = self.path.display();
+            crate::output::warn(&format!("cannot remove {path}, which is incomplete: {error}"));
+        }
+    }
+}
+
+/// How a file is recognised under any name: by device and inode.
+pub(crate) fn file_id(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|facts| (facts.dev(), facts.ino()))
+}

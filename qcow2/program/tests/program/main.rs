@@ -1,0 +1,11 @@
+//! The program beside qemu-img: the same command lines, and what users and scripts read of the answers. The formats
+//! themselves are judged in the library's tests.
+
+mod bench;
+mod compare;
+mod create;
+mod dd;
+mod info;
+mod measure;
+mod misuse;
+mod support;

@@ -1,0 +1,53 @@
+//! `measure` beside qemu-img's.
+
+use crate::support::Place;
+
+#[test]
+fn measure_says_the_same() {
+    let place = Place::new();
+    place.write_raw("a.raw", 3_000_000, 1);
+    place.qemu_img(&["create", "-f", "qcow2", "sparse.qcow2", "10G"]).good();
+    place.qemu_io("sparse.qcow2", &["write 1G 200k", "write -z 2G 1M", "write 5G 1M"]);
+    place.qemu_img(&["create", "-f", "qcow2", "-o", "compat=0.10", "old.qcow2", "1G"]).good();
+    for args in [
+        &["--size", "1G"][..],
+        &["-O", "qcow2", "--size", "1G"],
+        &["-O", "qcow2", "--size", "0"],
+        &["-O", "qcow2", "-o", "cluster_size=4k,refcount_bits=1", "--size", "300G"],
+        &["-O", "qcow2", "-o", "extended_l2=on", "--size", "3T"],
+        &["-O", "raw", "sparse.qcow2"],
+        &["-O", "qcow2", "sparse.qcow2"],
+        &["-O", "qcow2", "-o", "cluster_size=2M", "sparse.qcow2"],
+        &["-O", "qcow2", "-o", "compat=0.10", "sparse.qcow2"],
+        &["-O", "qcow2", "-f", "raw", "a.raw"],
+        &["-O", "qcow2", "-o", "preallocation=full", "sparse.qcow2"],
+    ] {
+        let run = |output| {
+            let mut line = vec!["measure", output];
+            line.extend(args);
+            (place.qcow2(&line).good(), place.qemu_img(&line).good())
+        };
+        let (ours, theirs) = run("--output=human");
+        assert_eq!(ours.out, theirs.out, "{args:?}");
+        let (ours, theirs) = run("--output=json");
+        assert_eq!(ours.json(), theirs.json(), "{args:?}");
+    }
+}
+
+#[test]
+fn measure_refuses_what_contradicts_itself() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a.qcow2", "1M"]).good();
+    for args in [
+        &["measure"][..],
+        &["measure", "--size", "1G", "a.qcow2"],
+        &["measure", "-f", "qcow2", "--size", "1G"],
+        &["measure", "-O", "qcow2", "-o", "bad=1", "--size", "1G"],
+        &["measure", "-O", "qcow2", "--size", "1x"],
+        &["measure", "-O", "qcow2", "-o", "cluster_size=3", "--size", "1G"],
+    ] {
+        let (ours, theirs) = (place.qcow2(args), place.qemu_img(args));
+        assert_eq!((ours.code, theirs.code), (1, 1), "{args:?}: {ours:?}");
+        assert!(!ours.err.is_empty());
+    }
+}

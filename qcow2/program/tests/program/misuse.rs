@@ -1,0 +1,89 @@
+//! What goes wrong, and what is said about it.
+
+use crate::support::{Place, exists};
+
+#[test]
+fn a_command_line_that_cannot_be_understood_ends_with_1() {
+    let place = Place::new();
+    for line in [
+        &["frobnicate"][..],
+        &["info", "--bad", "x"],
+        &["info"],
+        &["info", "a", "b"],
+        &["create", "-f", "bochs", "x", "1M"],
+        &["create", "-f", "qcow2", "x", "-1"],
+        &["create", "-f", "qcow2", "x", "1x"],
+    ] {
+        let answer = place.qcow2(line);
+        assert_eq!(answer.code, 1, "{answer:?}");
+        assert!(!answer.err.is_empty(), "{line:?}");
+        assert_eq!(place.qemu_img(line).code, 1, "{line:?}");
+    }
+    assert!(!exists(&place.path("x")));
+}
+
+#[test]
+fn help_and_version_are_no_failures() {
+    let place = Place::new();
+    for line in [&["--help"][..], &["-h"], &["--version"], &["-V"], &["info", "--help"], &["man"]] {
+        assert!(!place.qcow2(line).good().out.is_empty(), "{line:?}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let script = place.qcow2(&["completions", shell]).good().out;
+        assert!(script.contains("backing-chain"), "{shell}");
+    }
+    let manual = place.qcow2(&["man"]).good().out;
+    assert!(manual.contains("backing") && manual.contains(".TH"), "{manual}");
+}
+
+#[test]
+fn an_image_that_is_not_there_is_named() {
+    let place = Place::new();
+    let answer = place.qcow2(&["info", "nofile"]).bad(1, "Could not open 'nofile'");
+    assert!(answer.err.contains("No such file"), "{answer:?}");
+}
+
+#[test]
+fn a_raw_image_must_be_said_to_be_one() {
+    let place = Place::new();
+    place.write_raw("a.raw", 4096, 1);
+    place.qcow2(&["info", "a.raw"]).bad(1, "say -f raw");
+    place.qcow2(&["dd", "if=a.raw", "of=b"]).bad(1, "say -f raw");
+    assert!(!exists(&place.path("b")));
+}
+
+#[test]
+fn an_image_that_is_open_elsewhere_is_neither_read_nor_replaced() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a.qcow2", "1M"]).good();
+    let socket = place.path("s").display().to_string();
+    let _server =
+        crate::support::serve(&place, &["-f", "qcow2", "-t", "-k", &socket, "a.qcow2"], &socket);
+    place.qcow2(&["info", "a.qcow2"]).bad(1, "-U");
+    place.qcow2(&["info", "-U", "a.qcow2"]).good();
+    place.qcow2(&["create", "-f", "qcow2", "a.qcow2", "2M"]).bad(1, "another program");
+    let info = place.qemu_img(&["info", "-U", "--output=json", "a.qcow2"]).good().json();
+    assert_eq!(info["virtual-size"], 1 << 20);
+}
+
+#[test]
+fn a_target_that_is_read_or_is_no_file_is_left_alone() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a.qcow2", "1M"]).good();
+    let before = place.read("a.qcow2");
+    place.qcow2(&["dd", "-U", "if=a.qcow2", "of=./a.qcow2"]).bad(1, "images that are read");
+    assert_eq!(place.read("a.qcow2"), before);
+    std::fs::create_dir(place.path("folder")).unwrap();
+    place.qcow2(&["dd", "if=a.qcow2", "of=folder"]).bad(1, "neither a regular file");
+}
+
+#[test]
+fn what_could_not_be_finished_is_not_left_behind() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a.qcow2", "1G"]).good();
+    // The header asks for clusters of 4 EiB.
+    place
+        .qcow2(&["create", "-f", "qcow2", "-o", "cluster_size=3", "x", "1M"])
+        .bad(1, "power of two");
+    assert!(!exists(&place.path("x")));
+}

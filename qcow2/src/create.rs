@@ -19,6 +19,8 @@ pub enum BackingFormat {
     Qcow2,
     /// The bytes of a disk.
     Raw,
+    /// A VMDK image, for reading only.
+    Vmdk,
 }
 
 impl BackingFormat {
@@ -27,6 +29,7 @@ impl BackingFormat {
         match self {
             Self::Qcow2 => "qcow2",
             Self::Raw => "raw",
+            Self::Vmdk => "vmdk",
         }
     }
 }

@@ -318,7 +318,10 @@ pub enum Feature {
     /// Incompatible feature bits of which nothing but a name (if that) is known.
     #[error("incompatible features {0}")]
     Unknown(String),
-    /// A backing format other than qcow2 and raw.
+    /// A VMDK backing file, in a build without VMDK.
+    #[error("backing files in VMDK, which this build leaves out (its feature `vmdk` is off)")]
+    VmdkLeftOut,
+    /// A backing format other than qcow2, raw and vmdk.
     #[error("backing format {0:?}")]
     BackingFormat(String),
     /// Clusters larger than QEMU's.
@@ -440,6 +443,33 @@ pub enum KeyError {
     /// Nothing would open the image any more.
     #[error("no key would be left, and nothing could open the image again")]
     LastKey,
+}
+
+/// Why a VMDK image was not opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmdkError {
+    /// It is broken, or of a kind that the library does not read.
+    #[error(transparent)]
+    Library(Box<dyn std::error::Error + Send + Sync>),
+    /// It is a delta over another image.
+    #[error("it is a delta, which needs its parent: consolidate it first")]
+    Parent,
+    /// Its text descriptor is no text that anybody wrote.
+    #[error("a descriptor of {0} bytes")]
+    LongDescriptor(u64),
+    /// Its disk is larger than any file.
+    #[error("a disk of {0} bytes")]
+    Size(u64),
+    /// Its extents do not add up to the disk.
+    #[error("its extents do not make up its disk of {size_bytes} bytes")]
+    Extents {
+        /// The size of the disk in bytes.
+        size_bytes: u64,
+    },
+    /// One of several extents is compressed.
+    #[error("compressed grains in the extent {}", .0.display())]
+    CompressedExtent(PathBuf),
 }
 
 /// What a new image cannot be.
@@ -564,6 +594,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A VMDK image was not opened.
+    #[error("{} is no VMDK that can be read: {what}", file.display())]
+    Vmdk {
+        /// The image.
+        file: PathBuf,
+        /// Why not.
+        what: VmdkError,
+    },
     /// A path could not be resolved.
     #[error("cannot resolve {}: {source}", path.display())]
     Path {
@@ -630,6 +668,7 @@ impl Error {
             Self::Corrupt { .. }
             | Self::Path { .. }
             | Self::NoRandomness { .. }
+            | Self::Vmdk { .. }
             | Self::Poisoned { .. }
             | Self::Cpu { .. } => ErrorKind::Io,
             Self::Unsupported { .. } => ErrorKind::NotSupported,

@@ -67,6 +67,8 @@ mod sync;
 )]
 mod tally;
 mod units;
+#[cfg(feature = "vmdk")]
+mod vmdk;
 mod walk;
 mod write;
 
@@ -87,7 +89,7 @@ pub use encryption::{
 };
 pub use error::{
     Corruption, Error, Feature, InvalidOption, KeyError, ReferenceError, SnapshotError, TableKind,
-    UnlockError,
+    UnlockError, VmdkError,
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;
@@ -106,3 +108,5 @@ pub use tally::{EntryPlace, Finding};
 pub use units::{
     ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
 };
+#[cfg(feature = "vmdk")]
+pub use vmdk::Vmdk;

@@ -76,7 +76,7 @@ impl OpenOptions {
         Self { snapshot: Some(id_or_name.into()), ..self }
     }
 
-    fn host(&self) -> block::OpenOptions {
+    pub(crate) fn host(&self) -> block::OpenOptions {
         block::OpenOptions {
             read_only: self.read_only,
             direct: self.direct,
@@ -154,6 +154,7 @@ fn open_chain(path: PathBuf, options: OpenOptions, trail: Trail) -> Opening {
                 Some(match found.format {
                     BackingFormat::Qcow2 => Arc::new(open_chain(found.path, below, trail).await?),
                     BackingFormat::Raw => open_raw(&found.path, &below, &trail).await?,
+                    BackingFormat::Vmdk => open_vmdk(&found.path, &below, trail).await?,
                 })
             }
         };
@@ -169,6 +170,20 @@ async fn open_raw(
     let file = HostFile::open(path, options.host()).await?;
     trail.clone().enter(path, file.id())?;
     Ok(RawDevice::new(file))
+}
+
+#[cfg(feature = "vmdk")]
+async fn open_vmdk(
+    path: &Path,
+    options: &OpenOptions,
+    trail: Trail,
+) -> Result<Arc<dyn BlockDevice>, Error> {
+    Ok(Arc::new(crate::vmdk::Vmdk::open_on_trail(path, options, trail).await?))
+}
+
+#[cfg(not(feature = "vmdk"))]
+async fn open_vmdk(path: &Path, _: &OpenOptions, _: Trail) -> Result<Arc<dyn BlockDevice>, Error> {
+    Err(Fault::Unsupported(Feature::VmdkLeftOut).of(path))
 }
 
 pub(crate) async fn read_header(file: &HostFile) -> Result<Header, Error> {

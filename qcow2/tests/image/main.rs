@@ -18,3 +18,5 @@ mod model;
 mod order;
 mod shape;
 mod snapshots;
+#[cfg(feature = "vmdk")]
+mod vmdk;

@@ -485,6 +485,52 @@ pub enum InvalidOption {
     /// Clusters too small for 32 subclusters.
     #[error("extended L2 entries with clusters of {0} bytes (at least 16384 are needed)")]
     ExtendedL2Clusters(u32),
+    /// Extended L2 entries with clusters that are too small for 32 parts.
+    #[error("extended L2 entries with clusters of {0} bytes (at least 16384)")]
+    ExtendedL2ClusterBytes(u32),
+    /// Something that version 2 has not.
+    #[error("{option} in version 2 (compat=0.10)")]
+    NeedsVersion3 {
+        /// What.
+        option: &'static str,
+    },
+    /// Clusters that are mapped in advance would hide the backing file.
+    #[error("preallocation over a backing file without extended L2 entries")]
+    PreallocationOverBackingFile,
+    /// A data file that reads like the disk cannot read like the backing file.
+    #[error("a raw data file over a backing file")]
+    RawDataOverBackingFile,
+    /// A data file that is encrypted does not read like the disk.
+    #[error("a raw data file that is encrypted")]
+    EncryptedRawData,
+    /// The options name an external data file and the caller gave none.
+    #[error("an external data file that the caller has not opened")]
+    DataFileMissing,
+    /// The caller gave an external data file that the options do not name.
+    #[error("an external data file without a name")]
+    DataFileUnexpected,
+    /// A name of an external data file that is empty, too long or not plain text.
+    #[error("a data file name of {len} bytes (at most {limit})")]
+    DataFileName {
+        /// Its length in bytes.
+        len: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// Names that do not fit the header.
+    #[error("names that do not fit the header of {limit} bytes")]
+    HeaderTooLarge {
+        /// The bytes of a cluster.
+        limit: usize,
+    },
+    /// More clusters than a refcount table can count.
+    #[error("a refcount table of {bytes} bytes (at most {limit_bytes})")]
+    RefcountTable {
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
     /// A disk for which the L1 table would pass its limit.
     #[error("a disk of {size_bytes} bytes: with this cluster size at most {limit_bytes}")]
     SizeBytes {

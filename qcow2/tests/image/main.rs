@@ -5,6 +5,7 @@ mod check;
 mod common;
 mod crash;
 mod crash_crowd;
+mod create;
 mod crowd;
 mod faults;
 mod formats;

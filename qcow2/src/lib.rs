@@ -47,7 +47,6 @@ mod free;
 mod header;
 mod image;
 mod info;
-mod inspect;
 #[cfg(feature = "luks")]
 mod luks;
 mod mapping;
@@ -57,6 +56,7 @@ mod plan;
 mod progress;
 mod read;
 mod refcount;
+mod republish;
 mod snapshot;
 mod snapshots;
 mod streams;
@@ -68,8 +68,6 @@ mod sync;
 )]
 mod tally;
 mod units;
-#[cfg(feature = "vmdk")]
-mod vmdk;
 mod walk;
 mod write;
 
@@ -83,19 +81,18 @@ pub use compare::{CompareError, CompareOptions, Comparison, compare};
 pub use convert::{
     ConvertError, ConvertOptions, ConvertTarget, Converted, MAX_UNREADABLE_RANGES, convert,
 };
-pub use create::{BackingFormat, BackingName, CreateOptions, DataFileName, Preallocation, Version};
+pub use create::{BackingFormat, BackingName, CreateOptions};
 pub use encryption::{
     KeyChange, KeyCost, LuksCipher, LuksHash, LuksInfo, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase,
     SlotInfo, Slots,
 };
 pub use error::{
     Corruption, Error, Feature, InvalidOption, KeyError, ReferenceError, SnapshotError, TableKind,
-    UnlockError, VmdkError,
+    UnlockError,
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;
-pub use info::{ImageInfo, RecordedBacking, RecordedDataFile, RecordedEncryption};
-pub use inspect::{Inspection, RecordedBitmap};
+pub use info::{ImageInfo, RecordedBacking};
 pub use measure::{
     BitmapSize, MeasureError, MeasureOptions, MeasureTarget, Measured, measure, measure_size,
 };
@@ -110,5 +107,3 @@ pub use tally::{EntryPlace, Finding};
 pub use units::{
     ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
 };
-#[cfg(feature = "vmdk")]
-pub use vmdk::Vmdk;

@@ -4,6 +4,7 @@
 mod cache;
 mod cli;
 mod command;
+mod copy;
 mod facts;
 mod format;
 mod making;
@@ -15,7 +16,6 @@ mod progress;
 mod secret;
 mod settings;
 mod size;
-mod splice;
 mod stop;
 mod target;
 

@@ -5,7 +5,6 @@ mod check;
 mod common;
 mod crash;
 mod crash_crowd;
-mod create;
 mod crowd;
 mod faults;
 mod formats;
@@ -19,5 +18,3 @@ mod model;
 mod order;
 mod shape;
 mod snapshots;
-#[cfg(feature = "vmdk")]
-mod vmdk;

@@ -3,7 +3,6 @@
 
 mod bench;
 mod compare;
-mod convert;
 mod create;
 mod dd;
 mod info;

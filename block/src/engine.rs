@@ -58,6 +58,18 @@ impl Engine {
         if self.rings.is_some() { "uring" } else { "blocking" }
     }
 
+    /// Runs `call`, which may block on files, on one of the engine's threads for that: for libraries that read files
+    /// themselves. A dropped future does not stop it; it must not panic.
+    ///
+    /// # Errors
+    /// What the system says where no thread can be had.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        self.pool.call(call).await
+    }
+
     fn choose(wish: Option<&str>, uring: impl FnOnce() -> io::Result<Self>) -> Self {
         if wish == Some("blocking") {
             tracing::info!(

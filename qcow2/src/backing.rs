@@ -83,6 +83,7 @@ impl Trail {
             None => return Err(refused(ReferenceError::NoFormat)),
             Some(b"qcow2") => BackingFormat::Qcow2,
             Some(b"raw") => BackingFormat::Raw,
+            Some(b"vmdk") => BackingFormat::Vmdk,
             Some(other) => {
                 let other = String::from_utf8_lossy(other).into_owned();
                 let feature = Feature::BackingFormat(other);
@@ -94,7 +95,15 @@ impl Trail {
         if has_protocol(name) {
             return Err(refused(ReferenceError::Protocol));
         }
-        let path = resolve(&folder(file).join(name))?;
+        let path = self.permit(file, name, &folder(file).join(name))?;
+        Ok(Found { path, format })
+    }
+
+    /// Where `path`, which `file` calls `name`, leads to, if that may be opened.
+    pub(crate) fn permit(&self, file: &Path, name: &str, path: &Path) -> Result<PathBuf, Error> {
+        let refused =
+            |reason| Error::Reference { file: file.to_owned(), name: name.to_owned(), reason };
+        let path = resolve(path)?;
         if let Some(root) = &self.root {
             if !path.starts_with(root) {
                 return Err(refused(ReferenceError::Outside { target: path, root: root.clone() }));
@@ -105,7 +114,7 @@ impl Trail {
                 return Err(refused(ReferenceError::NotRegular));
             }
         }
-        Ok(Found { path, format })
+        Ok(path)
     }
 }
 

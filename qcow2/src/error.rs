@@ -319,7 +319,10 @@ pub enum Feature {
     /// Incompatible feature bits of which nothing but a name (if that) is known.
     #[error("incompatible features {0}")]
     Unknown(String),
-    /// A backing format other than qcow2 and raw.
+    /// A VMDK backing file, in a build without VMDK.
+    #[error("backing files in VMDK, which this build leaves out (its feature `vmdk` is off)")]
+    VmdkLeftOut,
+    /// A backing format other than qcow2, raw and vmdk.
     #[error("backing format {0:?}")]
     BackingFormat(String),
     /// Clusters larger than QEMU's.
@@ -451,6 +454,33 @@ pub enum KeyError {
     LastKey,
 }
 
+/// Why a VMDK image was not opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmdkError {
+    /// It is broken, or of a kind that the library does not read.
+    #[error(transparent)]
+    Library(Box<dyn std::error::Error + Send + Sync>),
+    /// It is a delta over another image.
+    #[error("it is a delta, which needs its parent: consolidate it first")]
+    Parent,
+    /// Its text descriptor is no text that anybody wrote.
+    #[error("a descriptor of {0} bytes")]
+    LongDescriptor(u64),
+    /// Its disk is larger than any file.
+    #[error("a disk of {0} bytes")]
+    Size(u64),
+    /// Its extents do not add up to the disk.
+    #[error("its extents do not make up its disk of {size_bytes} bytes")]
+    Extents {
+        /// The size of the disk in bytes.
+        size_bytes: u64,
+    },
+    /// One of several extents is compressed.
+    #[error("compressed grains in the extent {}", .0.display())]
+    CompressedExtent(PathBuf),
+}
+
 /// What a new image cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -464,6 +494,52 @@ pub enum InvalidOption {
     /// Clusters too small for 32 subclusters.
     #[error("extended L2 entries with clusters of {0} bytes (at least 16384 are needed)")]
     ExtendedL2Clusters(u32),
+    /// Extended L2 entries with clusters that are too small for 32 parts.
+    #[error("extended L2 entries with clusters of {0} bytes (at least 16384)")]
+    ExtendedL2ClusterBytes(u32),
+    /// Something that version 2 has not.
+    #[error("{option} in version 2 (compat=0.10)")]
+    NeedsVersion3 {
+        /// What.
+        option: &'static str,
+    },
+    /// Clusters that are mapped in advance would hide the backing file.
+    #[error("preallocation over a backing file without extended L2 entries")]
+    PreallocationOverBackingFile,
+    /// A data file that reads like the disk cannot read like the backing file.
+    #[error("a raw data file over a backing file")]
+    RawDataOverBackingFile,
+    /// A data file that is encrypted does not read like the disk.
+    #[error("a raw data file that is encrypted")]
+    EncryptedRawData,
+    /// The options name an external data file and the caller gave none.
+    #[error("an external data file that the caller has not opened")]
+    DataFileMissing,
+    /// The caller gave an external data file that the options do not name.
+    #[error("an external data file without a name")]
+    DataFileUnexpected,
+    /// A name of an external data file that is empty, too long or not plain text.
+    #[error("a data file name of {len} bytes (at most {limit})")]
+    DataFileName {
+        /// Its length in bytes.
+        len: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// Names that do not fit the header.
+    #[error("names that do not fit the header of {limit} bytes")]
+    HeaderTooLarge {
+        /// The bytes of a cluster.
+        limit: usize,
+    },
+    /// More clusters than a refcount table can count.
+    #[error("a refcount table of {bytes} bytes (at most {limit_bytes})")]
+    RefcountTable {
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
     /// A disk for which the L1 table would pass its limit.
     #[error("a disk of {size_bytes} bytes: with this cluster size at most {limit_bytes}")]
     SizeBytes {
@@ -565,6 +641,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A VMDK image was not opened.
+    #[error("{} is no VMDK that can be read: {what}", file.display())]
+    Vmdk {
+        /// The image.
+        file: PathBuf,
+        /// Why not.
+        what: VmdkError,
+    },
     /// A path could not be resolved.
     #[error("cannot resolve {}: {source}", path.display())]
     Path {
@@ -651,6 +735,7 @@ impl Error {
             Self::Corrupt { .. }
             | Self::Path { .. }
             | Self::NoRandomness { .. }
+            | Self::Vmdk { .. }
             | Self::Poisoned { .. }
             | Self::Cpu { .. }
             | Self::Damaged { .. }

@@ -47,6 +47,7 @@ mod free;
 mod header;
 mod image;
 mod info;
+mod inspect;
 #[cfg(feature = "luks")]
 mod luks;
 mod mapping;
@@ -68,6 +69,8 @@ mod sync;
 )]
 mod tally;
 mod units;
+#[cfg(feature = "vmdk")]
+mod vmdk;
 mod walk;
 mod write;
 
@@ -81,18 +84,19 @@ pub use compare::{CompareError, CompareOptions, Comparison, compare};
 pub use convert::{
     ConvertError, ConvertOptions, ConvertTarget, Converted, MAX_UNREADABLE_RANGES, convert,
 };
-pub use create::{BackingFormat, BackingName, CreateOptions};
+pub use create::{BackingFormat, BackingName, CreateOptions, DataFileName, Preallocation, Version};
 pub use encryption::{
     KeyChange, KeyCost, LuksCipher, LuksHash, LuksInfo, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase,
     SlotInfo, Slots,
 };
 pub use error::{
     Corruption, Error, Feature, InvalidOption, KeyError, ReferenceError, SnapshotError, TableKind,
-    UnlockError,
+    UnlockError, VmdkError,
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;
-pub use info::{ImageInfo, RecordedBacking};
+pub use info::{ImageInfo, RecordedBacking, RecordedDataFile, RecordedEncryption};
+pub use inspect::{Inspection, RecordedBitmap};
 pub use measure::{
     BitmapSize, MeasureError, MeasureOptions, MeasureTarget, Measured, measure, measure_size,
 };
@@ -107,3 +111,5 @@ pub use tally::{EntryPlace, Finding};
 pub use units::{
     ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
 };
+#[cfg(feature = "vmdk")]
+pub use vmdk::Vmdk;

@@ -76,7 +76,7 @@ impl OpenOptions {
         Self { snapshot: Some(id_or_name.into()), ..self }
     }
 
-    fn host(&self) -> block::OpenOptions {
+    pub(crate) fn host(&self) -> block::OpenOptions {
         block::OpenOptions {
             read_only: self.read_only,
             direct: self.direct,
@@ -154,6 +154,7 @@ fn open_chain(path: PathBuf, options: OpenOptions, trail: Trail) -> Opening {
                 Some(match found.format {
                     BackingFormat::Qcow2 => Arc::new(open_chain(found.path, below, trail).await?),
                     BackingFormat::Raw => open_raw(&found.path, &below, &trail).await?,
+                    BackingFormat::Vmdk => open_vmdk(&found.path, &below, trail).await?,
                 })
             }
         };
@@ -171,16 +172,37 @@ async fn open_raw(
     Ok(RawDevice::new(file))
 }
 
+#[cfg(feature = "vmdk")]
+async fn open_vmdk(
+    path: &Path,
+    options: &OpenOptions,
+    trail: Trail,
+) -> Result<Arc<dyn BlockDevice>, Error> {
+    Ok(Arc::new(crate::vmdk::Vmdk::open_on_trail(path, options, trail).await?))
+}
+
+#[cfg(not(feature = "vmdk"))]
+async fn open_vmdk(path: &Path, _: &OpenOptions, _: Trail) -> Result<Arc<dyn BlockDevice>, Error> {
+    Err(Fault::Unsupported(Feature::VmdkLeftOut).of(path))
+}
+
+/// Reads a header that may be opened.
 pub(crate) async fn read_header(file: &HostFile) -> Result<Header, Error> {
+    let fault = |fault: Fault| fault.of(file.path());
+    let header = parse_header(file).await?;
+    header.check(file.len()).map_err(fault)?;
+    supported(&header).map_err(fault)?;
+    Ok(header)
+}
+
+/// Reads a header, whatever it says of the rest of the file.
+pub(crate) async fn parse_header(file: &HostFile) -> Result<Header, Error> {
     let fault = |fault: Fault| fault.of(file.path());
     let len = file.len();
     let start = file.read(ByteRange::between(0, SECTOR_BYTES.min(len))).await?;
     let needed = Header::needed_bytes(&start).map_err(fault)?;
     let cluster = file.read(ByteRange::between(0, needed.min(len))).await?;
-    let header = Header::parse(&cluster).map_err(fault)?;
-    header.check(len).map_err(fault)?;
-    supported(&header).map_err(fault)?;
-    Ok(header)
+    Header::parse(&cluster).map_err(fault)
 }
 
 /// Refuses what the mapping cannot do.

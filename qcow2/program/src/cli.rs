@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::command::{bench, compare, completions, create, dd, info, measure};
+use crate::command::{bench, compare, completions, convert, create, dd, info, measure};
 use crate::stop::Stop;
 
 /// Creates, inspects, converts and repairs disk images
@@ -20,6 +20,7 @@ pub(crate) struct Cli {
 enum Command {
     Create(create::Options),
     Info(info::Options),
+    Convert(convert::Options),
     Compare(compare::Options),
     Measure(measure::Options),
     Dd(dd::Options),
@@ -37,6 +38,7 @@ impl Cli {
             Command::Create(options) => create::run(options, &stop).await,
             Command::Info(options) => info::run(options, &stop).await,
             Command::Dd(options) => dd::run(options, &stop).await,
+            Command::Convert(options) => convert::run(options, &stop).await,
             Command::Compare(options) => compare::run(options, &stop).await,
             Command::Measure(options) => measure::run(options, &stop).await,
             Command::Bench(options) => bench::run(options, &stop).await,

@@ -4,7 +4,6 @@
 mod cache;
 mod cli;
 mod command;
-mod copy;
 mod facts;
 mod format;
 mod making;
@@ -16,6 +15,7 @@ mod progress;
 mod secret;
 mod settings;
 mod size;
+mod splice;
 mod stop;
 mod target;
 

@@ -9,8 +9,10 @@ use block::{BlockDevice, ByteRange, HostFile, RawDevice};
 use qcow2::{BackingFormat, CreateOptions, Image, OpenOptions};
 
 use crate::format::Format;
+use crate::open::{self, Access, How, Named, Opened};
 use crate::options::OptionList;
 use crate::settings;
+use crate::target::file_id;
 
 /// QEMU counts disks in sectors of this many bytes.
 pub(crate) const SECTOR_BYTES: u64 = 512;
@@ -34,17 +36,49 @@ pub(crate) async fn make(
     }
 }
 
-/// Opens what [`make`] made, for writing, without what lies below it.
+/// The image below a new one, open.
+pub(crate) struct Below(Option<Opened>);
+
+impl Below {
+    /// Opens what the options name as the backing file of the image in `path`.
+    ///
+    /// # Errors
+    /// As [`open::open`].
+    pub(crate) async fn open(
+        path: &Path,
+        options: &OptionList,
+        access: &Access,
+    ) -> anyhow::Result<Self> {
+        let Some(name) = options.get("backing_file") else { return Ok(Self(None)) };
+        let format = options.get("backing_fmt").map(str::parse).transpose();
+        let named = Named::file(&beside(path, name), format.map_err(anyhow::Error::msg)?);
+        let opened = open::open(&named, &How::reading(None, false), access).await;
+        Ok(Self(Some(opened.context("Could not open backing image")?)))
+    }
+
+    /// The disk.
+    pub(crate) fn device(&self) -> Option<Arc<dyn BlockDevice>> {
+        self.0.as_ref().map(Opened::device)
+    }
+
+    /// The file, by device and inode.
+    pub(crate) fn id(&self) -> Option<(u64, u64)> {
+        self.0.as_ref()?.place.path().and_then(file_id)
+    }
+}
+
+/// Opens what [`make`] made, for writing, over what lies below it.
 ///
 /// # Errors
 /// What the library refuses.
 pub(crate) async fn open_made(
     file: HostFile,
     format: Format,
+    below: Option<Arc<dyn BlockDevice>>,
 ) -> anyhow::Result<Arc<dyn BlockDevice>> {
     Ok(match format {
         Format::Raw => RawDevice::new(file),
-        Format::Qcow2 => Arc::new(Image::open_on(file, None, OpenOptions::writing()).await?),
+        Format::Qcow2 => Arc::new(Image::open_on(file, below, OpenOptions::writing()).await?),
     })
 }
 

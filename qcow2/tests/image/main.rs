@@ -5,6 +5,7 @@ mod check;
 mod common;
 mod crash;
 mod crash_crowd;
+mod create;
 mod crowd;
 mod faults;
 mod formats;
@@ -18,3 +19,5 @@ mod model;
 mod order;
 mod shape;
 mod snapshots;
+#[cfg(feature = "vmdk")]
+mod vmdk;

@@ -1,18 +1,20 @@
 //! `dd`: a range of an image, in blocks, into a new one.
 
+use std::sync::Arc;
+
 use anyhow::{Context, anyhow, bail, ensure};
 use block::ByteRange;
+use qcow2::{ConvertOptions, ConvertTarget};
 
 use crate::cache::Cache;
-use crate::copy::Copy;
 use crate::format::Format;
 use crate::making;
 use crate::open::{self, Access, How, Named, Opened};
 use crate::options::OptionList;
 use crate::output::warn;
 use crate::place::Place;
-use crate::progress::Progress;
 use crate::size::Size;
+use crate::splice::Splice;
 use crate::stop::Stop;
 use crate::target::{Target, file_id};
 
@@ -129,18 +131,14 @@ async fn fill(
     file: block::HostFile,
 ) -> anyhow::Result<()> {
     let is_new = !file.is_fixed_len();
-    let output = making::open_made(file, format).await?;
-    let copy = Copy {
-        source: input.device(),
-        range,
-        target: output.clone(),
-        at: 0,
-        target_is_zero: is_new || format == Format::Qcow2,
-        durability: block::Durability::Deferred,
-    };
-    let copied = copy.run(&Progress::new(false, true, 1)).await;
+    let output = making::open_made(file, format, None).await?;
+    let source = Arc::new(Splice::new().then(input.device(), range, 1));
+    let options = ConvertOptions { target_is_zero: is_new, ..ConvertOptions::default() };
+    let target = ConvertTarget::Device(Arc::clone(&output));
+    let copied = qcow2::convert(source, &target, &options, |_| {}).await;
     let closed = output.close().await.context("error while closing the output image");
-    copied.and(closed)
+    copied?;
+    closed
 }
 
 #[cfg(test)]

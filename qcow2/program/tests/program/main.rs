@@ -3,6 +3,7 @@
 
 mod bench;
 mod compare;
+mod convert;
 mod create;
 mod dd;
 mod info;

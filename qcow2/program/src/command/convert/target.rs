@@ -1,0 +1,122 @@
+//! Where `convert` writes to: a file that it makes, one that is there, or an export.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail, ensure};
+use block::BlockDevice;
+use qcow2::ConvertTarget;
+
+use super::Options;
+use crate::cache::Cache;
+use crate::format::Format;
+use crate::making::{self, Below};
+use crate::open::{self, How, Named, Opened};
+use crate::options::OptionList;
+use crate::place::Place;
+use crate::target::{Target, file_id};
+
+/// An open target.
+pub(super) struct Output {
+    device: Arc<dyn BlockDevice>,
+    name: String,
+    /// The file, if it is a new one.
+    made: Option<Target>,
+}
+
+impl Output {
+    /// Opens the target, making it first unless it is there, for a disk of `size_bytes` bytes.
+    ///
+    /// # Errors
+    /// What keeps it from being made, and a disk that is too small.
+    pub(super) async fn open(
+        options: &Options,
+        list: &OptionList,
+        name: &str,
+        sources: &[Opened],
+        size_bytes: u64,
+    ) -> anyhow::Result<Self> {
+        let output = match (options.no_create, Place::parse(name)) {
+            (true, _) | (false, Ok(Place::Nbd { .. })) => {
+                existing(options, list, name, sources).await?
+            }
+            (false, Ok(Place::File(path))) => {
+                let ids: Vec<_> = sources
+                    .iter()
+                    .filter_map(|source| source.place.path())
+                    .filter_map(file_id)
+                    .collect();
+                made(options, list, &path, &ids, size_bytes).await?
+            }
+            (false, Err(error)) => return Err(error),
+        };
+        let has = output.device.limits().size_bytes;
+        if has < size_bytes {
+            bail!("output file is smaller than input file: {name} has {has} bytes of {size_bytes}");
+        }
+        Ok(output)
+    }
+
+    /// What the engine writes to.
+    pub(super) fn target(&self) -> ConvertTarget {
+        ConvertTarget::Device(Arc::clone(&self.device))
+    }
+
+    /// Closes the target, and keeps it if it is new.
+    ///
+    /// # Errors
+    /// Then the copy is not complete.
+    pub(super) async fn finish(self) -> anyhow::Result<()> {
+        let closed = self.device.close().await;
+        closed.with_context(|| format!("error while closing {}", self.name))?;
+        match self.made {
+            Some(target) => target.keep(),
+            None => Ok(()),
+        }
+    }
+}
+
+async fn existing(
+    options: &Options,
+    list: &OptionList,
+    name: &str,
+    sources: &[Opened],
+) -> anyhow::Result<Output> {
+    let format = (!options.target_image_opts).then_some(options.output_format);
+    let named = Named::parse(name, format, options.target_image_opts)?;
+    if let Some(path) = named.place.path() {
+        let reads = |source: &Opened| source.place.path().and_then(file_id) == file_id(path);
+        let is_source = file_id(path).is_some() && sources.iter().any(reads);
+        ensure!(!is_source, "{name}: it is one of the images that are read");
+    } else {
+        let plain = options.output_format == Format::Raw && options.options.is_empty();
+        ensure!(
+            plain && list.get("backing_file").is_none(),
+            "{name}: an NBD export is a disk: -O raw, without -o and -B"
+        );
+    }
+    let opened = open::open(&named, &How::writing(options.cache), &options.access).await?;
+    let device = opened.device();
+    ensure!(!device.limits().read_only, "{name} is read-only");
+    Ok(Output { device, name: name.to_owned(), made: None })
+}
+
+async fn made(
+    options: &Options,
+    list: &OptionList,
+    path: &Path,
+    sources: &[(u64, u64)],
+    size_bytes: u64,
+) -> anyhow::Result<Output> {
+    let format = options.output_format;
+    let name = path.display().to_string();
+    // Below the target is what the user names: it is opened before anything is made.
+    let below = Below::open(path, list, &options.access).await?;
+    let cache = options.cache.unwrap_or(Cache::DIRECT);
+    let ids: Vec<_> = sources.iter().copied().chain(below.id()).collect();
+    let (target, file) = Target::make(path, cache, &ids).await?;
+    let cannot = || format!("{name}: error while converting {format}");
+    making::make(&file, format, size_bytes, list).await.with_context(cannot)?;
+    let device = making::open_made(file, format, below.device()).await.with_context(cannot)?;
+    Ok(Output { device, name, made: Some(target) })
+}

@@ -1,0 +1,191 @@
+//! `convert` judged by qemu-img, and what is left of it when it is stopped.
+
+use crate::support::{Place, exists, serve};
+
+/// A sparse qcow2 image with data, zeros, and holes, over another.
+fn source(place: &Place) {
+    place.qemu_img(&["create", "-f", "qcow2", "base.qcow2", "64M"]).good();
+    place.qemu_io("base.qcow2", &["write -P 1 0 1M", "write -P 2 10M 3M", "write -P 3 63M 1M"]);
+    place
+        .qemu_img(&["create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"])
+        .good();
+    place.qemu_io("top.qcow2", &["write -P 4 11M 100k", "write -z 512k 1M", "write -P 5 30M 64k"]);
+}
+
+/// Both programs take two images for equal, and qemu-img finds no fault in the second.
+fn same(place: &Place, first: &[&str; 2], second: &[&str; 2]) {
+    let line = ["compare", "-f", first[0], "-F", second[0], first[1], second[1]];
+    place.qemu_img(&line).good();
+    place.qcow2(&line).good();
+    if second[0] == "qcow2" {
+        place.qemu_img(&["check", "-f", "qcow2", second[1]]).good();
+    }
+}
+
+#[test]
+fn convert_makes_images_that_qemu_takes_for_the_same() {
+    let place = Place::new();
+    source(&place);
+    for args in [
+        &["-O", "raw"][..],
+        &["-O", "qcow2"],
+        &["-O", "qcow2", "-o", "cluster_size=4k"],
+        &["-O", "raw", "-S", "0"],
+        &["-O", "raw", "-S", "64k", "-m", "16", "-W"],
+        &["-O", "qcow2", "-t", "none", "-T", "none", "-p"],
+        &["-O", "qcow2", "-t", "writeback", "-r", "1G"],
+        &["-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2"],
+    ] {
+        let mut line = vec!["convert"];
+        line.extend(args);
+        line.extend(["top.qcow2", "out"]);
+        place.qcow2(&line).good();
+        let format = args[1];
+        same(&place, &["qcow2", "top.qcow2"], &[format, "out"]);
+        let mut theirs = line.clone();
+        theirs.pop();
+        theirs.push("theirs");
+        place.qemu_img(&theirs).good();
+        same(&place, &[format, "theirs"], &[format, "out"]);
+    }
+    assert_eq!(place.qcow2(&["convert", "top.qcow2", "out"]).good().out, "");
+    same(&place, &["qcow2", "top.qcow2"], &["raw", "out"]);
+}
+
+#[test]
+fn a_copy_over_a_backing_file_holds_only_the_difference() {
+    let place = Place::new();
+    source(&place);
+    let line = ["convert", "-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2", "top.qcow2", "thin"];
+    place.qcow2(&line).good();
+    let map = |name: &str| place.qemu_img(&["map", "--output=json", name]).good().json();
+    let own = |map: &serde_json::Value| -> u64 {
+        let list = map.as_array().expect("a list").iter();
+        let own = list.filter(|extent| extent["depth"] == 0 && extent["data"] == true);
+        own.filter_map(|extent| extent["length"].as_u64()).sum()
+    };
+    assert_eq!(own(&map("thin")), own(&map("top.qcow2")));
+}
+
+#[test]
+fn several_sources_become_one() {
+    let place = Place::new();
+    place.write_raw("a.raw", 100_000, 1);
+    place.write_raw("b.raw", 70_000, 2);
+    for format in ["raw", "qcow2"] {
+        let line = |target| ["convert", "-f", "raw", "-O", format, "a.raw", "b.raw", target];
+        place.qcow2(&line("ours")).good();
+        place.qemu_img(&line("theirs")).good();
+        same(&place, &[format, "theirs"], &[format, "ours"]);
+    }
+}
+
+#[test]
+fn a_snapshot_is_copied_by_name_or_id() {
+    let place = Place::new();
+    source(&place);
+    place.qemu_img(&["snapshot", "-c", "before", "top.qcow2"]).good();
+    place.qemu_io("top.qcow2", &["write -P 9 0 8M"]);
+    for name in ["before", "1"] {
+        place.qcow2(&["convert", "-l", name, "top.qcow2", "ours"]).good();
+        place.qemu_img(&["convert", "-l", name, "top.qcow2", "theirs"]).good();
+        same(&place, &["raw", "theirs"], &["raw", "ours"]);
+    }
+    place.qcow2(&["convert", "-l", "never", "top.qcow2", "none"]).bad(1, "never");
+    assert!(!exists(&place.path("none")));
+}
+
+#[test]
+fn a_target_that_is_there_is_filled() {
+    let place = Place::new();
+    source(&place);
+    place.write_raw("full.raw", 64 << 20, 9);
+    place.qcow2(&["convert", "-n", "-O", "raw", "top.qcow2", "full.raw"]).good();
+    same(&place, &["qcow2", "top.qcow2"], &["raw", "full.raw"]);
+    place.qemu_img(&["create", "-f", "qcow2", "there.qcow2", "64M"]).good();
+    place.qemu_io("there.qcow2", &["write -P 7 0 64M"]);
+    place.qcow2(&["convert", "-n", "-O", "qcow2", "top.qcow2", "there.qcow2"]).good();
+    same(&place, &["qcow2", "top.qcow2"], &["qcow2", "there.qcow2"]);
+    place.write_raw("small.raw", 1 << 20, 9);
+    let before = place.read("small.raw");
+    let line = ["convert", "-n", "-O", "raw", "top.qcow2", "small.raw"];
+    place.qcow2(&line).bad(1, "output file is smaller than input file");
+    assert_eq!(place.read("small.raw"), before);
+}
+
+#[test]
+fn exports_are_read_and_written() {
+    let place = Place::new();
+    source(&place);
+    place.write_raw("far.raw", 64 << 20, 9);
+    let socket = place.path("s").display().to_string();
+    let _server = serve(&place, &["-f", "raw", "-t", "-e", "9", "-k", &socket, "far.raw"], &socket);
+    let uri = format!("nbd+unix:///?socket={socket}");
+    place.qcow2(&["convert", "-O", "raw", "top.qcow2", &uri]).good();
+    place.qcow2(&["compare", "-F", "raw", "top.qcow2", &uri]).good();
+    place.qcow2(&["convert", "-O", "qcow2", &uri, "back.qcow2"]).good();
+    same(&place, &["qcow2", "top.qcow2"], &["qcow2", "back.qcow2"]);
+    place.qcow2(&["convert", "-O", "qcow2", "top.qcow2", &uri]).bad(1, "an NBD export is a disk");
+}
+
+#[test]
+fn a_copy_that_is_stopped_leaves_nothing_behind() {
+    let place = Place::new();
+    place.write_raw("a.raw", 64 << 20, 1);
+    for (signal, code) in [("TERM", 143), ("INT", 130)] {
+        for format in ["raw", "qcow2"] {
+            let line = ["convert", "-f", "raw", "-O", format, "-r", "1M", "a.raw", "half"];
+            let mut child = place.ours(&line).spawn().expect("the program starts");
+            while !exists(&place.path("half")) {
+                assert!(child.try_wait().expect("a child of ours").is_none());
+                std::thread::yield_now();
+            }
+            place.tool("kill", &["-s", signal, &child.id().to_string()]);
+            let ended = child.wait().expect("it ends");
+            assert_eq!(ended.code(), Some(code), "{format}");
+            assert!(!exists(&place.path("half")), "{signal} {format}");
+        }
+    }
+}
+
+#[test]
+fn a_copy_that_fails_leaves_nothing_behind() {
+    let place = Place::new();
+    source(&place);
+    // An L2 table entry that points behind the end of the file: found when the copy comes by.
+    let mut bytes = place.read("top.qcow2");
+    let l1_at = usize::try_from(u64::from_be_bytes(bytes[40..48].try_into().unwrap())).unwrap();
+    let l1: [u8; 8] = bytes[l1_at..l1_at + 8].try_into().unwrap();
+    let l2_at = usize::try_from(u64::from_be_bytes(l1) & 0x00ff_ffff_ffff_fe00).unwrap();
+    let entry = l2_at + 8 * (30 << 20 >> 16);
+    bytes[entry..entry + 8].copy_from_slice(&0x8000_0000_0000_0200_u64.to_be_bytes());
+    std::fs::write(place.path("top.qcow2"), bytes).unwrap();
+    let answer = place.qcow2(&["convert", "-O", "qcow2", "top.qcow2", "out"]);
+    assert_eq!(answer.code, 1, "{answer:?}");
+    assert!(answer.err.contains("top.qcow2 is corrupt at"), "{answer:?}");
+    assert!(!exists(&place.path("out")));
+}
+
+#[test]
+fn options_that_contradict_each_other_are_refused() {
+    let place = Place::new();
+    source(&place);
+    for args in [
+        &["-n", "-o", "cluster_size=4k", "top.qcow2", "x"][..],
+        &["--target-is-zero", "top.qcow2", "x"],
+        &["-C", "-S", "4k", "top.qcow2", "x"],
+        &["-S", "1000", "top.qcow2", "x"],
+        &["-m", "0", "top.qcow2", "x"],
+        &["-O", "qcow2", "-B", "base.qcow2", "top.qcow2", "x"],
+        &["-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2", "base.qcow2", "base.qcow2", "x"],
+        &["-l", "a", "top.qcow2", "base.qcow2", "x"],
+        &["-O", "bochs", "top.qcow2", "x"],
+        &["top.qcow2"],
+    ] {
+        let mut line = vec!["convert"];
+        line.extend(args);
+        let (ours, theirs) = (place.qcow2(&line), place.qemu_img(&line));
+        assert_eq!((ours.code, theirs.code), (1, 1), "{args:?}: {ours:?}");
+        assert!(!exists(&place.path("x")), "{args:?}");
+    }
+}

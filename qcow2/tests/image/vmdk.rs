@@ -1,0 +1,198 @@
+//! VMDK images read as devices, against what `qemu-img` makes of the same files. Writing VMDK is nobody's business
+//! here.
+
+use std::path::Path;
+
+use block::{BlockDevice, ByteRange};
+use qcow2::{
+    BackingFormat, CreateOptions, Error, Image, OpenOptions, ReferenceError, References, Vmdk,
+    VmdkError,
+};
+
+use crate::common::{block_on, pattern, qemu_img, range, read_all};
+
+const SUBFORMATS: [&str; 5] = [
+    "monolithicSparse",
+    "monolithicFlat",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+    "streamOptimized",
+];
+
+/// A disk with data, zeros and an odd end, and a VMDK of it.
+fn make(dir: &Path, subformat: &str) -> (std::path::PathBuf, Vec<u8>) {
+    let mut disk = vec![0; (5 << 20) + 3 * 512];
+    for (at, len) in [(0, 512), (70_000, 200_000), (3 << 20, 65_536), (disk.len() - 700, 700)] {
+        disk[at..at + len].copy_from_slice(&pattern(at as u64 + 1, len));
+    }
+    disk[2 << 20..(2 << 20) + 300_000].fill(0x11);
+    let raw = dir.join("disk.raw");
+    std::fs::write(&raw, &disk).unwrap();
+    let path = dir.join(format!("{subformat}.vmdk"));
+    let option = format!("subformat={subformat}");
+    let [from, to] = [&raw, &path].map(|path| path.to_str().unwrap());
+    qemu_img(&["convert", "-f", "raw", "-O", "vmdk", "-o", &option, from, to]);
+    (path, disk)
+}
+
+async fn read_device(device: &dyn BlockDevice) -> Vec<u8> {
+    let size = device.limits().size_bytes;
+    let mut all = Vec::new();
+    for piece in ByteRange::between(0, size).pieces(1_500_001) {
+        all.extend(device.read(piece).await.unwrap().to_vec());
+    }
+    all
+}
+
+async fn open(path: &Path) -> Result<Vmdk, Error> {
+    Vmdk::open(path, &OpenOptions::reading()).await
+}
+
+#[test]
+fn every_subformat_that_qemu_makes_reads_like_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    for subformat in SUBFORMATS {
+        let (path, disk) = make(dir.path(), subformat);
+        block_on(async {
+            let device = open(&path).await.unwrap();
+            assert!(read_device(&device).await == disk, "{subformat}");
+            let mut at = 0;
+            while at < disk.len() as u64 {
+                let rest = ByteRange::between(at, disk.len() as u64);
+                for extent in device.extents(rest).await.unwrap() {
+                    assert_eq!(extent.range.start(), at);
+                    at = extent.range.end();
+                    let bytes = &disk[extent.range.start() as usize..at as usize];
+                    assert!(!extent.zero || bytes.iter().all(|byte| *byte == 0), "{subformat}");
+                }
+            }
+            device.close().await.unwrap();
+            assert!(device.read(range(0, 1)).await.is_err());
+        });
+    }
+}
+
+#[test]
+fn a_vmdk_can_lie_below_an_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, mut disk) = make(dir.path(), "streamOptimized");
+    let top = dir.path().join("top.qcow2");
+    block_on(async {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let options = CreateOptions::new(6 << 20).backing(name, BackingFormat::Vmdk);
+        Image::create(&top, &options).await.unwrap();
+        let image = Image::open(&top, OpenOptions::writing()).await.unwrap();
+        disk.resize(6 << 20, 0);
+        disk[100_000..100_004].copy_from_slice(b"ours");
+        image.write(100_000, (&b"ours"[..]).into(), block::Durability::Deferred).await.unwrap();
+        assert!(read_all(&image).await == disk);
+        image.close().await.unwrap();
+    });
+    assert!(crate::common::raw_of(&top) == disk);
+}
+
+#[test]
+fn many_readers_at_once_get_their_own_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, disk) = make(dir.path(), "monolithicSparse");
+    block_on(async {
+        let device = std::sync::Arc::new(open(&path).await.unwrap());
+        let reads = (0..40u64).map(|number| {
+            let (device, start) = (std::sync::Arc::clone(&device), number * 131_071);
+            tokio::spawn(async move { (start, device.read(range(start, 99_999)).await) })
+        });
+        for read in reads.collect::<Vec<_>>() {
+            let (start, bytes) = read.await.unwrap();
+            let wanted = &disk[start as usize..start as usize + 99_999];
+            assert!(bytes.unwrap().to_vec() == wanted, "{start}");
+        }
+    });
+}
+
+#[test]
+fn extents_stay_in_the_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let inner = dir.path().join("inner");
+    std::fs::create_dir(&inner).unwrap();
+    let (path, disk) = make(&inner, "monolithicFlat");
+    let flat = inner.join("monolithicFlat-flat.vmdk");
+    let outside = dir.path().join("elsewhere");
+    std::fs::rename(&flat, &outside).unwrap();
+    std::os::unix::fs::symlink(&outside, &flat).unwrap();
+    block_on(async {
+        let refused = open(&path).await.map(drop);
+        let reason = ReferenceError::Outside {
+            target: outside.canonicalize().unwrap(),
+            root: inner.canonicalize().unwrap(),
+        };
+        assert!(matches!(refused, Err(Error::Reference { reason: found, .. }) if found == reason));
+        let wide = OpenOptions::reading().references(References::Under(dir.path().to_owned()));
+        assert!(read_device(&Vmdk::open(&path, &wide).await.unwrap()).await == disk);
+        for name in ["../elsewhere", "/etc/passwd", "/dev/zero", "."] {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let other = inner.join("other.vmdk");
+            std::fs::write(&other, text.replace("monolithicFlat-flat.vmdk", name)).unwrap();
+            assert!(open(&other).await.is_err(), "{name}");
+        }
+    });
+}
+
+#[test]
+fn a_delta_and_a_descriptor_that_lies_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = make(dir.path(), "monolithicSparse");
+    let delta = dir.path().join("delta.vmdk");
+    let [below, above] = [&path, &delta].map(|path| path.to_str().unwrap());
+    qemu_img(&["create", "-q", "-f", "vmdk", "-b", below, "-F", "vmdk", above]);
+    block_on(async {
+        let refused = open(&delta).await.map(drop);
+        assert!(matches!(refused, Err(Error::Vmdk { what: VmdkError::Parent, .. })));
+    });
+    let (path, _) = make(dir.path(), "twoGbMaxExtentFlat");
+    let text = std::fs::read_to_string(&path).unwrap();
+    for (from, to) in [
+        ("RW ", "RW 18446744073709551615 FLAT \"twoGbMaxExtentFlat-f001.vmdk\" 0\nRW "),
+        ("RW ", "RW 9 STRANGE \"twoGbMaxExtentFlat-f001.vmdk\"\nRW "),
+        ("RW ", "RW x FLAT \"twoGbMaxExtentFlat-f001.vmdk\" 0\nRW "),
+        ("twoGbMaxExtentFlat\"", "nothing\""),
+    ] {
+        std::fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        let refused = block_on(open(&path)).map(drop);
+        assert!(matches!(refused, Err(Error::Vmdk { .. })), "{to}: {refused:?}");
+    }
+}
+
+#[test]
+fn damage_is_an_error_and_never_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    for subformat in ["monolithicSparse", "streamOptimized"] {
+        let (path, _) = make(dir.path(), subformat);
+        let good = std::fs::read(&path).unwrap();
+        let mut damaged = 0;
+        for at in (0..80).step_by(4) {
+            for value in [0, 1, 0x7fff_ffff, u32::MAX] {
+                let mut bytes = good.clone();
+                bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                std::fs::write(&path, &bytes).unwrap();
+                block_on(async {
+                    let Ok(device) = open(&path).await else {
+                        damaged += 1;
+                        return;
+                    };
+                    let size = device.limits().size_bytes;
+                    let _any = device.read(ByteRange::between(0, size.min(6 << 20))).await;
+                    let _any = device.extents(ByteRange::between(0, size)).await;
+                });
+            }
+        }
+        assert!(damaged > 10, "{subformat}: {damaged}");
+        for cut in [0, 1, 511, 512, 70_000, good.len() / 2, good.len() - 1] {
+            std::fs::write(&path, &good[..cut]).unwrap();
+            block_on(async {
+                if let Ok(device) = open(&path).await {
+                    let _any = device.read(range(0, device.limits().size_bytes)).await;
+                }
+            });
+        }
+    }
+}

@@ -308,6 +308,9 @@ pub enum Feature {
     /// A compressed cluster.
     #[error("compressed clusters")]
     CompressedClusters,
+    /// Writing compressed clusters where guest data is encrypted or lies in a data file.
+    #[error("compressed writes to an image that is encrypted or has a data file")]
+    CompressedWrites,
     /// Writing to an image whose refcounts may be wrong.
     #[error(
         "writing to an image that was not closed cleanly (its dirty bit is set): repair it first"

@@ -30,9 +30,9 @@ mod backing;
 mod bitmap;
 mod cipher;
 mod clear;
-#[allow(dead_code, reason = "compressed writes take the other half up next")]
 mod codec;
 mod compare;
+mod compressed;
 mod convert;
 mod core;
 mod create;
@@ -53,6 +53,7 @@ mod luks;
 mod mapping;
 mod measure;
 mod open;
+mod pack;
 mod plan;
 mod progress;
 mod read;

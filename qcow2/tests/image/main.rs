@@ -3,6 +3,7 @@
 
 mod check;
 mod common;
+mod compressed;
 mod crash;
 mod crash_crowd;
 mod create;

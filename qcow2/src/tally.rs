@@ -13,6 +13,6 @@ mod tests;
 mod walk;
 
 pub(crate) use counts::{Counts, MAX_COUNTS_BYTES, TooScattered};
-pub use finding::{EntryPlace, Finding};
+pub use finding::{EntryPlace, Finding, Severity};
 pub(crate) use roots::{Piece, Roots, TablePlace};
-pub(crate) use walk::{ActiveClusters, Tally, Visit};
+pub(crate) use walk::{ActiveClusters, Tally, Visit, Visitor};

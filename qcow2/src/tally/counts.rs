@@ -16,15 +16,22 @@ const MAX_SINGLE_COUNTS: usize = 64;
 /// What a chunk costs beside its counts, about, in bytes.
 const CHUNK_OVERHEAD_BYTES: u64 = 96;
 
-/// The references are scattered so widely that counting them takes more than [`MAX_COUNTS_BYTES`].
+/// The references are scattered so widely that counting them takes more memory than they may.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TooScattered;
 
 /// Counts by host cluster; 0 where nothing was added.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Counts {
     chunks: BTreeMap<u64, Chunk>,
     bytes: u64,
+    limit_bytes: u64,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self::within(MAX_COUNTS_BYTES)
+    }
 }
 
 /// The counts of [`CHUNK_CLUSTERS`] clusters.
@@ -37,6 +44,11 @@ enum Chunk {
 }
 
 impl Counts {
+    /// No counts yet, which may take so much memory.
+    pub(crate) const fn within(limit_bytes: u64) -> Self {
+        Self { chunks: BTreeMap::new(), bytes: 0, limit_bytes }
+    }
+
     /// Adds `times` to every cluster of a run. Counts saturate.
     ///
     /// # Errors
@@ -51,11 +63,15 @@ impl Counts {
                 Chunk::Few(Vec::with_capacity(1))
             });
             let before = chunk.heap_bytes();
-            for slot in at % CHUNK_CLUSTERS..at % CHUNK_CLUSTERS + (end - at) {
-                chunk.add(u16::try_from(slot).unwrap_or(u16::MAX), times);
+            if end - at == CHUNK_CLUSTERS && times == 1 && chunk.is_empty() {
+                *chunk = Chunk::all_once();
+            } else {
+                for slot in at % CHUNK_CLUSTERS..at % CHUNK_CLUSTERS + (end - at) {
+                    chunk.add(u16::try_from(slot).unwrap_or(u16::MAX), times);
+                }
             }
             self.bytes = self.bytes + chunk.heap_bytes() - before;
-            if self.bytes > MAX_COUNTS_BYTES {
+            if self.bytes > self.limit_bytes {
                 return Err(TooScattered);
             }
             at = end;
@@ -106,6 +122,16 @@ impl Counts {
 }
 
 impl Chunk {
+    /// One for every cluster.
+    fn all_once() -> Self {
+        let width = RefcountWidth::SMALLEST;
+        Self::Packed { width, bytes: vec![0xff; packed_bytes(width)] }
+    }
+
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Few(counts) if counts.is_empty())
+    }
+
     fn add(&mut self, slot: u16, times: u64) {
         match self {
             Self::Few(counts) => match counts.binary_search_by_key(&slot, |(at, _)| *at) {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::error::TableKind;
+use crate::error::{Corruption, Feature, TableKind};
 use crate::units::HostOffset;
 
 /// An entry of a table.
@@ -173,15 +173,25 @@ pub enum Finding {
         /// The entries of its L1 table.
         entries: u64,
     },
-    /// A structure that leads to others cannot be read: what it refers to is not known.
-    #[error("the {what} at {at} cannot be read: {reason}")]
+    /// A table that leads to others breaks its format: what it refers to is not known.
+    #[error("the {table} table at {at} cannot be read: {what}")]
     Unreadable {
-        /// The structure.
-        what: &'static str,
-        /// Where it lies.
+        /// The table.
+        table: TableKind,
+        /// Where it lies, or its entry that is wrong.
         at: HostOffset,
         /// What is wrong with it.
-        reason: String,
+        what: Corruption,
+    },
+    /// A table that leads to others passes a limit: what it refers to is not known.
+    #[error("the {table} table at {at} is not followed: {what}")]
+    BeyondLimits {
+        /// The table.
+        table: TableKind,
+        /// Where it lies.
+        at: HostOffset,
+        /// The limit.
+        what: Feature,
     },
     /// A refcount block that is used for something else, too.
     #[error("{entry}: the refcount block at {at} has {references} references")]
@@ -195,9 +205,24 @@ pub enum Finding {
     },
 }
 
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Space is lost and nothing else.
+    Leak,
+    /// Data is lost, or will be when the image is written to.
+    Corruption,
+    /// The check itself is not complete.
+    Unchecked,
+}
+
 impl Finding {
-    /// Whether nothing but space is lost by it.
-    pub fn is_leak(&self) -> bool {
-        matches!(self, Self::Leaked { .. })
+    /// How bad it is.
+    pub const fn severity(&self) -> Severity {
+        match self {
+            Self::Leaked { .. } => Severity::Leak,
+            Self::Unreadable { .. } | Self::BeyondLimits { .. } => Severity::Unchecked,
+            _ => Severity::Corruption,
+        }
     }
 }

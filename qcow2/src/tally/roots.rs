@@ -1,10 +1,11 @@
 //! Where the walk through an image starts: what the header, the snapshot table and the bitmap directory name. Read once,
 //! so that the walk itself knows neither of the three.
 
-use block::HostFile;
+use block::{ByteRange, HostFile};
 
-use crate::error::Error;
-use crate::header::Header;
+use crate::bitmap::codec::{BitmapsExtension, DirectoryEntry, parse_directory};
+use crate::error::{Error, TableKind};
+use crate::header::{BITMAPS, Header};
 use crate::snapshots::read_snapshots;
 use crate::tally::finding::Finding;
 use crate::tally::walk::Visit;
@@ -102,14 +103,70 @@ impl Roots {
                 let places = table.entries.iter().map(|entry| place(entry.l1_at, entry.l1_entries));
                 roots.snapshots = places.collect();
             }
-            Err(Error::Host(error)) => return Err(Error::Host(error)),
             Err(error) => {
-                let (what, at) = ("snapshot table", header.snapshots_at);
-                visit(Finding::Unreadable { what, at, reason: error.to_string() }, 1);
-                roots.incomplete = true;
+                roots.cannot_read(TableKind::Snapshots, header.snapshots_at, error, visit)?
             }
         }
-        roots.incomplete |= header.extensions.bitmaps.is_some();
+        // Without the bit, nobody may rely on what the extension says, not even on where it leads.
+        if let Some(data) = &header.extensions.bitmaps
+            && header.autoclear & BITMAPS != 0
+        {
+            let at = HostOffset(0);
+            match BitmapsExtension::parse(data, at, header.geometry) {
+                Ok(extension) => roots.read_bitmaps(file, &extension, visit).await?,
+                Err(fault) => {
+                    let error = fault.of(file.path());
+                    roots.cannot_read(TableKind::BitmapDirectory, at, error, visit)?;
+                }
+            }
+        }
         Ok(roots)
+    }
+
+    async fn read_bitmaps(
+        &mut self,
+        file: &HostFile,
+        extension: &BitmapsExtension,
+        visit: Visit<'_>,
+    ) -> Result<(), Error> {
+        let (at, len) = (extension.directory_at, extension.directory_bytes);
+        self.bitmap_directory = Some(Piece { at, len });
+        let range = ByteRange::between(at.0, at.0.saturating_add(len));
+        let inside = range.intersection(ByteRange::between(0, file.len()));
+        let bytes = file.read(inside).await?;
+        match parse_directory(&bytes, extension, self.geometry) {
+            Ok(entries) => {
+                let place = |entry: &DirectoryEntry| TablePlace {
+                    at: entry.table_at,
+                    entries: u64::from(entry.table_entries),
+                };
+                self.bitmaps = entries.iter().map(place).collect();
+                Ok(())
+            }
+            Err(fault) => {
+                let error = fault.of(file.path());
+                self.cannot_read(TableKind::BitmapDirectory, at, error, visit)
+            }
+        }
+    }
+
+    /// Notes that a table could not be understood.
+    fn cannot_read(
+        &mut self,
+        table: TableKind,
+        at: HostOffset,
+        error: Error,
+        visit: Visit<'_>,
+    ) -> Result<(), Error> {
+        let finding = match error {
+            Error::Corrupt { at, what, .. } => Finding::Unreadable { table, at, what },
+            Error::Unsupported { feature, .. } => {
+                Finding::BeyondLimits { table, at, what: feature }
+            }
+            error => return Err(error),
+        };
+        visit.fault(finding, 1);
+        self.incomplete = true;
+        Ok(())
     }
 }

@@ -34,8 +34,22 @@ const HOLES_BYTES: u64 = 1 << 30;
 /// What remembering a table takes, about, in bytes.
 const TABLE_MEMORY_BYTES: u64 = 48;
 
-/// Takes what the walk finds, and how often it is met.
-pub(crate) type Visit<'a> = &'a mut (dyn FnMut(Finding, u64) + Send);
+/// Takes what a walk finds.
+pub(crate) trait Visitor: Send {
+    /// A fault, and how often it is met.
+    fn fault(&mut self, finding: Finding, times: u64);
+
+    /// How many of the bytes of L2 tables are read.
+    fn progress(&mut self, _done: u64, _total: u64) {}
+}
+
+impl<F: FnMut(Finding, u64) + Send> Visitor for F {
+    fn fault(&mut self, finding: Finding, times: u64) {
+        self(finding, times);
+    }
+}
+
+pub(crate) type Visit<'a> = &'a mut dyn Visitor;
 
 /// How the clusters of the active disk lie, as QEMU counts them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,6 +71,8 @@ pub(crate) struct Tally {
     pub metadata: Vec<(Run, TableKind, u64)>,
     /// How the clusters of the active disk lie.
     pub active: ActiveClusters,
+    /// Active L2 tables that hold something, in the order of the file, and how many entries point at each.
+    pub active_tables: Vec<(HostOffset, u64)>,
     /// The refcount table, as read.
     pub refcount_table: Vec<u64>,
     /// Whether the refcount table leads to blocks that cannot be used as they are.
@@ -195,7 +211,7 @@ impl Walk<'_> {
             .filter(|end| len > 0 && end.saturating_sub(self.file_bytes) < self.geometry.bytes());
         let Some(end) = end else {
             if len > 0 {
-                (self.visit)(Finding::BehindFile { entry, at: HostOffset(at), len }, times);
+                self.visit.fault(Finding::BehindFile { entry, at: HostOffset(at), len }, times);
             }
             return None;
         };
@@ -237,11 +253,11 @@ impl Walk<'_> {
             let at = start + place * 8;
             let entry = EntryPlace { table, at: HostOffset(at), index: (at - base) / 8 };
             if raw & L1_RESERVED != 0 {
-                (self.visit)(Finding::ReservedBits { entry, raw }, times);
+                self.visit.fault(Finding::ReservedBits { entry, raw }, times);
             }
             let host = raw & HOST_OFFSET;
             if !self.geometry.is_aligned(host) {
-                (self.visit)(Finding::Unaligned { entry, raw }, times);
+                self.visit.fault(Finding::Unaligned { entry, raw }, times);
             }
             self.refer(TableKind::L2, host, self.geometry.bytes(), entry, times)?;
             let users = self.tables.entry(host).or_default();
@@ -254,13 +270,13 @@ impl Walk<'_> {
     async fn snapshots(&mut self) -> Result<(), Stop> {
         let count = self.roots.snapshots.len() as u64;
         if count > 0 && self.roots.external_data {
-            (self.visit)(Finding::SnapshotsWithExternalData { snapshots: count }, 1);
+            self.visit.fault(Finding::SnapshotsWithExternalData { snapshots: count }, 1);
         }
         let mut good = Vec::new();
         for (snapshot, table) in (0u64..).zip(&self.roots.snapshots) {
             let TablePlace { at, entries } = *table;
             if !self.geometry.is_aligned(at.0) || table.bytes() > crate::header::MAX_L1_BYTES {
-                (self.visit)(Finding::SnapshotTable { snapshot, at, entries }, 1);
+                self.visit.fault(Finding::SnapshotTable { snapshot, at, entries }, 1);
             } else if entries > 0 {
                 good.push(table_range(*table));
             }
@@ -301,14 +317,28 @@ impl Walk<'_> {
         if let Some(piece) = self.roots.snapshot_table {
             self.refer(TableKind::Snapshots, piece.at.0, piece.len, header(64), 1)?;
         }
-        let table = self.roots.refcount_table;
-        self.refer(TableKind::RefcountTable, table.at.0, table.bytes(), header(48), 1)?;
+        self.refcount_table(header(48))?;
         if let Some(piece) = self.roots.encryption {
             self.refer(TableKind::Encryption, piece.at.0, piece.len, header(0), 1)?;
         }
         if let Some(piece) = self.roots.bitmap_directory {
             self.refer(TableKind::BitmapDirectory, piece.at.0, piece.len, header(0), 1)?;
         }
+        Ok(())
+    }
+
+    /// The refcount table may be anywhere: where it cannot be, there is none.
+    fn refcount_table(&mut self, entry: EntryPlace) -> Result<(), TooScattered> {
+        let table = self.roots.refcount_table;
+        let raw = table.at.0;
+        if !self.geometry.is_aligned(raw) {
+            self.visit.fault(Finding::Unaligned { entry, raw }, 1);
+        } else if let Some(run) = self.clusters(raw, table.bytes(), entry, 1) {
+            self.tally.counts.add(run, 1)?;
+            self.tally.metadata.push((run, TableKind::RefcountTable, 1));
+            return Ok(());
+        }
+        self.tally.broken_refcounts = table.entries > 0;
         Ok(())
     }
 
@@ -350,7 +380,7 @@ impl Walk<'_> {
                         Corruption::Unaligned { .. } => Finding::Unaligned { entry, raw },
                         _ => Finding::ReservedBits { entry, raw },
                     };
-                    (self.visit)(finding, times);
+                    self.visit.fault(finding, times);
                 }
             }
         }
@@ -362,13 +392,21 @@ impl Walk<'_> {
         let per_batch = BATCH_TABLES.min(index((BATCH_BYTES / self.geometry.bytes()).max(1)));
         let (mut zero_tables, mut unaligned, mut holes) = (0u64, 0u64, Holes::default());
         let mut batch = Vec::new();
+        let total = tables.len() as u64;
+        let mut left = total;
         let mut tables = tables.into_iter().peekable();
         while let Some((at, users)) = tables.next() {
+            left -= 1;
             let mut wanted = at < self.file_bytes;
             if wanted && !self.geometry.is_aligned(at) {
                 unaligned += 1;
                 wanted = unaligned <= MAX_UNALIGNED_TABLES;
-                self.tally.incomplete |= !wanted;
+                if !wanted {
+                    let what = Feature::UnalignedTables { limit: MAX_UNALIGNED_TABLES };
+                    let (table, at) = (TableKind::L2, HostOffset(at));
+                    self.visit.fault(Finding::BeyondLimits { table, at, what }, users.all);
+                    self.tally.incomplete = true;
+                }
             }
             if wanted && zero_tables >= ZERO_TABLES {
                 wanted = holes.has_data(self.file, at, self.geometry.bytes()).await?;
@@ -378,6 +416,8 @@ impl Walk<'_> {
             }
             if batch.len() >= per_batch || tables.peek().is_none() {
                 zero_tables += self.l2_batch(&std::mem::take(&mut batch)).await?;
+                let len = self.geometry.bytes();
+                self.visit.progress((total - left) * len, total * len);
             }
         }
         Ok(())
@@ -392,8 +432,11 @@ impl Walk<'_> {
         for ((at, users), bytes) in batch.iter().zip(&tables) {
             if is_zero(bytes) {
                 zero_tables += 1;
-            } else {
-                self.l2_table(*at, *users, bytes)?;
+                continue;
+            }
+            self.l2_table(*at, *users, bytes)?;
+            if users.active > 0 {
+                self.tally.active_tables.push((HostOffset(*at), users.active));
             }
         }
         Ok(zero_tables)
@@ -425,7 +468,7 @@ impl Walk<'_> {
                 }
                 EntryKind::Absent if bitmap & ALL_ALLOCATED != 0 => {
                     let finding = Finding::SubclustersWithoutCluster { entry, raw, bitmap };
-                    (self.visit)(finding, users.all);
+                    self.visit.fault(finding, users.all);
                 }
                 EntryKind::Absent | EntryKind::Zero => {}
             }
@@ -437,18 +480,18 @@ impl Walk<'_> {
         let no_zero_flag = self.roots.version < 3 || self.entries.extended;
         let reserved = L2_RESERVED | if no_zero_flag { ZERO } else { 0 };
         if self.entries.kind(raw) != EntryKind::Compressed && raw & reserved != 0 {
-            (self.visit)(Finding::ReservedBits { entry, raw }, times);
+            self.visit.fault(Finding::ReservedBits { entry, raw }, times);
         }
     }
 
     fn check_hosted(&mut self, raw: u64, bitmap: u64, entry: EntryPlace, times: u64) {
         if (bitmap >> 32) & bitmap != 0 {
-            (self.visit)(Finding::SubclustersContradict { entry, raw, bitmap }, times);
+            self.visit.fault(Finding::SubclustersContradict { entry, raw, bitmap }, times);
         }
         if !self.geometry.is_aligned(raw & HOST_OFFSET) {
             let has_data =
                 if self.entries.extended { bitmap & ALL_ALLOCATED != 0 } else { raw & ZERO == 0 };
-            (self.visit)(
+            self.visit.fault(
                 if has_data {
                     Finding::Unaligned { entry, raw }
                 } else {
@@ -467,14 +510,14 @@ impl Walk<'_> {
         users: Users,
     ) -> Result<(), TooScattered> {
         if raw & COPIED != 0 {
-            (self.visit)(Finding::CompressedCopied { entry, raw }, users.all);
+            self.visit.fault(Finding::CompressedCopied { entry, raw }, users.all);
         }
         if self.roots.external_data {
-            (self.visit)(Finding::CompressedExternal { entry, raw }, users.all);
+            self.visit.fault(Finding::CompressedExternal { entry, raw }, users.all);
             return Ok(());
         }
         if bitmap != 0 {
-            (self.visit)(Finding::CompressedSubclusters { entry, raw, bitmap }, users.all);
+            self.visit.fault(Finding::CompressedSubclusters { entry, raw, bitmap }, users.all);
             return Ok(());
         }
         self.tally.active.allocated += users.active;
@@ -512,6 +555,9 @@ impl Walk<'_> {
 
     async fn refcount_blocks(&mut self) -> Result<(), Stop> {
         let place = self.roots.refcount_table;
+        if self.tally.broken_refcounts {
+            return Ok(());
+        }
         let range = self.in_file(table_range(place));
         let mut table = Vec::new();
         for piece in range.pieces(PIECE_BYTES) {
@@ -546,7 +592,7 @@ impl Walk<'_> {
             Finding::SharedRefcountBlock { entry, at, references }
         };
         self.tally.broken_refcounts = true;
-        (self.visit)(finding, 1);
+        self.visit.fault(finding, 1);
         Ok(())
     }
 

@@ -2,11 +2,10 @@
 //! `qemu-img` as the judge. Tests of single parts stand beside them in the crate.
 
 mod check;
+mod checking;
 mod common;
-mod compressed;
 mod crash;
 mod crash_crowd;
-mod create;
 mod crowd;
 mod faults;
 mod formats;

@@ -1,0 +1,136 @@
+//! Checking an image and repairing it, exact to the cluster. The counting is `tally`'s; here counts are compared with
+//! what the image says, and what the image says is corrected.
+
+mod compare;
+mod copied;
+mod examine;
+mod overlap;
+mod rebuild;
+mod repair;
+mod report;
+
+use std::path::Path;
+
+use block::{ByteRange, HostFile};
+
+use crate::error::{Corruption, Error, Fault, Feature, TableKind};
+use crate::header::{Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
+use crate::image::Image;
+use crate::progress::Progress;
+use crate::units::{HostOffset, SECTOR_BYTES};
+
+pub use report::{CheckReport, MAX_LISTED_FINDINGS, Refusal};
+
+/// What a check may change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Repair {
+    /// Nothing.
+    #[default]
+    None,
+    /// Refcounts that are too high become what they ought to be, and COPIED flags that this makes wrong. Nothing else.
+    Leaks,
+    /// All that can be repaired without guessing at data: refcounts, COPIED flags, reserved space that is no cluster,
+    /// a refcount table that is lost. Where the image is clean then, its dirty and corrupt bits go.
+    All,
+}
+
+/// How to check an image.
+#[derive(Clone, Debug)]
+pub struct CheckOptions {
+    /// What may be changed.
+    pub repair: Repair,
+    /// Take QEMU's image locks.
+    pub lock: bool,
+}
+
+impl Default for CheckOptions {
+    /// Locked, changing nothing.
+    fn default() -> Self {
+        Self { repair: Repair::None, lock: true }
+    }
+}
+
+impl Image {
+    /// Counts every reference in the image file and compares what it finds with what the file says of itself. Opens
+    /// neither backing nor data files. Guest data is not read.
+    ///
+    /// Memory is bounded whatever the file holds. `progress` is told how much of the L2 tables has been read, once for
+    /// every pass; a repair has several.
+    ///
+    /// A repair that is interrupted leaves an image that can be repaired again.
+    ///
+    /// # Errors
+    /// [`Error::Host`]; [`Error::Corrupt`] and [`Error::Unsupported`] for a file whose header cannot be understood or
+    /// that passes the limits of a check. What is wrong behind the header is no error but in the report.
+    pub async fn check(
+        path: &Path,
+        options: CheckOptions,
+        progress: impl Fn(Progress) + Send + Sync,
+    ) -> Result<CheckReport, Error> {
+        let host = block::OpenOptions {
+            read_only: options.repair == Repair::None,
+            direct: false,
+            lock: options.lock,
+            ..block::OpenOptions::default()
+        };
+        let file = HostFile::open(path, host).await?;
+        check_file(&file, options.repair, &progress).await
+    }
+}
+
+/// Checks the image in a file that is open, see [`Image::check`].
+///
+/// # Errors
+/// As [`Image::check`].
+pub(crate) async fn check_file(
+    file: &HostFile,
+    repair: Repair,
+    progress: &(dyn Fn(Progress) + Send + Sync),
+) -> Result<CheckReport, Error> {
+    let header = read_header(file).await?;
+    match repair {
+        Repair::None => examine::report(file, &header, progress).await,
+        Repair::Leaks | Repair::All => repair::repair(file, header, repair, progress).await,
+    }
+}
+
+/// Makes the refcounts of an image right that was not closed cleanly, and clears its dirty bit.
+///
+/// # Errors
+/// As [`Image::check`], and [`crate::Feature::WritingDirty`] where something stays wrong.
+pub(crate) async fn rebuild_dirty(file: &HostFile) -> Result<(), Error> {
+    let report = check_file(file, Repair::All, &|_| {}).await?;
+    if report.is_clean() {
+        return Ok(());
+    }
+    Err(Fault::Unsupported(Feature::WritingDirty).of(file.path()))
+}
+
+/// Reads a header without insisting that what it names lies in the file.
+async fn read_header(file: &HostFile) -> Result<Header, Error> {
+    let fault = |fault: Fault| fault.of(file.path());
+    let start = file.read(ByteRange::between(0, SECTOR_BYTES.min(file.len()))).await?;
+    let needed = Header::needed_bytes(&start).map_err(fault)?;
+    let cluster = file.read(ByteRange::between(0, needed.min(file.len()))).await?;
+    let header = Header::parse(&cluster).map_err(fault)?;
+    check_limits(&header).map_err(fault)?;
+    Ok(header)
+}
+
+/// What must hold before tables can be walked: lengths within their limits, an L1 table that starts on a cluster.
+fn check_limits(header: &Header) -> Result<(), Fault> {
+    let refcounts = header.refcount_table_clusters.saturating_mul(header.geometry.bytes());
+    for (table, bytes, limit) in [
+        (TableKind::L1, header.l1_entries * 8, MAX_L1_BYTES),
+        (TableKind::RefcountTable, refcounts, MAX_REFCOUNT_TABLE_BYTES),
+    ] {
+        if bytes > limit {
+            return Err(Fault::Unsupported(Feature::TableTooLarge { table, bytes, limit }));
+        }
+    }
+    if !header.geometry.is_aligned(header.l1_at.0) {
+        let what = Corruption::TablePlace { table: TableKind::L1, value: header.l1_at.0 };
+        return Err(Fault::Corrupt { at: HostOffset(40), what });
+    }
+    Ok(())
+}

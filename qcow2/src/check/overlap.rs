@@ -1,0 +1,82 @@
+//! Metadata that lies over other metadata or over guest data. Most of it shows in the refcounts; what does not is told
+//! here.
+
+use crate::check::compare::Compared;
+use crate::check::report::CheckReport;
+use crate::error::TableKind;
+use crate::tally::{Counts, Finding, Tally, TooScattered};
+use crate::units::{ClusterGeometry, HostCluster, Run};
+
+/// The clusters of metadata that are used for something else, too.
+#[derive(Debug, Default)]
+pub(super) struct Overlaps {
+    clusters: Counts,
+}
+
+impl Overlaps {
+    /// Finds them, and reports them. Where the refcount is wrong, too, that has been counted already.
+    pub(super) fn find(
+        tally: &mut Tally,
+        geometry: ClusterGeometry,
+        compared: &Compared,
+        report: &mut CheckReport,
+    ) -> Result<Self, TooScattered> {
+        let mut found = Self::default();
+        let mut metadata = std::mem::take(&mut tally.metadata);
+        metadata.sort_by_key(|(run, ..)| run.start);
+        // Pieces of metadata that begin no later than the cluster at hand and end behind it.
+        let mut open: Vec<(Run, TableKind, u64)> = Vec::new();
+        let mut pieces = metadata.iter().copied().peekable();
+        let mut at = HostCluster(0);
+        loop {
+            if open.is_empty() {
+                let Some((run, ..)) = pieces.peek() else { return Ok(found) };
+                at = run.start;
+            }
+            while let Some(piece) = pieces.next_if(|(run, ..)| run.start == at) {
+                open.push(piece);
+            }
+            // Up to the next start or end, all clusters have the same pieces.
+            let ends = open.iter().map(|(run, ..)| run.end());
+            let next = ends.chain(pieces.peek().map(|(run, ..)| run.start)).min().unwrap_or(at);
+            found.judge(at, next, &open, tally, geometry, compared, report)?;
+            at = next;
+            open.retain(|(run, ..)| run.end() > at);
+        }
+    }
+
+    /// Whether a cluster is one of them.
+    pub(super) fn contains(&self, cluster: HostCluster) -> bool {
+        self.clusters.get(cluster) != 0
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one step of one loop")]
+    fn judge(
+        &mut self,
+        start: HostCluster,
+        end: HostCluster,
+        open: &[(Run, TableKind, u64)],
+        tally: &Tally,
+        geometry: ClusterGeometry,
+        compared: &Compared,
+        report: &mut CheckReport,
+    ) -> Result<(), TooScattered> {
+        let Some((_, kind, _)) = open.first().copied() else { return Ok(()) };
+        let known = open.iter().fold(0u64, |sum, (_, _, times)| sum.saturating_add(*times));
+        let mixed = open.iter().any(|(_, other, _)| *other != kind);
+        for (cluster, references) in tally.counts.between(start, end) {
+            if references <= known && !mixed {
+                continue;
+            }
+            self.clusters.add(Run::one(cluster), 1)?;
+            let at = geometry.host_offset(cluster);
+            let finding = Finding::Overlap { at, table: kind };
+            if compared.differs(cluster) {
+                report.list(finding);
+            } else {
+                report.add(finding, 1);
+            }
+        }
+        Ok(())
+    }
+}

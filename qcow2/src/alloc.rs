@@ -272,6 +272,9 @@ impl Core {
         match self.refs.get(cluster)? {
             Some(count @ 1..) => {
                 self.refs.set(cluster, count - 1);
+                if count == 1 {
+                    self.close_packing(cluster);
+                }
                 Ok(count == 1)
             }
             // The image counted wrong before us. Not reusing the cluster is the safe side.

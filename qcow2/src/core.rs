@@ -50,6 +50,8 @@ pub(crate) struct Core {
     pub(crate) dropped: Vec<Run>,
     /// References that are gone on disk, too: their refcounts may drop now.
     pub(crate) ready: Vec<Run>,
+    /// Where compressed clusters go on in a host cluster that they have not filled.
+    pub(crate) packing: Option<HostOffset>,
 }
 
 impl Core {
@@ -93,6 +95,7 @@ impl Core {
             tables,
             dropped: Vec::new(),
             ready: Vec::new(),
+            packing: None,
         }
     }
 

@@ -1,87 +1,41 @@
-//! Making a new image: header, refcount table, refcount blocks and an L1 table that covers the whole disk, in this
-//! order from the start of the file.
+//! Making a new image: what it is to be, and the steps from nothing to a file that is durable. Where its parts lie is
+//! decided in `create::layout`.
+
+mod layout;
+mod options;
 
 use std::path::Path;
 
 use block::{ByteRange, HostFile};
 use bytes::Bytes;
 
+use crate::encryption;
 use crate::error::{Error, InvalidOption};
-use crate::header::{Header, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES};
 use crate::image::Image;
-use crate::refcount::{RefcountWidth, big_endian};
-use crate::units::{ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostCluster, index};
+use crate::units::index;
+use layout::Layout;
 
-/// The format of a backing file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BackingFormat {
-    /// A QCOW2 image.
-    Qcow2,
-    /// The bytes of a disk.
-    Raw,
-    /// A VMDK image, for reading only.
-    Vmdk,
-}
+pub use options::{
+    BackingFormat, BackingName, CreateOptions, DataFileName, Preallocation, Version,
+};
 
-impl BackingFormat {
-    /// The name that images record.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
-            Self::Vmdk => "vmdk",
-        }
-    }
-}
-
-/// A backing file as an image records it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BackingName {
-    /// The path, relative to the folder of the image that records it (or absolute).
-    pub path: String,
-    /// The format.
-    pub format: BackingFormat,
-}
-
-/// What a new image is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CreateOptions {
-    /// The size of the virtual disk in bytes. QEMU sees whole sectors of 512 bytes only.
-    pub size_bytes: u64,
-    /// The size of a cluster in bytes: a power of two from 512 to 2 MiB.
-    pub cluster_bytes: u32,
-    /// The backing file, which need not exist yet.
-    pub backing: Option<BackingName>,
-}
-
-impl CreateOptions {
-    /// A disk of `size_bytes` bytes in clusters of 64 KiB, without a backing file.
-    pub fn new(size_bytes: u64) -> Self {
-        Self { size_bytes, cluster_bytes: DEFAULT_CLUSTER_BYTES, backing: None }
-    }
-
-    /// The same with another cluster size.
-    #[must_use]
-    pub fn cluster_bytes(self, cluster_bytes: u32) -> Self {
-        Self { cluster_bytes, ..self }
-    }
-
-    /// The same over a backing file.
-    #[must_use]
-    pub fn backing(self, path: impl Into<String>, format: BackingFormat) -> Self {
-        Self { backing: Some(BackingName { path: path.into(), format }), ..self }
-    }
-}
+/// The tables of a new image are made and written in pieces of this many bytes, or of a cluster.
+const PIECE_BYTES: u64 = 1 << 20;
 
 impl Image {
-    /// Makes a new image. When this returns, file and directory entry are durable; when it fails, there is no file.
+    /// Makes a new image, and its external data file where it has one. When this returns, files and directory entries
+    /// are durable; when it fails, there are no files.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for what no image can be; [`Error::Host`] if the file exists or cannot be written.
+    /// [`Error::Invalid`] for what no image can be; [`Error::Host`] if a file exists or cannot be written.
     pub async fn create(path: &Path, options: &CreateOptions) -> Result<(), Error> {
-        let layout = Layout::new(path, options)?;
+        let layout = plan(path, options).await?;
         let file = HostFile::open(path, block::OpenOptions::creating()).await?;
-        let made = match layout.write(&file).await {
+        let made = match &options.data_file {
+            None => write(&layout, &file, None).await,
+            Some(name) => create_data_file(path, &layout, &file, name).await,
+        };
+        let made = match made {
             Ok(()) => sync_folder(path),
             failed => failed,
         };
@@ -92,112 +46,137 @@ impl Image {
         made
     }
 
-    /// Makes a new image in an open file, which must be empty (or a block device, which is overwritten).
+    /// Makes a new image without an external data file in an open file, which must be empty (or a block device, which
+    /// is overwritten).
     ///
     /// # Errors
-    /// As [`Image::create`].
+    /// As [`Image::create`]; [`InvalidOption::DataFileMissing`] where `options` ask for a data file.
     pub async fn create_on(file: &HostFile, options: &CreateOptions) -> Result<(), Error> {
-        Layout::new(file.path(), options)?.write(file).await
+        Self::create_with_data(file, None, options).await
+    }
+
+    /// Makes a new image in an open file, with its guest data in another one. Both must be empty (or block devices).
+    ///
+    /// # Errors
+    /// As [`Image::create_on`]; [`InvalidOption::DataFileUnexpected`] where `options` name no data file.
+    pub async fn create_with_data(
+        file: &HostFile,
+        data: Option<&HostFile>,
+        options: &CreateOptions,
+    ) -> Result<(), Error> {
+        let what = match (&options.data_file, data) {
+            (Some(_), None) => Some(InvalidOption::DataFileMissing),
+            (None, Some(_)) => Some(InvalidOption::DataFileUnexpected),
+            _ => None,
+        };
+        if let Some(what) = what {
+            return Err(Error::Invalid { file: file.path().to_owned(), what });
+        }
+        write(&plan(file.path(), options).await?, file, data).await
     }
 }
 
-/// Where everything goes in a new image.
-struct Layout {
-    geometry: ClusterGeometry,
-    header: Vec<u8>,
-    table_clusters: u64,
-    blocks: u64,
-    l1_clusters: u64,
+async fn plan(path: &Path, options: &CreateOptions) -> Result<Layout, Error> {
+    let invalid = |what| Error::Invalid { file: path.to_owned(), what };
+    options.check().map_err(invalid)?;
+    let luks = match &options.encryption {
+        Some(options) => encryption::format(path, options).await?,
+        None => Vec::new(),
+    };
+    Layout::new(options, luks).map_err(invalid)
 }
 
-impl Layout {
-    fn new(path: &Path, options: &CreateOptions) -> Result<Self, Error> {
-        let invalid = |what| Error::Invalid { file: path.to_owned(), what };
-        let geometry = ClusterGeometry::of_bytes(options.cluster_bytes)
-            .ok_or_else(|| invalid(InvalidOption::ClusterBytes(options.cluster_bytes)))?;
-        let limit_bytes = (MAX_L1_BYTES / 8).saturating_mul(geometry.l2_coverage());
-        // Files and devices end at 2^63 - 1.
-        let limit_bytes = limit_bytes.min(i64::MAX.unsigned_abs());
-        if options.size_bytes > limit_bytes {
-            let size_bytes = options.size_bytes;
-            return Err(invalid(InvalidOption::SizeBytes { size_bytes, limit_bytes }));
-        }
-        let l1_entries = geometry.l1_entries(options.size_bytes).max(1);
-        let l1_clusters = geometry.clusters(l1_entries * 8);
-        let (table_clusters, blocks) = refcounts_for(geometry, 1 + l1_clusters);
-        let at = |cluster| geometry.host_offset(HostCluster(cluster));
-        let mut new = Header::new(geometry, options.size_bytes);
-        new.l1_at = at(1 + table_clusters + blocks);
-        new.l1_entries = l1_entries;
-        new.refcount_table_at = at(1);
-        new.refcount_table_clusters = table_clusters;
-        new.refcount_order = RefcountWidth::DEFAULT.order();
-        if let Some(backing) = &options.backing {
-            new.backing_name = Some(backing.path.as_bytes().to_vec());
-            new.extensions.backing_format = Some(backing.format.name().as_bytes().to_vec());
-        }
-        let name_len = options.backing.as_ref().map_or(1, |backing| backing.path.len());
-        let bad_name = |limit| invalid(InvalidOption::BackingName { len: name_len, limit });
-        if name_len == 0 || name_len > MAX_BACKING_NAME_BYTES {
-            return Err(bad_name(MAX_BACKING_NAME_BYTES));
-        }
-        let room = index(geometry.bytes()).saturating_sub(new.least_bytes());
-        let header = new.encode().map_err(|_| bad_name(room))?;
-        Ok(Self { geometry, header, table_clusters, blocks, l1_clusters })
+/// Makes the data file beside the image, then the image. Removes the data file again where that fails.
+async fn create_data_file(
+    path: &Path,
+    layout: &Layout,
+    file: &HostFile,
+    name: &DataFileName,
+) -> Result<(), Error> {
+    let place = folder(path).join(&name.path);
+    let data = HostFile::open(&place, block::OpenOptions::creating()).await?;
+    let made = match write(layout, file, Some(&data)).await {
+        Ok(()) => sync_folder(&place),
+        failed => failed,
+    };
+    if made.is_err() {
+        let _not_removed = std::fs::remove_file(&place);
     }
-
-    async fn write(&self, file: &HostFile) -> Result<(), Error> {
-        let cluster = self.geometry.bytes();
-        let used = 1 + self.table_clusters + self.blocks + self.l1_clusters;
-        if file.len() < used * cluster {
-            file.set_len(used * cluster).await?;
-        }
-        if file.is_fixed_len() {
-            file.write_zeroes(ByteRange::between(0, used * cluster), None).await?;
-        }
-        let first_block = 1 + self.table_clusters;
-        let table: Vec<u64> =
-            (first_block..first_block + self.blocks).map(|block| block * cluster).collect();
-        file.write(cluster, Bytes::from(big_endian(&table)), None).await?;
-        file.write(first_block * cluster, Bytes::from(self.blocks(used)), None).await?;
-        // Last, so that nothing half-made looks like an image.
-        file.sync().await?;
-        file.write(0, Bytes::from(self.header.clone()), None).await?;
-        Ok(file.sync().await?)
-    }
-
-    /// The refcount blocks: one for each of the `used` first clusters.
-    fn blocks(&self, used: u64) -> Vec<u8> {
-        let width = RefcountWidth::DEFAULT;
-        let mut bytes = vec![0; index(self.blocks * self.geometry.bytes())];
-        for cluster in 0..used {
-            // Blocks lie one behind the other, and so do their refcounts: one long block.
-            width.set(&mut bytes, cluster, 1);
-        }
-        bytes
-    }
+    made
 }
 
-/// The clusters of a refcount table, and the blocks, that count `others` clusters and themselves.
-fn refcounts_for(geometry: ClusterGeometry, others: u64) -> (u64, u64) {
-    let per_block = RefcountWidth::DEFAULT.per_block(geometry);
-    let (mut table, mut blocks) = (1, 1);
-    loop {
-        let used = others + table + blocks;
-        let (more_table, more_blocks) =
-            (geometry.clusters(blocks * 8).max(1), used.div_ceil(per_block));
-        if (more_table, more_blocks) == (table, blocks) {
-            return (table, blocks);
-        }
-        (table, blocks) = (more_table.max(table), more_blocks.max(blocks));
+async fn write(layout: &Layout, file: &HostFile, data: Option<&HostFile>) -> Result<(), Error> {
+    let cluster = layout.geometry.bytes();
+    let used = layout.used_clusters() * cluster;
+    let metadata = layout.metadata_clusters() * cluster;
+    if file.len() < metadata {
+        file.set_len(metadata).await?;
     }
+    if file.is_fixed_len() {
+        file.write_zeroes(ByteRange::between(0, metadata), None).await?;
+    }
+    match data {
+        None => preallocate(file, ByteRange::between(metadata, used), layout.preallocation).await?,
+        Some(data) => {
+            let disk = ByteRange::between(0, layout.header.size_bytes);
+            preallocate(data, disk, layout.preallocation).await?;
+            data.sync().await?;
+        }
+    }
+    for (range, piece) in [
+        (layout.refcount_table(), Layout::refcount_table_piece as Piece),
+        (layout.refcount_blocks(), Layout::refcount_block_piece),
+        (layout.l1_table(), Layout::l1_piece),
+        (layout.luks(), Layout::luks_piece),
+        (layout.l2_tables(), Layout::l2_piece),
+    ] {
+        for part in range.pieces(PIECE_BYTES.max(cluster)) {
+            let bytes = piece(layout, part);
+            if bytes.iter().any(|byte| *byte != 0) {
+                file.write(part.start(), Bytes::from(bytes), None).await?;
+            }
+        }
+    }
+    // Last, so that nothing half-made looks like an image.
+    file.sync().await?;
+    file.write(0, Bytes::from(layout.header_bytes.clone()), None).await?;
+    Ok(file.sync().await?)
 }
 
-fn sync_folder(path: &Path) -> Result<(), Error> {
-    let folder = match path.parent() {
+type Piece = fn(&Layout, ByteRange) -> Vec<u8>;
+
+/// Makes `range`, which ends where the file shall, what the mode says. It reads as zeros.
+async fn preallocate(file: &HostFile, range: ByteRange, mode: Preallocation) -> Result<(), Error> {
+    match mode {
+        Preallocation::Off | Preallocation::Metadata => {
+            if file.len() < range.end() {
+                file.set_len(range.end()).await?;
+            }
+            if file.is_fixed_len() && mode == Preallocation::Metadata {
+                file.write_zeroes(range, None).await?;
+            }
+        }
+        Preallocation::Falloc => file.grow(range.end()).await?,
+        Preallocation::Full => {
+            file.grow(range.end()).await?;
+            for part in range.pieces(PIECE_BYTES) {
+                file.write(part.start(), Bytes::from(vec![0; index(part.len())]), None).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The folder that relative names in an image start from.
+pub(crate) fn folder(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
+    }
+}
+
+pub(crate) fn sync_folder(path: &Path) -> Result<(), Error> {
+    let folder = folder(path);
     let synced = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
     synced.map_err(|source| Error::Path { path: folder.to_owned(), source })
 }

@@ -205,6 +205,11 @@ impl EntryFormat {
         62 - (self.geometry.bits() - 8)
     }
 
+    /// Where compressed clusters must end at the latest: their offsets have no more bits.
+    pub(crate) fn stream_end(&self) -> u64 {
+        HOST_OFFSET_END.min(1 << self.stream_bits())
+    }
+
     /// `None` for an offset behind everything that the format can address.
     fn decode_stream(&self, raw: u64) -> Option<Stream> {
         let bits = self.stream_bits();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use block::{CpuError, DeviceError, ErrorKind, HostError};
 
 use crate::codec::Compression;
+use crate::tally::Finding;
 use crate::units::HostOffset;
 
 /// Which table an entry stands in.
@@ -307,6 +308,9 @@ pub enum Feature {
     /// A compressed cluster.
     #[error("compressed clusters")]
     CompressedClusters,
+    /// Writing compressed clusters where guest data is encrypted or lies in a data file.
+    #[error("compressed writes to an image that is encrypted or has a data file")]
+    CompressedWrites,
     /// Writing to an image whose refcounts may be wrong.
     #[error(
         "writing to an image that was not closed cleanly (its dirty bit is set): repair it first"
@@ -332,6 +336,14 @@ pub enum Feature {
     FileTooLarge {
         /// The size that it would have.
         bytes: u64,
+    },
+    /// A refcount that its width does not hold.
+    #[error("a refcount of {needed}, where refcounts have {bits} bits")]
+    RefcountTooNarrow {
+        /// The width of a refcount in bits.
+        bits: u32,
+        /// The refcount that would be needed.
+        needed: u64,
     },
     /// More internal snapshots than QEMU opens.
     #[error("more than {limit} internal snapshots")]
@@ -491,6 +503,52 @@ pub enum InvalidOption {
     /// Clusters too small for 32 subclusters.
     #[error("extended L2 entries with clusters of {0} bytes (at least 16384 are needed)")]
     ExtendedL2Clusters(u32),
+    /// Extended L2 entries with clusters that are too small for 32 parts.
+    #[error("extended L2 entries with clusters of {0} bytes (at least 16384)")]
+    ExtendedL2ClusterBytes(u32),
+    /// Something that version 2 has not.
+    #[error("{option} in version 2 (compat=0.10)")]
+    NeedsVersion3 {
+        /// What.
+        option: &'static str,
+    },
+    /// Clusters that are mapped in advance would hide the backing file.
+    #[error("preallocation over a backing file without extended L2 entries")]
+    PreallocationOverBackingFile,
+    /// A data file that reads like the disk cannot read like the backing file.
+    #[error("a raw data file over a backing file")]
+    RawDataOverBackingFile,
+    /// A data file that is encrypted does not read like the disk.
+    #[error("a raw data file that is encrypted")]
+    EncryptedRawData,
+    /// The options name an external data file and the caller gave none.
+    #[error("an external data file that the caller has not opened")]
+    DataFileMissing,
+    /// The caller gave an external data file that the options do not name.
+    #[error("an external data file without a name")]
+    DataFileUnexpected,
+    /// A name of an external data file that is empty, too long or not plain text.
+    #[error("a data file name of {len} bytes (at most {limit})")]
+    DataFileName {
+        /// Its length in bytes.
+        len: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// Names that do not fit the header.
+    #[error("names that do not fit the header of {limit} bytes")]
+    HeaderTooLarge {
+        /// The bytes of a cluster.
+        limit: usize,
+    },
+    /// More clusters than a refcount table can count.
+    #[error("a refcount table of {bytes} bytes (at most {limit_bytes})")]
+    RefcountTable {
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
     /// A disk for which the L1 table would pass its limit.
     #[error("a disk of {size_bytes} bytes: with this cluster size at most {limit_bytes}")]
     SizeBytes {
@@ -530,14 +588,6 @@ pub enum SnapshotError {
     /// Guest data lies in another file, where nothing counts references.
     #[error("an image with an external data file has no internal snapshots")]
     ExternalDataFile,
-    /// A refcount would not fit.
-    #[error("refcounts of {bits} bits cannot count the references that this takes ({needed})")]
-    RefcountTooNarrow {
-        /// The width of a refcount in bits.
-        bits: u32,
-        /// The refcount that would be needed.
-        needed: u64,
-    },
     /// The disk would change under bitmaps that are to be kept up to date.
     #[error("the image has dirty bitmaps, which would not tell of the change: remove them first")]
     Bitmaps,
@@ -632,6 +682,26 @@ pub enum Error {
         /// What is wrong.
         what: InvalidOption,
     },
+    /// Something is wrong with the image that has to be repaired before its metadata can be written anew.
+    #[error("{} must be repaired first: {finding}", file.display())]
+    Damaged {
+        /// The image.
+        file: PathBuf,
+        /// What was found first.
+        finding: Box<Finding>,
+    },
+    /// Not everything that the image refers to is understood, so that what seems free may not be.
+    #[error("{} refers to clusters in a way that is not understood", file.display())]
+    Uncountable {
+        /// The image.
+        file: PathBuf,
+    },
+    /// A change of the metadata was given up in the moment when it took effect.
+    #[error("a change of {} was given up while its header was written", file.display())]
+    Abandoned {
+        /// The image.
+        file: PathBuf,
+    },
     /// Something cannot be done with an internal snapshot.
     #[error("{}: {what}", file.display())]
     Snapshot {
@@ -676,7 +746,10 @@ impl Error {
             | Self::NoRandomness { .. }
             | Self::Vmdk { .. }
             | Self::Poisoned { .. }
-            | Self::Cpu { .. } => ErrorKind::Io,
+            | Self::Cpu { .. }
+            | Self::Damaged { .. }
+            | Self::Uncountable { .. }
+            | Self::Abandoned { .. } => ErrorKind::Io,
             Self::Unsupported { .. } => ErrorKind::NotSupported,
             Self::Host(error) => error.kind(),
             Self::Reference { .. }

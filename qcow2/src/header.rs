@@ -204,6 +204,11 @@ impl Header {
         self.incompatible & DIRTY != 0
     }
 
+    /// Whether there are bitmaps that are to be kept up to date.
+    pub(crate) fn has_bitmaps(&self) -> bool {
+        self.autoclear & BITMAPS != 0
+    }
+
     /// Whether the image says that it is broken.
     pub(crate) fn is_corrupt(&self) -> bool {
         self.incompatible & CORRUPT != 0

@@ -246,7 +246,7 @@ impl Inner {
         self.core.lock().loaded(table, &bytes).map_err(|fault| self.fault(fault))
     }
 
-    async fn grow(&self, live: &Live, to: u64) -> Result<(), Error> {
+    pub(crate) async fn grow(&self, live: &Live, to: u64) -> Result<(), Error> {
         if live.file.is_fixed_len() && to > live.file.len() {
             return Err(Error::Host(HostError {
                 path: self.path.clone(),

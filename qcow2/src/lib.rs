@@ -31,9 +31,9 @@ mod bitmap;
 mod check;
 mod cipher;
 mod clear;
-#[allow(dead_code, reason = "compressed writes take the other half up next")]
 mod codec;
 mod compare;
+mod compressed;
 mod convert;
 mod core;
 mod create;
@@ -48,15 +48,18 @@ mod free;
 mod header;
 mod image;
 mod info;
+mod inspect;
 #[cfg(feature = "luks")]
 mod luks;
 mod mapping;
 mod measure;
 mod open;
+mod pack;
 mod plan;
 mod progress;
 mod read;
 mod refcount;
+mod republish;
 mod snapshot;
 mod snapshots;
 mod streams;
@@ -80,7 +83,7 @@ pub use compare::{CompareError, CompareOptions, Comparison, compare};
 pub use convert::{
     ConvertError, ConvertOptions, ConvertTarget, Converted, MAX_UNREADABLE_RANGES, convert,
 };
-pub use create::{BackingFormat, BackingName, CreateOptions};
+pub use create::{BackingFormat, BackingName, CreateOptions, DataFileName, Preallocation, Version};
 pub use encryption::{
     KeyChange, KeyCost, LuksCipher, LuksHash, LuksInfo, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase,
     SlotInfo, Slots,
@@ -91,7 +94,8 @@ pub use error::{
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;
-pub use info::{ImageInfo, RecordedBacking};
+pub use info::{ImageInfo, RecordedBacking, RecordedDataFile, RecordedEncryption};
+pub use inspect::{Inspection, RecordedBitmap};
 pub use measure::{
     BitmapSize, MeasureError, MeasureOptions, MeasureTarget, Measured, measure, measure_size,
 };

@@ -186,16 +186,23 @@ async fn open_vmdk(path: &Path, _: &OpenOptions, _: Trail) -> Result<Arc<dyn Blo
     Err(Fault::Unsupported(Feature::VmdkLeftOut).of(path))
 }
 
+/// Reads a header that may be opened.
 pub(crate) async fn read_header(file: &HostFile) -> Result<Header, Error> {
+    let fault = |fault: Fault| fault.of(file.path());
+    let header = parse_header(file).await?;
+    header.check(file.len()).map_err(fault)?;
+    supported(&header).map_err(fault)?;
+    Ok(header)
+}
+
+/// Reads a header, whatever it says of the rest of the file.
+pub(crate) async fn parse_header(file: &HostFile) -> Result<Header, Error> {
     let fault = |fault: Fault| fault.of(file.path());
     let len = file.len();
     let start = file.read(ByteRange::between(0, SECTOR_BYTES.min(len))).await?;
     let needed = Header::needed_bytes(&start).map_err(fault)?;
     let cluster = file.read(ByteRange::between(0, needed.min(len))).await?;
-    let header = Header::parse(&cluster).map_err(fault)?;
-    header.check(len).map_err(fault)?;
-    supported(&header).map_err(fault)?;
-    Ok(header)
+    Header::parse(&cluster).map_err(fault)
 }
 
 /// Refuses what the mapping cannot do.

@@ -271,6 +271,11 @@ impl Refcounts {
         true
     }
 
+    /// How wide a refcount is.
+    pub(crate) fn width(&self) -> RefcountWidth {
+        self.width
+    }
+
     /// Whether a flush has something to write.
     pub(crate) fn is_dirty(&self) -> bool {
         !self.dirty_entries.is_empty()

@@ -1,12 +1,16 @@
-//! Internal snapshots of an open image: listing them, and reading their table from the file. The bytes of the table
-//! are `snapshot`'s.
+//! Internal snapshots of an open image: listing, making, applying and deleting them. The bytes of their table are
+//! `snapshot`'s, and how a new state of the metadata gets into the file is `republish`'s.
+
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::{ByteRange, HostFile};
 
-use crate::error::{Corruption, Error, Fault};
+use crate::error::{Corruption, Error, Fault, Feature, SnapshotError};
 use crate::header::Header;
 use crate::image::Image;
-use crate::snapshot::{Decoded, Snapshot, SnapshotEntry, decode};
+use crate::republish::Present;
+use crate::snapshot::{self, Decoded, MAX_SNAPSHOT_NAME_BYTES, Snapshot, SnapshotEntry, decode};
+use crate::tally::TablePlace;
 
 /// What is read of a snapshot table at first, in bytes.
 const FIRST_READ_BYTES: u64 = 64 << 10;
@@ -22,6 +26,111 @@ impl Image {
         let table = read_snapshots(&live.file, &header).await?;
         let disk_bytes = header.size_bytes;
         Ok(table.entries.iter().map(|entry| entry.describe(disk_bytes)).collect())
+    }
+}
+
+impl Image {
+    /// Keeps the disk as it is now as an internal snapshot, and gives it a new id. Names need not be unique.
+    ///
+    /// Requests wait while the snapshot is made, and go on after it; what had returned before is in it.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] for a name that is too long, and where there can be no snapshots.
+    /// [`Feature::RefcountTooNarrow`] where refcounts cannot count it, [`Error::Damaged`] for a damaged image,
+    /// [`Error::Host`]: nothing has changed then. [`Error::Poisoned`] where taking effect failed.
+    pub async fn create_snapshot(&self, name: &str) -> Result<Snapshot, Error> {
+        let (len, limit) = (name.len(), MAX_SNAPSHOT_NAME_BYTES);
+        if len > limit || name.contains('\0') {
+            return Err(self.refused(SnapshotError::Name { len, limit }));
+        }
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut made = None;
+        let make = |present: &Present| {
+            let header = &present.header;
+            self.check_internal_data(header)?;
+            if header.refcount_order == 0 {
+                let feature = Feature::RefcountTooNarrow { bits: 1, needed: 2 };
+                return Err(self.inner.fault(Fault::Unsupported(feature)));
+            }
+            let mut state = present.unchanged();
+            let entry = SnapshotEntry {
+                l1_at: header.l1_at,
+                l1_entries: u32::try_from(header.l1_entries).unwrap_or(u32::MAX),
+                id: snapshot::new_id(&state.snapshots),
+                name: name.as_bytes().to_vec(),
+                date_secs: u32::try_from(since.as_secs()).unwrap_or(u32::MAX),
+                date_nanos: since.subsec_nanos(),
+                vm_clock_nanos: 0,
+                vm_state_bytes: 0,
+                disk_bytes: Some(header.size_bytes),
+                icount: None,
+                unknown: Vec::new(),
+            };
+            made = Some(entry.describe(header.size_bytes));
+            state.snapshots.push(entry);
+            Ok(state)
+        };
+        self.inner.republish(make).await?;
+        // There is no new state that was not made.
+        made.ok_or_else(|| self.not_found(name))
+    }
+
+    /// Makes the disk what it was when a snapshot was taken, which an id or else a name tells. The snapshot stays. The
+    /// disk gets the size that it had then.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`], also for an image with dirty bitmaps, which would not tell of the change. Otherwise as
+    /// [`Image::create_snapshot`].
+    pub async fn apply_snapshot(&self, id_or_name: &str) -> Result<(), Error> {
+        if self.inner.core.lock().header.has_bitmaps() {
+            return Err(self.refused(SnapshotError::Bitmaps));
+        }
+        let make = |present: &Present| {
+            self.check_internal_data(&present.header)?;
+            let mut state = present.unchanged();
+            let at = self.find(&state.snapshots, id_or_name)?;
+            let entry = state.snapshots.get(at).ok_or_else(|| self.not_found(id_or_name))?;
+            let checked = entry.check(present.header.geometry, present.file_bytes);
+            checked.map_err(|fault| self.inner.fault(fault))?;
+            state.tree = TablePlace { at: entry.l1_at, entries: u64::from(entry.l1_entries) };
+            state.size_bytes = entry.disk_bytes.unwrap_or(present.header.size_bytes);
+            Ok(state)
+        };
+        self.inner.republish(make).await
+    }
+
+    /// Forgets a snapshot, which an id or else a name tells, and frees what only it referenced.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`]; otherwise as [`Image::create_snapshot`].
+    pub async fn delete_snapshot(&self, id_or_name: &str) -> Result<(), Error> {
+        let make = |present: &Present| {
+            self.check_internal_data(&present.header)?;
+            let mut state = present.unchanged();
+            let at = self.find(&state.snapshots, id_or_name)?;
+            state.snapshots.remove(at);
+            Ok(state)
+        };
+        self.inner.republish(make).await
+    }
+
+    fn check_internal_data(&self, header: &Header) -> Result<(), Error> {
+        if header.entry_format().external_data {
+            return Err(self.refused(SnapshotError::ExternalDataFile));
+        }
+        Ok(())
+    }
+
+    fn find(&self, entries: &[SnapshotEntry], id_or_name: &str) -> Result<usize, Error> {
+        snapshot::find(entries, id_or_name).ok_or_else(|| self.not_found(id_or_name))
+    }
+
+    fn not_found(&self, id_or_name: &str) -> Error {
+        self.refused(SnapshotError::NotFound(id_or_name.to_owned()))
+    }
+
+    fn refused(&self, what: SnapshotError) -> Error {
+        Error::Snapshot { file: self.inner.path.clone(), what }
     }
 }
 

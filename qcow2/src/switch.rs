@@ -1,7 +1,7 @@
 //! Bringing a changed header to disk: the stages that the header names, with a sync behind each. What changes, and
 //! that nothing else happens to the image meanwhile, is the caller's.
 
-use block::{HostError, HostFile};
+use block::{Hold, HostError, HostFile};
 
 use crate::error::Error;
 use crate::header::{Header, Stages};
@@ -17,13 +17,18 @@ pub(crate) async fn switch_header(
     new: &mut Header,
 ) -> Result<(), Error> {
     let stages = old.rewrite(new).map_err(|fault| fault.of(file.path()))?;
-    Ok(write_stages(file, stages).await?)
+    Ok(write_stages(file, stages, &None).await?)
 }
 
-async fn write_stages(file: &HostFile, stages: Stages) -> Result<(), HostError> {
+/// Performs the steps of [`Header::rewrite`]. `hold` stays with every write.
+pub(crate) async fn write_stages(
+    file: &HostFile,
+    stages: Stages,
+    hold: &Hold,
+) -> Result<(), HostError> {
     for stage in stages {
         for write in stage {
-            file.write(write.at.0, write.bytes.into(), None).await?;
+            file.write(write.at.0, write.bytes.into(), hold.clone()).await?;
         }
         file.sync().await?;
     }

@@ -4,8 +4,10 @@
 mod check;
 mod checking;
 mod common;
+mod compressed;
 mod crash;
 mod crash_crowd;
+mod create;
 mod crowd;
 mod faults;
 mod formats;

@@ -68,6 +68,14 @@ impl Shape {
         Image::open_on(host(storage), self.device(), OpenOptions::writing()).await
     }
 
+    pub(crate) async fn open_with(
+        &self,
+        storage: &MemoryStorage,
+        options: OpenOptions,
+    ) -> Result<Image, Error> {
+        Image::open_on(host(storage), self.device(), options).await
+    }
+
     pub(crate) async fn open_read_only(&self, storage: &MemoryStorage) -> Result<Image, Error> {
         Image::open_on(host(storage), self.device(), OpenOptions::reading()).await
     }

@@ -1,0 +1,472 @@
+//! A new state of an image's metadata, written beside the present one and put in its place by one write of the
+//! header's first sector. What the new state is to be is decided by its callers: snapshots, amending, shrinking.
+//!
+//! Refcounts of the new state are counted from all that it references, never carried over. Everything of it goes to
+//! clusters that the present state does not reference, so that a crash before the switch leaves the present state as
+//! it was, and one after it the new one. L2 tables are copied only where the COPIED flags in them have to change.
+
+mod refcounts;
+mod room;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use block::{ByteRange, Hold, HostError, RangeGuard, try_join_all};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::OwnedMutexGuard;
+
+use crate::core::Core;
+use crate::error::{Error, Fault};
+use crate::fields::{COPIED, EntryFields, EntryKind, HOST_OFFSET, halves};
+use crate::header::{Header, Stages};
+use crate::image::{Inner, Live};
+use crate::mapping::from_big_endian;
+use crate::open::{load_core, read_header};
+use crate::refcount::{RefcountWidth, big_endian};
+use crate::snapshot::{self, SnapshotEntry};
+use crate::snapshots::{SnapshotTable, read_snapshots};
+use crate::switch::write_stages;
+use crate::tally::{Counts, Finding, Roots, TablePlace, Tally};
+use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
+use refcounts::NewRefcounts;
+use room::{Ledger, Room};
+
+/// The tables that are copied at once, in bytes and in number.
+const BATCH_BYTES: u64 = 8 << 20;
+const BATCH_TABLES: u64 = 64;
+/// How often it is flushed at most until nothing is left to write.
+const FLUSH_ROUNDS: usize = 8;
+/// The unit in which hosts give space back, in bytes.
+const HOST_BLOCK_BYTES: u64 = 4096;
+
+/// What the metadata of an image is to become.
+#[derive(Clone, Debug)]
+pub(crate) struct NewState {
+    /// The L1 table, present in the file, by which the disk is to be read. The flags in it and below it may be wrong.
+    pub tree: TablePlace,
+    /// The size of the disk in bytes. The new L1 table is as long as this or the tree need.
+    pub size_bytes: u64,
+    /// All snapshots. Their L1 tables are present in the file and stay where they are.
+    pub snapshots: Vec<SnapshotEntry>,
+    /// The width of the refcounts.
+    pub width: RefcountWidth,
+    /// The header to begin with: the present one, or one with another version, other features, other extensions.
+    pub header: Header,
+}
+
+/// The present state, as far as a new one has to know it.
+pub(crate) struct Present {
+    pub header: Header,
+    pub snapshots: SnapshotTable,
+    /// The length of the file.
+    pub file_bytes: u64,
+}
+
+impl Present {
+    /// The state that changes nothing. Snapshots tell the sizes of their disks in it, as a later size is not theirs.
+    pub(crate) fn unchanged(&self) -> NewState {
+        let size_bytes = self.header.size_bytes;
+        let sized = |entry: &SnapshotEntry| SnapshotEntry {
+            disk_bytes: Some(entry.disk_bytes.unwrap_or(size_bytes)),
+            ..entry.clone()
+        };
+        NewState {
+            tree: TablePlace { at: self.header.l1_at, entries: self.header.l1_entries },
+            size_bytes,
+            snapshots: self.snapshots.entries.iter().map(sized).collect(),
+            width: RefcountWidth::new(self.header.refcount_order).unwrap_or(RefcountWidth::DEFAULT),
+            header: self.header.clone(),
+        }
+    }
+}
+
+/// An image that nobody uses but us. Every host operation of the new state holds it, so that nobody comes in before
+/// the last of them has ended, even where our future was dropped.
+struct Quiet {
+    inner: Arc<Inner>,
+    stage: Mutex<Stage>,
+    _guard: RangeGuard,
+    _gate: OwnedMutexGuard<()>,
+}
+
+/// How far it has come.
+enum Stage {
+    /// Clusters below this one may have been written.
+    Building(HostCluster),
+    /// The header may say either state.
+    Switching,
+    Done,
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        match std::mem::replace(self.stage.get_mut(), Stage::Done) {
+            Stage::Building(end) => {
+                let mut core = self.inner.core.lock();
+                core.virgin_floor = core.virgin_floor.max(end.0);
+            }
+            Stage::Switching => {
+                let file = self.inner.path.clone();
+                self.inner.poison(Error::Abandoned { file });
+            }
+            Stage::Done => {}
+        }
+    }
+}
+
+impl Inner {
+    /// Replaces the metadata by what `make` says, told the present state. Requests wait meanwhile and go on after.
+    ///
+    /// # Errors
+    /// What `make` refuses. [`Error::Damaged`] where references of the present state cannot be counted.
+    /// [`Feature::RefcountTooNarrow`](crate::Feature::RefcountTooNarrow), [`Error::Host`]: nothing has changed then,
+    /// and the image goes on. [`Error::Poisoned`] where the switch or what follows it failed.
+    pub(crate) async fn republish(
+        self: &Arc<Self>,
+        make: impl FnOnce(&Present) -> Result<NewState, Error> + Send,
+    ) -> Result<(), Error> {
+        let (live, quiet) = self.quiet().await?;
+        let hold: Hold = Some(Arc::clone(&quiet) as _);
+        let header = self.core.lock().header.clone();
+        let snapshots = read_snapshots(&live.file, &header).await?;
+        let present = Present { header, snapshots, file_bytes: live.file.len() };
+        let state = make(&present)?;
+        let old = self.count(&live, &present.header, None).await?;
+        let new = self.count(&live, &present.header, Some(&state)).await?;
+        let mut ledger = Ledger::new(new);
+        let geometry = present.header.geometry;
+        // The L1 table of the tree was counted as the active one, which gets a new place.
+        self.check(ledger.remove(table_run(geometry, state.tree)))?;
+        let room = Room::beside(geometry, &old);
+        let mut work =
+            Work { inner: self, live: &live, quiet: &quiet, hold, geometry, ledger, room };
+        let stages = match work.build(&present, &state).await {
+            Ok(stages) => stages,
+            Err(error) => {
+                work.cut_back(old.end()).await;
+                return Err(error);
+            }
+        };
+        let Work { ledger, hold, .. } = work;
+        self.switch(&live, &quiet, &hold, stages).await?;
+        self.punch_unused(&live, &hold, geometry, &old, &ledger).await;
+        *quiet.stage.lock() = Stage::Done;
+        Ok(())
+    }
+
+    /// Waits for what is in flight, keeps everybody else away, and flushes until nothing is left to write.
+    async fn quiet(self: &Arc<Self>) -> Result<(Arc<Live>, Arc<Quiet>), Error> {
+        if self.limits().read_only {
+            return Err(Error::Request(block::DeviceError::ReadOnly));
+        }
+        // Refused at once where the image is closing, instead of waiting until it is closed.
+        self.live()?;
+        let guard = self.guests.lock_exclusive(ByteRange::between(0, u64::MAX)).await;
+        let live = self.live()?;
+        self.before_change(&live).await?;
+        for _ in 0..FLUSH_ROUNDS {
+            self.flush(&live).await?;
+            self.step_in_flush(&live, Core::settle).await?;
+            if !self.core.lock().is_dirty() {
+                break;
+            }
+        }
+        let gate = Arc::clone(&self.flush_gate).lock_owned().await;
+        let end = {
+            let core = self.core.lock();
+            core.end.saturating_mul(core.geometry.bytes())
+        };
+        // Clusters that are only reserved may lie behind what was ever written, where none should be found.
+        live.file.grow(end).await?;
+        self.live()?;
+        let quiet = Quiet {
+            inner: Arc::clone(self),
+            stage: Mutex::new(Stage::Building(HostCluster(0))),
+            _guard: guard,
+            _gate: gate,
+        };
+        Ok((live, Arc::new(quiet)))
+    }
+
+    /// Counts the references of the present state, or of the new one without what is still to be written of it.
+    async fn count(
+        &self,
+        live: &Live,
+        header: &Header,
+        state: Option<&NewState>,
+    ) -> Result<Counts, Error> {
+        let mut first: Option<Finding> = None;
+        let mut visit = |finding: Finding, _: u64| {
+            if !finding.is_leak() {
+                first.get_or_insert(finding);
+            }
+        };
+        let mut roots = Roots::read(&live.file, header, &mut visit).await?;
+        if let Some(state) = state {
+            let place = |entry: &SnapshotEntry| TablePlace {
+                at: entry.l1_at,
+                entries: u64::from(entry.l1_entries),
+            };
+            roots.l1 = state.tree;
+            roots.snapshots = state.snapshots.iter().map(place).collect();
+            roots.snapshot_table = None;
+            roots.refcount_table.entries = 0;
+        }
+        let tally = Tally::take(&live.file, &roots, &mut visit).await?;
+        match first {
+            Some(finding) => {
+                Err(Error::Damaged { file: self.path.clone(), finding: Box::new(finding) })
+            }
+            None if tally.incomplete => Err(Error::Uncountable { file: self.path.clone() }),
+            None => Ok(tally.counts),
+        }
+    }
+
+    /// Writes the header, and reads back what it names.
+    async fn switch(
+        &self,
+        live: &Live,
+        quiet: &Quiet,
+        hold: &Hold,
+        stages: Stages,
+    ) -> Result<(), Error> {
+        *quiet.stage.lock() = Stage::Switching;
+        let switched = async {
+            write_stages(&live.file, stages, hold).await?;
+            let header = read_header(&live.file).await?;
+            let size_bytes = header.size_bytes;
+            let backing_bytes = live.backing.as_ref().map(|backing| backing.limits().size_bytes);
+            let core = load_core(&live.file, header, backing_bytes, true).await?;
+            *self.core.lock() = core;
+            self.set_size(size_bytes);
+            self.step_in_flush(live, Core::find_end).await
+        };
+        switched.await.map_err(|error: Error| self.poison(error))
+    }
+
+    /// Gives the host back the clusters that the new state does not reference. Failing loses space, nothing else.
+    async fn punch_unused(
+        &self,
+        live: &Live,
+        hold: &Hold,
+        geometry: ClusterGeometry,
+        old: &Counts,
+        ledger: &Ledger,
+    ) {
+        let mut unused: Option<Run> = None;
+        let gone = old.iter().map(|(cluster, _)| cluster).filter(|at| ledger.get(*at) == 0);
+        for cluster in gone.map(Some).chain([None]) {
+            match (&mut unused, cluster) {
+                (Some(run), Some(cluster)) if run.end() == cluster => run.count += 1,
+                (run, cluster) => {
+                    if let Some(run) = std::mem::replace(run, cluster.map(Run::one)) {
+                        self.punch_run(live, hold, geometry.host_range(run)).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn punch_run(&self, live: &Live, hold: &Hold, range: ByteRange) {
+        let start = range.start().next_multiple_of(HOST_BLOCK_BYTES);
+        let whole = ByteRange::between(start, range.end() - range.end() % HOST_BLOCK_BYTES);
+        if whole.is_empty() || !live.file.can_punch() {
+            return;
+        }
+        if let Err(error) = live.file.punch(whole, hold.clone()).await {
+            tracing::debug!(image = %self.path.display(), %error, "space was not given back");
+        }
+    }
+
+    fn check<T>(&self, result: Result<T, Fault>) -> Result<T, Error> {
+        result.map_err(|fault| self.fault(fault))
+    }
+}
+
+/// A new state in the making.
+struct Work<'a> {
+    inner: &'a Inner,
+    live: &'a Live,
+    quiet: &'a Quiet,
+    hold: Hold,
+    geometry: ClusterGeometry,
+    ledger: Ledger,
+    room: Room,
+}
+
+impl Work<'_> {
+    /// Writes all of the new state but the header, durably, and gives the writes that switch to it.
+    async fn build(&mut self, present: &Present, state: &NewState) -> Result<Stages, Error> {
+        let needed = self.geometry.l1_entries(state.size_bytes).max(state.tree.entries).max(1);
+        let l1 = self.take(self.geometry.clusters(needed * 8))?;
+        let (snapshots_at, snapshots) = self.snapshots(&state.snapshots).await?;
+        let entries = self.tables(present, state, needed).await?;
+        self.write(vec![(self.at(l1), Bytes::from(big_endian(&entries)))]).await?;
+        let table = self.refcounts(state.width).await?;
+        self.live.file.sync().await?;
+        let mut header = state.header.clone();
+        header.size_bytes = state.size_bytes;
+        header.l1_at = self.geometry.host_offset(l1.start);
+        header.l1_entries = needed;
+        header.refcount_table_at = self.geometry.host_offset(table.start);
+        header.refcount_table_clusters = table.count;
+        header.refcount_order = state.width.order();
+        header.snapshots = snapshots;
+        header.snapshots_at = snapshots_at;
+        self.inner.check(header.check(self.live.file.len()))?;
+        self.inner.check(present.header.rewrite(&mut header))
+    }
+
+    async fn snapshots(&mut self, entries: &[SnapshotEntry]) -> Result<(HostOffset, u32), Error> {
+        let bytes = self.inner.check(snapshot::encode(entries))?;
+        if entries.is_empty() {
+            return Ok((HostOffset(0), 0));
+        }
+        let run = self.take(self.geometry.clusters(bytes.len() as u64))?;
+        self.write(vec![(self.at(run), bytes.into())]).await?;
+        // The encoder has checked the limit.
+        Ok((self.geometry.host_offset(run.start), u32::try_from(entries.len()).unwrap_or(u32::MAX)))
+    }
+
+    /// Copies the L2 tables whose flags change, and gives the entries of the new L1 table.
+    async fn tables(
+        &mut self,
+        present: &Present,
+        state: &NewState,
+        needed: u64,
+    ) -> Result<Vec<u64>, Error> {
+        let place = state.tree;
+        let range = ByteRange::between(place.at.0, place.at.0.saturating_add(place.bytes()));
+        let mut l1 = from_big_endian(&self.live.file.read(range).await?);
+        l1.resize(index(needed), 0);
+        let format = present.header.entry_format();
+        let fields = EntryFields {
+            extended: self.geometry.is_extended(),
+            external_data: format.external_data,
+        };
+        let at_once = (BATCH_BYTES / self.geometry.bytes()).clamp(1, BATCH_TABLES);
+        let used: Vec<usize> = (0..l1.len()).filter(|at| l1.get(*at) != Some(&0)).collect();
+        for batch in used.chunks(index(at_once)) {
+            let reads = batch.iter().map(|at| self.read_table(l1.get(*at).copied().unwrap_or(0)));
+            let tables = try_join_all(reads).await?;
+            let mut writes = Vec::new();
+            for (at, (old, bytes)) in batch.iter().zip(tables) {
+                let Some(bytes) = self.with_flags(&bytes, fields) else { continue };
+                let copy = self.take(1)?;
+                self.inner.check(self.ledger.remove(Run::one(old)))?;
+                if let Some(entry) = l1.get_mut(*at) {
+                    *entry = self.at(copy);
+                }
+                writes.push((self.at(copy), bytes));
+            }
+            self.write(writes).await?;
+        }
+        for entry in l1.iter_mut().filter(|entry| **entry != 0) {
+            let host = *entry & HOST_OFFSET;
+            let once = self.ledger.get(self.geometry.host_cluster(HostOffset(host))) == 1;
+            *entry = host | if once { COPIED } else { 0 };
+        }
+        Ok(l1)
+    }
+
+    async fn read_table(&self, raw: u64) -> Result<(HostCluster, Bytes), HostError> {
+        let at = HostOffset(raw & HOST_OFFSET);
+        let range = ByteRange::between(at.0, at.0.saturating_add(self.geometry.bytes()));
+        Ok((self.geometry.host_cluster(at), self.live.file.read(range).await?))
+    }
+
+    /// An L2 table with the COPIED flags that it has to have, or `None` where it has them.
+    fn with_flags(&self, table: &Bytes, fields: EntryFields) -> Option<Bytes> {
+        let mut changed: Option<Vec<u8>> = None;
+        let step = index(fields.bytes());
+        for (number, entry) in table.chunks_exact(step).enumerate() {
+            let (raw, _) = halves(entry);
+            let wanted = match fields.kind(raw) {
+                EntryKind::Compressed => raw & !COPIED,
+                // Nobody counts clusters of another file.
+                EntryKind::Hosted(host) if !fields.external_data => {
+                    let cluster = self.geometry.host_cluster(HostOffset(host));
+                    let once = self.ledger.get(cluster) == 1;
+                    raw & !COPIED | if once { COPIED } else { 0 }
+                }
+                EntryKind::Hosted(_) | EntryKind::Absent | EntryKind::Zero => raw,
+            };
+            if wanted != raw {
+                let bytes = changed.get_or_insert_with(|| table.to_vec());
+                if let Some(place) = bytes.get_mut(number * step..number * step + 8) {
+                    place.copy_from_slice(&wanted.to_be_bytes());
+                }
+            }
+        }
+        changed.map(Bytes::from)
+    }
+
+    /// Writes refcounts for all that is in the ledger by now.
+    async fn refcounts(&mut self, width: RefcountWidth) -> Result<Run, Error> {
+        let made = NewRefcounts::lay_out(self.geometry, width, &mut self.ledger, &mut self.room);
+        let made = self.inner.check(made)?;
+        let blocks: Vec<(u64, HostCluster)> = made.blocks().collect();
+        let at_once = (BATCH_BYTES / self.geometry.bytes()).clamp(1, BATCH_TABLES);
+        for batch in blocks.chunks(index(at_once)) {
+            let mut writes = Vec::new();
+            for (block, cluster) in batch {
+                let bytes = self.inner.check(made.encode(*block, &self.ledger))?;
+                writes.push((self.geometry.host_offset(*cluster).0, bytes.into()));
+            }
+            self.write(writes).await?;
+        }
+        let table = Bytes::from(big_endian(&made.table_entries()));
+        self.write(vec![(self.at(made.table), table)]).await?;
+        Ok(made.table)
+    }
+
+    /// Takes clusters that the new state references once.
+    fn take(&mut self, count: u64) -> Result<Run, Error> {
+        let run = self.inner.check(self.room.take(count))?;
+        self.inner.check(self.ledger.add(run))?;
+        Ok(run)
+    }
+
+    fn at(&self, run: Run) -> u64 {
+        self.geometry.host_offset(run.start).0
+    }
+
+    /// Writes what was taken, all at once. Whatever fails, all have ended when this returns.
+    async fn write(&self, writes: Vec<(u64, Bytes)>) -> Result<(), Error> {
+        let end = self.room.end();
+        *self.quiet.stage.lock() = Stage::Building(end);
+        self.inner.grow(self.live, end.0.saturating_mul(self.geometry.bytes())).await?;
+        let all = writes.into_iter().map(|(at, bytes)| async move {
+            Ok::<_, Infallible>(self.live.file.write(at, bytes, self.hold.clone()).await)
+        });
+        let Ok(ended) = try_join_all(all).await;
+        ended.into_iter().collect::<Result<(), HostError>>().map_err(Error::Host)
+    }
+
+    /// Gives up: cuts the file to what the present state uses.
+    async fn cut_back(&self, used: HostCluster) {
+        let end = {
+            let core = self.inner.core.lock();
+            core.end.max(used.0).saturating_mul(self.geometry.bytes())
+        };
+        if self.live.file.is_fixed_len() || self.live.file.len() < end {
+            return;
+        }
+        match self.live.file.set_len(end).await {
+            Ok(()) => {
+                let mut core = self.inner.core.lock();
+                core.capacity_bytes = core.capacity_bytes.min(end);
+            }
+            Err(error) => {
+                let image = self.inner.path.display();
+                tracing::warn!(%image, %error, "the file could not be cut back");
+            }
+        }
+    }
+}
+
+/// The clusters of a table.
+fn table_run(geometry: ClusterGeometry, table: TablePlace) -> Run {
+    Run { start: geometry.host_cluster(table.at), count: geometry.clusters(table.bytes()) }
+}

@@ -217,6 +217,11 @@ pub enum Severity {
 }
 
 impl Finding {
+    /// Whether nothing but space is lost by it.
+    pub const fn is_leak(&self) -> bool {
+        matches!(self, Self::Leaked { .. })
+    }
+
     /// How bad it is.
     pub const fn severity(&self) -> Severity {
         match self {

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::command::{bench, compare, completions, convert, create, dd, info, measure};
+use crate::command::{bench, compare, completions, convert, create, dd, info, measure, snapshot};
 use crate::stop::Stop;
 
 /// Creates, inspects, converts and repairs disk images
@@ -23,6 +23,7 @@ enum Command {
     Convert(convert::Options),
     Compare(compare::Options),
     Measure(measure::Options),
+    Snapshot(snapshot::Options),
     Dd(dd::Options),
     Bench(bench::Options),
     Completions(completions::Options),
@@ -37,6 +38,7 @@ impl Cli {
         match self.command {
             Command::Create(options) => create::run(options, &stop).await,
             Command::Info(options) => info::run(options, &stop).await,
+            Command::Snapshot(options) => snapshot::run(options, &stop).await,
             Command::Dd(options) => dd::run(options, &stop).await,
             Command::Convert(options) => convert::run(options, &stop).await,
             Command::Compare(options) => compare::run(options, &stop).await,

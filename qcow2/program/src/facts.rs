@@ -1,7 +1,9 @@
 //! What `info` tells of an image, as a document and as lines. Where the facts come from is `command::info`'s.
 
 use std::fmt::Write;
+use std::time::UNIX_EPOCH;
 
+use qcow2::{LuksCipher, LuksHash, LuksInfo, SlotInfo, Snapshot};
 use serde::Serialize;
 
 use crate::size::human;
@@ -45,7 +47,7 @@ pub(crate) struct Child {
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", content = "data", rename_all = "lowercase")]
 pub(crate) enum Specific {
-    Qcow2(Qcow2Facts),
+    Qcow2(Box<Qcow2Facts>),
     File(Nothing),
 }
 
@@ -68,6 +70,8 @@ pub(crate) struct Qcow2Facts {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) data_file_raw: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) encrypt: Option<EncryptionFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) corrupt: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) extended_l2: Option<bool>,
@@ -79,6 +83,103 @@ pub(crate) struct BitmapFacts {
     pub(crate) name: String,
     pub(crate) granularity: u64,
 }
+
+/// How guest data is encrypted.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "format", rename_all = "lowercase")]
+pub(crate) enum EncryptionFacts {
+    /// The mode of old.
+    Aes,
+    Luks(LuksFacts),
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct LuksFacts {
+    pub(crate) ivgen_alg: &'static str,
+    pub(crate) detached_header: bool,
+    pub(crate) hash_alg: &'static str,
+    pub(crate) cipher_alg: &'static str,
+    pub(crate) uuid: String,
+    pub(crate) cipher_mode: &'static str,
+    pub(crate) slots: Vec<SlotFacts>,
+    pub(crate) payload_offset: u64,
+    pub(crate) master_key_iters: u32,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct SlotFacts {
+    pub(crate) active: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) iters: Option<u32>,
+    pub(crate) key_offset: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stripes: Option<u32>,
+}
+
+impl EncryptionFacts {
+    /// What a LUKS header tells.
+    pub(crate) fn of(luks: &LuksInfo) -> Self {
+        let slot = |slot: &SlotInfo| SlotFacts {
+            active: slot.active,
+            iters: slot.active.then_some(slot.rounds),
+            key_offset: slot.key_offset,
+            stripes: slot.active.then_some(LUKS_STRIPES),
+        };
+        Self::Luks(LuksFacts {
+            ivgen_alg: luks.tweak,
+            detached_header: false,
+            hash_alg: match luks.hash {
+                LuksHash::Sha1 => "sha1",
+                LuksHash::Sha224 => "sha224",
+                LuksHash::Sha256 => "sha256",
+                LuksHash::Sha384 => "sha384",
+                LuksHash::Sha512 => "sha512",
+            },
+            cipher_alg: match luks.cipher {
+                LuksCipher::Aes128Xts => "aes-128",
+                LuksCipher::Aes256Xts => "aes-256",
+            },
+            uuid: luks.uuid.clone(),
+            cipher_mode: "xts",
+            slots: luks.slots.iter().map(slot).collect(),
+            payload_offset: luks.payload_offset,
+            master_key_iters: luks.digest_rounds,
+        })
+    }
+
+    fn write(&self, out: &mut String, indent: &str) -> std::fmt::Result {
+        let luks = match self {
+            Self::Aes => return writeln!(out, "{indent}format: aes"),
+            Self::Luks(luks) => luks,
+        };
+        writeln!(out, "{indent}ivgen alg: {}", luks.ivgen_alg)?;
+        writeln!(out, "{indent}detached header: {}", luks.detached_header)?;
+        writeln!(out, "{indent}hash alg: {}", luks.hash_alg)?;
+        writeln!(out, "{indent}cipher alg: {}", luks.cipher_alg)?;
+        writeln!(out, "{indent}uuid: {}", luks.uuid)?;
+        writeln!(out, "{indent}format: luks")?;
+        writeln!(out, "{indent}cipher mode: {}", luks.cipher_mode)?;
+        writeln!(out, "{indent}slots:")?;
+        for (index, slot) in luks.slots.iter().enumerate() {
+            writeln!(out, "{indent}    [{index}]:")?;
+            writeln!(out, "{indent}        active: {}", slot.active)?;
+            if let Some(iters) = slot.iters {
+                writeln!(out, "{indent}        iters: {iters}")?;
+            }
+            writeln!(out, "{indent}        key offset: {}", slot.key_offset)?;
+            if let Some(stripes) = slot.stripes {
+                writeln!(out, "{indent}        stripes: {stripes}")?;
+            }
+        }
+        writeln!(out, "{indent}payload offset: {}", luks.payload_offset)?;
+        writeln!(out, "{indent}master key iters: {}", luks.master_key_iters)
+    }
+}
+
+/// How often LUKS spreads a key before it stores it; no other number is in use.
+const LUKS_STRIPES: u32 = 4000;
 
 /// An internal snapshot, in `info` and in `snapshot -l`.
 #[derive(Clone, Debug, Serialize)]
@@ -93,6 +194,23 @@ pub(crate) struct SnapshotFacts {
     pub(crate) vm_clock_sec: u64,
     pub(crate) id: String,
     pub(crate) vm_state_size: u64,
+}
+
+impl SnapshotFacts {
+    /// What the table of an image tells of a snapshot.
+    pub(crate) fn of(snapshot: &Snapshot) -> Self {
+        let taken = snapshot.taken.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            icount: snapshot.icount,
+            vm_clock_nsec: snapshot.vm_clock.subsec_nanos().into(),
+            name: snapshot.name.clone(),
+            date_sec: u32::try_from(taken.as_secs()).unwrap_or(u32::MAX),
+            date_nsec: taken.subsec_nanos(),
+            vm_clock_sec: snapshot.vm_clock.as_secs(),
+            id: snapshot.id.clone(),
+            vm_state_size: snapshot.vm_state_bytes,
+        }
+    }
 }
 
 impl Node {
@@ -203,6 +321,10 @@ impl Qcow2Facts {
         }
         if let Some(raw) = self.data_file_raw {
             writeln!(out, "{indent}data file raw: {raw}")?;
+        }
+        if let Some(encrypt) = &self.encrypt {
+            writeln!(out, "{indent}encrypt:")?;
+            encrypt.write(out, &format!("{indent}    "))?;
         }
         if let Some(corrupt) = self.corrupt {
             writeln!(out, "{indent}corrupt: {corrupt}")?;

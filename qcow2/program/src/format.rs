@@ -16,14 +16,28 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 pub(crate) enum Format {
     Qcow2,
     Raw,
+    /// Only read.
+    Vmdk,
 }
 
 impl Format {
+    /// A format that images can be made in.
+    ///
+    /// # Errors
+    /// Formats that are only read.
+    pub(crate) fn for_making(self) -> anyhow::Result<Self> {
+        match self {
+            Self::Qcow2 | Self::Raw => Ok(self),
+            Self::Vmdk => bail!("Format '{self}' does not support image creation: it is only read"),
+        }
+    }
+
     /// The name on the command line and in results.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Qcow2 => "qcow2",
             Self::Raw => "raw",
+            Self::Vmdk => "vmdk",
         }
     }
 }
@@ -41,7 +55,8 @@ impl FromStr for Format {
         match text {
             "qcow2" => Ok(Self::Qcow2),
             "raw" => Ok(Self::Raw),
-            _ => Err(format!("Unknown file format '{text}': qcow2 and raw are known")),
+            "vmdk" => Ok(Self::Vmdk),
+            _ => Err(format!("Unknown file format '{text}': qcow2, raw and vmdk are known")),
         }
     }
 }
@@ -60,7 +75,7 @@ pub(crate) fn recognise(path: &Path) -> anyhow::Result<Format> {
         }
         _ => bail!(
             "{}: it is no qcow2 image, and other formats are not guessed, because a guest chooses \
-             the first bytes of a raw disk; say -f raw if it is one",
+             the first bytes of a raw disk; say -f raw (or vmdk) if it is one",
             could_not_open(path)
         ),
     }

@@ -1,39 +1,122 @@
-//! New images as `create`, `convert` and `dd` make them. Where the bytes of the guest come from is the commands'
-//! business.
+//! New images as `create`, `convert` and `dd` make them, from the options of `-o`. Where the bytes of the guest come
+//! from is the commands' business.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use block::{BlockDevice, ByteRange, HostFile, RawDevice};
-use qcow2::{BackingFormat, CreateOptions, Image, OpenOptions};
+use qcow2::{
+    BackingFormat, Compression, CreateOptions, Image, KeyCost, LuksCipher, LuksHash, LuksOptions,
+    Preallocation, Version,
+};
 
+use crate::cache::Cache;
 use crate::format::Format;
 use crate::open::{self, Access, How, Named, Opened};
-use crate::options::OptionList;
+use crate::options::{OptionList, switch};
+use crate::secret::Secrets;
 use crate::settings;
-use crate::target::file_id;
+use crate::target::{Target, file_id};
 
 /// QEMU counts disks in sectors of this many bytes.
 pub(crate) const SECTOR_BYTES: u64 = 512;
 
-/// Makes an empty image in an open, empty file (or over a block device).
-///
-/// # Errors
-/// Options that contradict each other or the format, and what the host fails at.
-pub(crate) async fn make(
-    file: &HostFile,
+/// What a new image is to be.
+pub(crate) struct Plan<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) format: Format,
+    pub(crate) size_bytes: u64,
+    pub(crate) options: &'a OptionList,
+    pub(crate) access: &'a Access,
+    pub(crate) cache: Cache,
+}
+
+/// A new image whose files are there, and go again unless they are kept.
+pub(crate) struct Made {
+    file: HostFile,
+    files: Vec<Target>,
     format: Format,
-    size_bytes: u64,
-    options: &OptionList,
-) -> anyhow::Result<()> {
-    match format {
-        Format::Raw => make_raw(file, size_bytes, options.get("preallocation")).await,
-        Format::Qcow2 => {
-            let options = create_options(size_bytes, options)?;
-            Ok(Image::create_on(file, &options).await?)
+}
+
+impl Plan<'_> {
+    /// Makes an empty image. `sources` are the files, by device and inode, that the command still reads.
+    ///
+    /// # Errors
+    /// Options that contradict each other or the format, and what the host fails at.
+    pub(crate) async fn make(&self, sources: &[(u64, u64)]) -> anyhow::Result<Made> {
+        match self.format.for_making()? {
+            Format::Qcow2 => self.make_qcow2(sources).await,
+            _ => {
+                let (target, file) = Target::make(self.path, self.cache, sources).await?;
+                make_raw(&file, self.size_bytes, self.options.get("preallocation")).await?;
+                Ok(Made { file, files: vec![target], format: self.format })
+            }
         }
     }
+
+    async fn make_qcow2(&self, sources: &[(u64, u64)]) -> anyhow::Result<Made> {
+        // Before any file is touched.
+        let options = create_options(self.size_bytes, self.options, &self.access.secrets)?;
+        let (target, file) = Target::make(self.path, self.cache, sources).await?;
+        let mut files = vec![target];
+        let mut data = None;
+        if let Some(name) = &options.data_file {
+            let mut taken = sources.to_vec();
+            taken.extend(file.id());
+            let place = beside(self.path, &name.path);
+            let (target, file) = Target::make(&place, self.cache, &taken).await?;
+            files.push(target);
+            data = Some(file);
+        }
+        Image::create_with_data(&file, data.as_ref(), &options).await?;
+        Ok(Made { file, files, format: self.format })
+    }
+}
+
+impl Made {
+    /// Makes it durable as it is.
+    ///
+    /// # Errors
+    /// What the host fails at.
+    pub(crate) async fn keep(self) -> anyhow::Result<()> {
+        self.file.sync().await?;
+        self.files.into_iter().try_for_each(Target::keep)
+    }
+
+    /// Opens it for writing, over what lies below it; its files are kept apart.
+    ///
+    /// # Errors
+    /// What the library refuses.
+    pub(crate) async fn open(
+        self,
+        below: Option<Arc<dyn BlockDevice>>,
+        access: &Access,
+        cache: Cache,
+    ) -> anyhow::Result<(Filling, Vec<Target>)> {
+        let Self { file, files, format } = self;
+        if format == Format::Raw {
+            let device: Arc<dyn BlockDevice> = RawDevice::new(file);
+            return Ok((Filling { device, image: None }, files));
+        }
+        let options = open::qcow2_options(&How::writing(Some(cache)), access)?;
+        let image = match files.len() {
+            1 => Image::open_on(file, below, options).await?,
+            // The library finds the data file by its path only.
+            _ => {
+                let path = file.path().to_owned();
+                drop(file);
+                Image::open(&path, options).await?
+            }
+        };
+        Ok((Filling { device: Arc::new(image.clone()), image: Some(image) }, files))
+    }
+}
+
+/// A new image, open for writing.
+pub(crate) struct Filling {
+    pub(crate) device: Arc<dyn BlockDevice>,
+    pub(crate) image: Option<Image>,
 }
 
 /// The image below a new one, open.
@@ -65,21 +148,6 @@ impl Below {
     pub(crate) fn id(&self) -> Option<(u64, u64)> {
         self.0.as_ref()?.place.path().and_then(file_id)
     }
-}
-
-/// Opens what [`make`] made, for writing, over what lies below it.
-///
-/// # Errors
-/// What the library refuses.
-pub(crate) async fn open_made(
-    file: HostFile,
-    format: Format,
-    below: Option<Arc<dyn BlockDevice>>,
-) -> anyhow::Result<Arc<dyn BlockDevice>> {
-    Ok(match format {
-        Format::Raw => RawDevice::new(file),
-        Format::Qcow2 => Arc::new(Image::open_on(file, below, OpenOptions::writing()).await?),
-    })
 }
 
 async fn make_raw(file: &HostFile, size_bytes: u64, prealloc: Option<&str>) -> anyhow::Result<()> {
@@ -119,32 +187,98 @@ async fn write_zeros(file: &HostFile, range: ByteRange) -> anyhow::Result<()> {
 pub(crate) fn create_options(
     size_bytes: u64,
     options: &OptionList,
+    secrets: &Secrets,
 ) -> anyhow::Result<CreateOptions> {
     let size_bytes = size_bytes.next_multiple_of(SECTOR_BYTES);
     let mut create = CreateOptions::new(size_bytes);
     if let Some(size) = options.get("cluster_size") {
-        let bytes = settings::size("cluster_size", size)?;
-        let valid = bytes.is_power_of_two() && (512..=2 << 20).contains(&bytes);
-        ensure!(valid, "Cluster size must be a power of two between 512 and 2048k, not {bytes}");
-        create = create.cluster_bytes(u32::try_from(bytes)?);
+        create.cluster_bytes = cluster_bytes(size)?;
     }
-    for (name, default) in [
-        ("extended_l2", "off"),
-        ("preallocation", "off"),
-        ("compression_type", "zlib"),
-        ("compat", "1.1"),
-        ("lazy_refcounts", "off"),
-        ("refcount_bits", "16"),
-    ] {
-        let given = options.get(name).unwrap_or(default);
-        ensure!(given == default, "{name}={given} is not supported; {default} is");
+    if let Some(value) = options.get("compat") {
+        create.version = version(value)?;
+    }
+    if let Some(value) = options.get("extended_l2") {
+        create.extended_l2 = switch("extended_l2", value)?;
+    }
+    if let Some(value) = options.get("refcount_bits") {
+        create.refcount_bits = refcount_bits(value)?;
+    }
+    if let Some(value) = options.get("lazy_refcounts") {
+        create.lazy_refcounts = switch("lazy_refcounts", value)?;
+    }
+    if let Some(value) = options.get("compression_type") {
+        create.compression = compression(value)?;
+    }
+    if let Some(value) = options.get("preallocation") {
+        create.preallocation = preallocation(value)?;
+    }
+    let raw = options.get("data_file_raw").map(|value| switch("data_file_raw", value));
+    let raw = raw.transpose()?.unwrap_or(false);
+    match options.get("data_file") {
+        Some(name) => create = create.data_file(name, raw),
+        None => ensure!(!raw, "data_file_raw needs data_file"),
     }
     if let Some(backing) = options.get("backing_file") {
-        let format =
-            options.get("backing_fmt").context("Backing file specified without backing format")?;
+        let format = options.get("backing_fmt");
+        let format = format.context("Backing file specified without backing format (-F)")?;
         create = create.backing(backing, backing_format(format)?);
     }
+    create.encryption = encryption(options, secrets)?;
     Ok(create)
+}
+
+/// The size of a cluster.
+///
+/// # Errors
+/// Sizes that the format does not have.
+pub(crate) fn cluster_bytes(value: &str) -> anyhow::Result<u32> {
+    let bytes = settings::size("cluster_size", value)?;
+    let valid = bytes.is_power_of_two() && (512..=2 << 20).contains(&bytes);
+    ensure!(valid, "Cluster size must be a power of two between 512 and 2048k, not {bytes}");
+    Ok(u32::try_from(bytes)?)
+}
+
+/// The width of refcounts.
+///
+/// # Errors
+/// Widths that the format does not have.
+pub(crate) fn refcount_bits(value: &str) -> anyhow::Result<u32> {
+    let bits = settings::number("refcount_bits", value)?;
+    let valid = bits.is_power_of_two() && bits <= 64;
+    ensure!(valid, "Refcount width must be a power of two and may not exceed 64 bits, not {bits}");
+    Ok(u32::try_from(bits)?)
+}
+
+/// The version of the format by qemu's name.
+///
+/// # Errors
+/// Other names.
+pub(crate) fn version(value: &str) -> anyhow::Result<Version> {
+    match value {
+        "0.10" | "v2" => Ok(Version::V2),
+        "1.1" | "v3" => Ok(Version::V3),
+        _ => bail!("Invalid compatibility level '{value}': 1.1 (v3) and 0.10 (v2) are known"),
+    }
+}
+
+fn compression(value: &str) -> anyhow::Result<Compression> {
+    match value {
+        "zlib" => Ok(Compression::Deflate),
+        "zstd" => Ok(Compression::Zstd),
+        _ => bail!("Invalid parameter '{value}' for compression_type: zlib and zstd are known"),
+    }
+}
+
+/// What is made in advance, by qemu's name.
+///
+/// # Errors
+/// Other names.
+pub(crate) fn preallocation(value: &str) -> anyhow::Result<Preallocation> {
+    let all =
+        [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+    all.into_iter().find(|mode| mode.name() == value).ok_or_else(|| {
+        anyhow!("Invalid preallocation mode '{value}': off, metadata, falloc and full are known")
+    })
 }
 
 /// The format of a backing file by its name.
@@ -155,8 +289,67 @@ pub(crate) fn backing_format(name: &str) -> anyhow::Result<BackingFormat> {
     match name {
         "qcow2" => Ok(BackingFormat::Qcow2),
         "raw" => Ok(BackingFormat::Raw),
-        other => bail!("Unknown file format '{other}' of a backing file: qcow2 and raw are known"),
+        "vmdk" => Ok(BackingFormat::Vmdk),
+        other => {
+            bail!("Unknown file format '{other}' of a backing file: qcow2, raw and vmdk are known")
+        }
     }
+}
+
+fn encryption(options: &OptionList, secrets: &Secrets) -> anyhow::Result<Option<LuksOptions>> {
+    let legacy = options.get("encryption").map(|value| switch("encryption", value)).transpose()?;
+    match (legacy, options.get("encrypt.format")) {
+        (Some(true), _) | (_, Some("aes")) => {
+            bail!("the AES mode of old is not safe: say encrypt.format=luks")
+        }
+        (_, Some("luks")) => {}
+        (_, Some(other)) => bail!("Unknown encryption format '{other}': luks is known"),
+        (_, None) => {
+            let stray = options.iter().find(|(name, _)| name.starts_with("encrypt."));
+            return match stray {
+                Some((name, _)) => bail!("{name} needs encrypt.format=luks"),
+                None => Ok(None),
+            };
+        }
+    }
+    let passphrase = secrets.passphrase(options.get("encrypt.key-secret"));
+    let passphrase = passphrase.context("Parameter 'encrypt.key-secret' is required for cipher")?;
+    let mut luks = LuksOptions::new(passphrase);
+    for (name, value) in options.iter() {
+        match (name, value) {
+            ("encrypt.cipher-alg", "aes-256")
+            | ("encrypt.cipher-mode", "xts")
+            | ("encrypt.ivgen-alg", "plain64") => {}
+            ("encrypt.cipher-alg", "aes-128") => luks.cipher = LuksCipher::Aes128Xts,
+            ("encrypt.hash-alg", value) => luks.hash = luks_hash(value)?,
+            ("encrypt.iter-time", value) => luks.cost = key_cost(value)?,
+            ("encrypt.cipher-alg" | "encrypt.cipher-mode" | "encrypt.ivgen-alg", _) => {
+                bail!("{name}={value} is not supported: aes-256 or aes-128, xts and plain64 are")
+            }
+            _ => {}
+        }
+    }
+    Ok(Some(luks))
+}
+
+fn luks_hash(value: &str) -> anyhow::Result<LuksHash> {
+    Ok(match value {
+        "sha1" => LuksHash::Sha1,
+        "sha224" => LuksHash::Sha224,
+        "sha256" => LuksHash::Sha256,
+        "sha384" => LuksHash::Sha384,
+        "sha512" => LuksHash::Sha512,
+        _ => bail!("Unknown hash '{value}': sha1, sha224, sha256, sha384 and sha512 are known"),
+    })
+}
+
+/// How long a try of a passphrase shall take.
+///
+/// # Errors
+/// What is no number of milliseconds.
+pub(crate) fn key_cost(value: &str) -> anyhow::Result<KeyCost> {
+    let millis = settings::number("encrypt.iter-time", value)?;
+    Ok(KeyCost::Milliseconds(u32::try_from(millis).context("encrypt.iter-time is too long")?))
 }
 
 /// Where a backing name leads, seen from the image that records it.

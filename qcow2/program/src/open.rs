@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail, ensure};
 use block::{BlockDevice, HostFile, LockConflict, RawDevice};
 use nbd_server::client::{ClientOptions, NbdDevice, NbdUri};
-use qcow2::{Image, References};
+use qcow2::{Image, References, Vmdk};
 
 use crate::cache::Cache;
 use crate::format::{self, Format, could_not_open};
@@ -65,7 +65,7 @@ pub(crate) struct Named {
     /// Recognised where it is not said.
     pub(crate) format: Option<Format>,
     /// Whether QEMU's locks are taken.
-    locking: bool,
+    pub(crate) locking: bool,
 }
 
 impl Named {
@@ -239,10 +239,18 @@ pub(crate) async fn open(named: &Named, how: &How, access: &Access) -> anyhow::R
         None => format::recognise(path)?,
     };
     let how = &How { shared: how.shared || !named.locking, ..how.clone() };
+    if format == Format::Vmdk && how.writing {
+        bail!("Could not open '{place}': vmdk images are only read");
+    }
     let (device, image): (Arc<dyn BlockDevice>, _) = match format {
         Format::Raw => {
             no_snapshots()?;
             (open_raw(path, how).await?, None)
+        }
+        Format::Vmdk => {
+            no_snapshots()?;
+            let vmdk = Vmdk::open(path, &qcow2_options(how, access)?).await;
+            (Arc::new(vmdk.map_err(|error| explained(error, path, how))?), None)
         }
         Format::Qcow2 => {
             let image = open_qcow2(path, how, access).await?;
@@ -285,7 +293,7 @@ pub(crate) async fn open_qcow2(path: &Path, how: &How, access: &Access) -> anyho
 }
 
 /// How a qcow2 image is opened.
-fn qcow2_options(how: &How, access: &Access) -> anyhow::Result<qcow2::OpenOptions> {
+pub(crate) fn qcow2_options(how: &How, access: &Access) -> anyhow::Result<qcow2::OpenOptions> {
     Ok(qcow2::OpenOptions {
         read_only: !how.writing,
         references: access.references(),

@@ -43,10 +43,30 @@ impl Setting {
     const fn amendable(self) -> Self {
         Self { can_amend: true, ..self }
     }
+
+    const fn only_amendable(self) -> Self {
+        Self { can_amend: true, can_create: false, ..self }
+    }
 }
 
 /// In the order in which `create` tells them.
 const QCOW2: &[Setting] = &[
+    setting("encryption", Kind::Switch, "refused: the AES mode of old is not safe"),
+    setting("encrypt.format", Kind::Text, "luks"),
+    setting("encrypt.key-secret", Kind::Text, "id of the secret with the passphrase"),
+    setting("encrypt.cipher-alg", Kind::Text, "aes-256 or aes-128"),
+    setting("encrypt.cipher-mode", Kind::Text, "xts"),
+    setting("encrypt.ivgen-alg", Kind::Text, "plain64"),
+    setting("encrypt.hash-alg", Kind::Text, "sha256, sha1, sha224, sha384 or sha512"),
+    setting("encrypt.state", Kind::Text, "active or inactive: what becomes of the key slots")
+        .only_amendable(),
+    setting("encrypt.keyslot", Kind::Number, "the one slot that is meant").only_amendable(),
+    setting("encrypt.old-secret", Kind::Text, "id of the secret whose slots are meant")
+        .only_amendable(),
+    setting("encrypt.new-secret", Kind::Text, "id of the secret that shall open the image, too")
+        .only_amendable(),
+    setting("encrypt.iter-time", Kind::Number, "milliseconds that a try of a passphrase costs")
+        .amendable(),
     setting("cluster_size", Kind::Size, "bytes of a cluster, 512 to 2M").or("65536"),
     setting("extended_l2", Kind::Switch, "32 subclusters a cluster").or("off"),
     setting("preallocation", Kind::Text, "off, metadata, falloc or full"),
@@ -56,6 +76,10 @@ const QCOW2: &[Setting] = &[
     setting("backing_file", Kind::Text, "image below, by its path seen from the new one")
         .amendable(),
     setting("backing_fmt", Kind::Text, "its format").amendable(),
+    setting("data_file", Kind::Text, "file for guest data, by its path seen from the image")
+        .amendable(),
+    setting("data_file_raw", Kind::Switch, "that file reads like the disk without the image")
+        .amendable(),
     setting("lazy_refcounts", Kind::Switch, "count references late").or("off").amendable(),
     setting("refcount_bits", Kind::Number, "bits of a reference count, 1 to 64")
         .or("16")
@@ -71,6 +95,7 @@ fn settings(format: Format) -> &'static [Setting] {
     match format {
         Format::Qcow2 => QCOW2,
         Format::Raw => RAW,
+        Format::Vmdk => &[],
     }
 }
 
@@ -131,7 +156,7 @@ pub(crate) fn number(name: &str, value: &str) -> anyhow::Result<u64> {
 /// Every option with its value, as `create` prints them before it starts.
 pub(crate) fn describe(list: &OptionList, format: Format) -> String {
     let mut text = String::new();
-    for setting in settings(format) {
+    for setting in settings(format).iter().filter(|setting| setting.can_create) {
         let given = list.get(setting.name);
         let Some(value) = given.or(setting.default) else { continue };
         let value = match (setting.kind, value.parse::<Size>()) {
@@ -182,13 +207,20 @@ mod tests {
     #[test]
     fn options_are_told_in_order_with_their_defaults() {
         let text = describe(&list("size=1G,backing_file=a,,b"), Format::Qcow2);
-        assert!(text.starts_with("cluster_size=65536 "), "{text}");
+        assert!(text.starts_with("cluster_size=65536 extended_l2=off "), "{text}");
         assert!(text.contains(" size=1073741824 backing_file=a,,b"), "{text}");
     }
 
     #[test]
     fn unknown_names_and_wrong_kinds_are_refused() {
-        for text in ["bad=1", "size=x", "cluster_size"] {
+        for text in [
+            "bad=1",
+            "size=x",
+            "cluster_size",
+            "refcount_bits=x",
+            "extended_l2=1",
+            "encrypt.state=active",
+        ] {
             assert!(check(&list(text), Format::Qcow2, Purpose::Create).is_err(), "{text}");
         }
         let error = check(&list("cluster_size=1k"), Format::Qcow2, Purpose::Amend).unwrap_err();

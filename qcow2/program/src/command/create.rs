@@ -6,14 +6,14 @@ use anyhow::{Context, bail, ensure};
 
 use crate::cache::Cache;
 use crate::format::{self, Format};
-use crate::making::{self, beside};
+use crate::making::{self, Plan, beside};
 use crate::open::{self, Access, How, Named};
 use crate::options::OptionList;
 use crate::output::{print, warn};
 use crate::settings::{self, Purpose};
 use crate::size::Size;
 use crate::stop::Stop;
-use crate::target::Target;
+use crate::target::file_id;
 
 /// Make a new, empty image
 ///
@@ -62,6 +62,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         print(&settings::help(options.format, Purpose::Create))?;
         return Ok(0);
     }
+    options.format.for_making()?;
     let file = options.file.as_deref().context("Expecting image file name")?;
     let naming = || file.display().to_string();
     settings::check(&list, options.format, Purpose::Create).with_context(naming)?;
@@ -76,12 +77,16 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
 }
 
 async fn make(path: &Path, options: &Options, size: u64, list: &OptionList) -> anyhow::Result<()> {
-    let below =
-        list.get("backing_file").and_then(|name| crate::target::file_id(&beside(path, name)));
-    let (target, file) = Target::make(path, Cache::PAGES, below.as_slice()).await?;
-    making::make(&file, options.format, size, list).await?;
-    file.sync().await?;
-    target.keep()
+    let below = list.get("backing_file").and_then(|name| file_id(&beside(path, name)));
+    let plan = Plan {
+        path,
+        format: options.format,
+        size_bytes: size,
+        options: list,
+        access: &options.access,
+        cache: Cache::PAGES,
+    };
+    plan.make(below.as_slice()).await?.keep().await
 }
 
 /// Puts what the letters say into the list, looks at the image below, and finds the size.

@@ -8,7 +8,7 @@ use qcow2::{ConvertOptions, ConvertTarget};
 
 use crate::cache::Cache;
 use crate::format::Format;
-use crate::making;
+use crate::making::Plan;
 use crate::open::{self, Access, How, Named, Opened};
 use crate::options::OptionList;
 use crate::output::warn;
@@ -114,31 +114,26 @@ async fn copy(input: &Opened, operands: &Operands, options: &Options) -> anyhow:
     if is_behind {
         warn(&format!("{}: cannot skip to specified offset", operands.input));
     }
+    let plan = Plan {
+        path: &path,
+        format: options.output_format,
+        size_bytes: range.len(),
+        options: &OptionList::default(),
+        access: &options.access,
+        cache: Cache::DIRECT,
+    };
     let source = input.place.path().and_then(file_id);
-    let naming = || format!("{}: error while creating output image", path.display());
-    let (target, file) = Target::make(&path, Cache::DIRECT, source.as_slice()).await?;
-    making::make(&file, options.output_format, range.len(), &OptionList::default())
-        .await
-        .with_context(naming)?;
-    fill(input, range, options.output_format, file).await?;
-    target.keep()
-}
-
-async fn fill(
-    input: &Opened,
-    range: ByteRange,
-    format: Format,
-    file: block::HostFile,
-) -> anyhow::Result<()> {
-    let is_new = !file.is_fixed_len();
-    let output = making::open_made(file, format, None).await?;
+    let made = plan.make(source.as_slice()).await;
+    let made =
+        made.with_context(|| format!("{}: error while creating output image", path.display()))?;
+    let (output, files) = made.open(None, &options.access, Cache::DIRECT).await?;
     let source = Arc::new(Splice::new().then(input.device(), range, 1));
-    let options = ConvertOptions { target_is_zero: is_new, ..ConvertOptions::default() };
-    let target = ConvertTarget::Device(Arc::clone(&output));
-    let copied = qcow2::convert(source, &target, &options, |_| {}).await;
-    let closed = output.close().await.context("error while closing the output image");
+    let target = ConvertTarget::Device(Arc::clone(&output.device));
+    let copied = qcow2::convert(source, &target, &ConvertOptions::default(), |_| {}).await;
+    let closed = output.device.close().await.context("error while closing the output image");
     copied?;
-    closed
+    closed?;
+    files.into_iter().try_for_each(Target::keep)
 }
 
 #[cfg(test)]

@@ -1,10 +1,13 @@
 //! `measure`: how large a new image would be.
 
 use anyhow::{bail, ensure};
-use qcow2::{MeasureOptions, MeasureTarget, Measured};
+use qcow2::{
+    BitmapSize, Image, LuksCipher, MeasureOptions, MeasureTarget, Measured, RecordedBitmap,
+};
 use serde::Serialize;
 
 use crate::format::Format;
+use crate::making;
 use crate::open::{self, Access, How, Named};
 use crate::options::{OptionList, switch};
 use crate::output::{Output, print, print_json};
@@ -115,11 +118,18 @@ async fn measure(options: &Options, list: &OptionList) -> anyhow::Result<Measure
     let mut target = target(options, list)?;
     if let (MeasureTarget::Qcow2(target), Some(image)) = (&mut target, opened.image()) {
         let both_have = image.info().version > 2 && is_version_3(list);
-        target.bitmaps = both_have.then(Vec::new);
+        if both_have {
+            let recorded = Image::inspect(image.path()).await?.bitmaps;
+            target.bitmaps = Some(recorded.iter().map(size_of).collect());
+        }
     }
     let measured = qcow2::measure(&*opened.device(), &target).await;
     opened.close().await?;
     Ok(measured?)
+}
+
+fn size_of(bitmap: &RecordedBitmap) -> BitmapSize {
+    BitmapSize { name_bytes: bitmap.name.len() as u64, granularity_bytes: bitmap.granularity_bytes }
 }
 
 fn is_version_3(list: &OptionList) -> bool {
@@ -127,21 +137,23 @@ fn is_version_3(list: &OptionList) -> bool {
 }
 
 fn target(options: &Options, list: &OptionList) -> anyhow::Result<MeasureTarget> {
-    if options.output_format == Format::Raw {
+    if options.output_format.for_making()? == Format::Raw {
         return Ok(MeasureTarget::Raw);
     }
     let mut target = MeasureOptions::default();
     if let Some(size) = list.get("cluster_size") {
-        let bytes = settings::size("cluster_size", size)?;
-        let fits = u32::try_from(bytes);
-        ensure!(fits.is_ok(), "Cluster size must be a power of two between 512 and 2048k");
-        target.cluster_bytes = fits.unwrap_or_default();
+        target.cluster_bytes = making::cluster_bytes(size)?;
     }
     if let Some(bits) = list.get("refcount_bits") {
-        target.refcount_bits = u32::try_from(settings::number("refcount_bits", bits)?)?;
+        target.refcount_bits = making::refcount_bits(bits)?;
     }
     if let Some(extended) = list.get("extended_l2") {
         target.extended_l2 = switch("extended_l2", extended)?;
+    }
+    if list.get("encrypt.format") == Some("luks") {
+        let small = list.get("encrypt.cipher-alg") == Some("aes-128");
+        let cipher = if small { LuksCipher::Aes128Xts } else { LuksCipher::Aes256Xts };
+        target.luks_header_bytes = cipher.header_bytes();
     }
     target.backing = list.get("backing_file").is_some();
     target.allocate_data = matches!(list.get("preallocation"), Some("full" | "falloc"));

@@ -8,3 +8,4 @@ pub(crate) mod create;
 pub(crate) mod dd;
 pub(crate) mod info;
 pub(crate) mod measure;
+pub(crate) mod snapshot;

@@ -93,3 +93,114 @@ fn create_lists_the_options_of_a_format() {
         }
     }
 }
+
+#[test]
+fn images_of_every_kind_are_those_that_qemu_makes() {
+    let place = Place::new();
+    for options in [
+        "compat=0.10",
+        "compat=v3,lazy_refcounts=on",
+        "refcount_bits=1",
+        "refcount_bits=64,cluster_size=2M",
+        "extended_l2=on",
+        "compression_type=zstd",
+        "preallocation=metadata",
+        "preallocation=falloc",
+        "preallocation=full",
+        "data_file=a.data",
+        "data_file=a.data,data_file_raw=on",
+    ] {
+        let line = ["create", "-f", "qcow2", "-o", options, "a", "8M"];
+        let clean = || {
+            for name in ["a", "a.data"] {
+                let _ = std::fs::remove_file(place.path(name));
+            }
+        };
+        let theirs = place.qemu_img(&line).good();
+        let their_info = place.qemu_img(&["info", "--output=json", "a"]).good().json();
+        clean();
+        let ours = place.qcow2(&line).good();
+        assert_eq!(ours.out, theirs.out, "{options}");
+        let our_info = place.qemu_img(&["info", "--output=json", "a"]).good().json();
+        assert_eq!(without(our_info, HOST), without(their_info, HOST), "{options}");
+        place.qemu_img(&["check", "a"]).good();
+        place.qemu_io("a", &["write -P 7 1M 1M", "read -P 7 1M 1M", "read -P 0 0 1M"]);
+        clean();
+    }
+}
+
+#[test]
+fn values_that_no_image_can_have_are_refused() {
+    let place = Place::new();
+    for options in [
+        "cluster_size=100",
+        "cluster_size=4M",
+        "refcount_bits=3",
+        "refcount_bits=128",
+        "compat=0.10,lazy_refcounts=on",
+        "compat=0.9",
+        "compat=0.10,compression_type=zstd",
+        "compression_type=lz4",
+        "extended_l2=on,cluster_size=4k",
+        "preallocation=some",
+        "data_file_raw=on",
+        "encrypt.format=luks",
+        "encrypt.cipher-alg=aes-256",
+        "encrypt.format=rot13",
+        "bad=1",
+        "size=2M",
+    ] {
+        let line = ["create", "-f", "qcow2", "-o", options, "a", "8M"];
+        let (ours, theirs) = (place.qcow2(&line), place.qemu_img(&line));
+        assert_eq!(ours.code, 1, "{options}: {ours:?}");
+        // qemu-img takes encrypt.* without a format, and makes an image that is not encrypted.
+        assert!(
+            theirs.code == 1 || options == "encrypt.cipher-alg=aes-256",
+            "{options}: {theirs:?}"
+        );
+        assert!(ours.err.starts_with("qcow2: a: "), "{ours:?}");
+        let left = place.path("a");
+        assert!(theirs.code == 0 || !crate::support::exists(&left) || ours.code == 1, "{options}");
+        let _ = std::fs::remove_file(left);
+    }
+}
+
+#[test]
+fn an_encrypted_image_opens_with_its_passphrase_in_both_programs() {
+    let place = Place::new();
+    std::fs::write(place.path("secret"), "open sesame\n").unwrap();
+    let object = "secret,id=s,data=open sesame";
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let line = ["create", "-f", "qcow2", "--object", object, "-o", options, "a", "8M"];
+    let theirs = place.qemu_img(&line).good();
+    let ours = place.qcow2(&line).good();
+    assert_eq!(ours.out, theirs.out);
+    let encrypted = "driver=qcow2,encrypt.key-secret=s,file.filename=a";
+    place.tool(
+        "qemu-io",
+        &["--object", object, "--image-opts", "-c", "write -P 9 1M 64k", encrypted],
+    );
+    place.write_raw("plain.raw", 8 << 20, 3);
+    let line = ["convert", "--passphrase-file", "secret", "a", "a.raw"];
+    place.qcow2(&line).good();
+    let bytes = place.read("a.raw");
+    assert_eq!(bytes[1 << 20..(1 << 20) + 65536], [9; 65536]);
+    place.qcow2(&["convert", "a", "b.raw"]).bad(1, "passphrase");
+    let line = ["convert", "-n", "-f", "raw", "-O", "qcow2", "--object", object, "plain.raw", "a"];
+    place.qcow2(&line).good();
+    let line = [
+        "compare",
+        "--object",
+        object,
+        "--image-opts",
+        encrypted,
+        "driver=raw,file.filename=plain.raw",
+    ];
+    place.qemu_img(&line).good();
+    place.qcow2(&line).good();
+    let text = |answer: crate::support::Answer| answer.good().out;
+    assert_eq!(text(place.qcow2(&["info", "a"])), text(place.qemu_img(&["info", "a"])));
+    let json = |answer: crate::support::Answer| answer.good().json();
+    let line = ["info", "--output=json", "a"];
+    assert_eq!(json(place.qcow2(&line)), json(place.qemu_img(&line)));
+}

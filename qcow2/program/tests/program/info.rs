@@ -13,6 +13,22 @@ fn info_is_the_same_document_and_the_same_text() {
         .qemu_img(&["create", "-f", "qcow2", "-b", "plain.qcow2", "-F", "qcow2", "top.qcow2"])
         .good();
     place.write_raw("disk.raw", 100_000, 1);
+    for (name, options) in [
+        ("old.qcow2", "compat=0.10"),
+        ("lazy.qcow2", "lazy_refcounts=on,refcount_bits=64"),
+        ("new.qcow2", "extended_l2=on,compression_type=zstd"),
+        ("data.qcow2", "data_file=data.raw,data_file_raw=on"),
+    ] {
+        place.qemu_img(&["create", "-f", "qcow2", "-o", options, name, "64M"]).good();
+    }
+    place.qemu_img(&["create", "-f", "qcow2", "full.qcow2", "64M"]).good();
+    for bitmap in ["b0", "second one"] {
+        place.qemu_img(&["bitmap", "--add", "full.qcow2", bitmap]).good();
+    }
+    place.qemu_img(&["bitmap", "--disable", "full.qcow2", "b0"]).good();
+    for snapshot in ["one", "with a long name that passes the column", "3"] {
+        place.qemu_img(&["snapshot", "-c", snapshot, "full.qcow2"]).good();
+    }
     std::fs::create_dir(place.path("sub")).unwrap();
     place.qemu_img(&["create", "-f", "qcow2", "sub/base.qcow2", "1M"]).good();
     place
@@ -25,6 +41,10 @@ fn info_is_the_same_document_and_the_same_text() {
         &["--backing-chain", "top.qcow2"],
         &["-f", "raw", "disk.raw"],
         &["-f", "raw", "plain.qcow2"],
+        &["old.qcow2"],
+        &["lazy.qcow2"],
+        &["new.qcow2"],
+        &["full.qcow2"],
         &["sub/top.qcow2"],
         &["--backing-chain", "sub/top.qcow2"],
         &["--image-opts", "driver=qcow2,file.filename=plain.qcow2"],
@@ -39,6 +59,32 @@ fn info_is_the_same_document_and_the_same_text() {
         let (ours, theirs) = (place.qcow2(&json).good(), place.qemu_img(&json).good());
         assert_eq!(ours.json(), theirs.json(), "{args:?}");
     }
+}
+
+#[test]
+fn info_tells_of_a_data_file_without_opening_it() {
+    let place = Place::new();
+    let options = "data_file=data.raw,data_file_raw=on";
+    place.qemu_img(&["create", "-f", "qcow2", "-o", options, "data.qcow2", "64M"]).good();
+    let line = ["info", "--output=json", "data.qcow2"];
+    let (ours, theirs) = (place.qcow2(&line).good().json(), place.qemu_img(&line).good().json());
+    assert_eq!(ours["format-specific"], theirs["format-specific"]);
+    std::fs::remove_file(place.path("data.raw")).unwrap();
+    let again = place.qcow2(&line).good().json();
+    assert_eq!(again, ours);
+}
+
+#[test]
+fn info_tells_what_it_can_of_an_image_with_a_broken_part() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a.qcow2", "64M"]).good();
+    place.qemu_img(&["snapshot", "-c", "one", "a.qcow2"]).good();
+    let mut bytes = place.read("a.qcow2");
+    // The snapshot table lies far behind the end.
+    bytes[64..72].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+    std::fs::write(place.path("a.qcow2"), bytes).unwrap();
+    let answer = place.qcow2(&["info", "a.qcow2"]).bad(1, "a.qcow2");
+    assert!(answer.out.contains("virtual size: 64 MiB"), "{answer:?}");
 }
 
 #[test]

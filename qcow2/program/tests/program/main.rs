@@ -9,4 +9,5 @@ mod dd;
 mod info;
 mod measure;
 mod misuse;
+mod snapshot;
 mod support;

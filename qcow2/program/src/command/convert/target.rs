@@ -10,7 +10,7 @@ use qcow2::ConvertTarget;
 use super::Options;
 use crate::cache::Cache;
 use crate::format::Format;
-use crate::making::{self, Below};
+use crate::making::{Below, Plan};
 use crate::open::{self, How, Named, Opened};
 use crate::options::OptionList;
 use crate::place::Place;
@@ -20,8 +20,8 @@ use crate::target::{Target, file_id};
 pub(super) struct Output {
     device: Arc<dyn BlockDevice>,
     name: String,
-    /// The file, if it is a new one.
-    made: Option<Target>,
+    /// The files, if they are new.
+    made: Vec<Target>,
 }
 
 impl Output {
@@ -69,10 +69,7 @@ impl Output {
     pub(super) async fn finish(self) -> anyhow::Result<()> {
         let closed = self.device.close().await;
         closed.with_context(|| format!("error while closing {}", self.name))?;
-        match self.made {
-            Some(target) => target.keep(),
-            None => Ok(()),
-        }
+        self.made.into_iter().try_for_each(Target::keep)
     }
 }
 
@@ -98,7 +95,7 @@ async fn existing(
     let opened = open::open(&named, &How::writing(options.cache), &options.access).await?;
     let device = opened.device();
     ensure!(!device.limits().read_only, "{name} is read-only");
-    Ok(Output { device, name: name.to_owned(), made: None })
+    Ok(Output { device, name: name.to_owned(), made: Vec::new() })
 }
 
 async fn made(
@@ -114,9 +111,10 @@ async fn made(
     let below = Below::open(path, list, &options.access).await?;
     let cache = options.cache.unwrap_or(Cache::DIRECT);
     let ids: Vec<_> = sources.iter().copied().chain(below.id()).collect();
-    let (target, file) = Target::make(path, cache, &ids).await?;
+    let plan = Plan { path, format, size_bytes, options: list, access: &options.access, cache };
     let cannot = || format!("{name}: error while converting {format}");
-    making::make(&file, format, size_bytes, list).await.with_context(cannot)?;
-    let device = making::open_made(file, format, below.device()).await.with_context(cannot)?;
-    Ok(Output { device, name, made: Some(target) })
+    let made = plan.make(&ids).await.with_context(cannot)?;
+    let (filling, files) =
+        made.open(below.device(), &options.access, cache).await.with_context(cannot)?;
+    Ok(Output { device: filling.device, name, made: files })
 }

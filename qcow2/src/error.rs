@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use block::{CpuError, DeviceError, ErrorKind, HostError};
 
+use crate::bitmap::BitmapError;
 use crate::codec::Compression;
 use crate::tally::Finding;
 use crate::units::HostOffset;
@@ -729,6 +730,16 @@ pub enum Error {
         /// The first failure.
         first: Arc<Error>,
     },
+    /// Something cannot be done with a bitmap.
+    #[error("bitmap {name:?} of {}: {reason}", file.display())]
+    Bitmap {
+        /// The image.
+        file: PathBuf,
+        /// The name of the bitmap.
+        name: String,
+        /// Why not.
+        reason: BitmapError,
+    },
     /// The image is closed or closing.
     #[error("{} is closed", file.display())]
     Closed {
@@ -756,6 +767,7 @@ impl Error {
             | Self::Invalid { .. }
             | Self::Locked { .. }
             | Self::Snapshot { .. }
+            | Self::Bitmap { .. }
             | Self::Key { .. } => ErrorKind::Invalid,
             Self::Backing { source, .. } | Self::Request(source) => source.kind(),
             Self::Closed { .. } => ErrorKind::ShuttingDown,

@@ -6,6 +6,7 @@ mod rewrite;
 #[cfg(test)]
 mod tests;
 
+use crate::bitmap::codec::BitmapsExtension;
 use crate::entry::EntryFormat;
 use crate::error::{Corruption, Fault, Feature, TableKind};
 use crate::snapshot::MAX_SNAPSHOTS;
@@ -262,9 +263,27 @@ impl Header {
 
     /// Notes that the autoclear bits of data that we do not keep up to date are off on disk.
     pub(crate) fn clear_autoclear(&mut self) {
-        // Raw data stays raw: clusters of an external file never move.
+        // Raw data stays raw: clusters of an external file never move. Bitmaps are kept up to date.
         let kept = if self.has_data_file() { RAW_EXTERNAL_DATA } else { 0 };
+        let kept = kept | if self.extensions.bitmaps.is_some() { BITMAPS } else { 0 };
         self.autoclear &= kept;
+    }
+
+    /// Where the bitmaps are listed, where the image has bitmaps that other programs left in order.
+    ///
+    /// # Errors
+    /// [`Corruption::BitmapField`].
+    pub(crate) fn bitmaps(&self) -> Result<Option<BitmapsExtension>, Fault> {
+        let data = self.extensions.bitmaps.as_deref();
+        let data = data.filter(|_| self.version >= 3 && self.autoclear & BITMAPS != 0);
+        data.map(|data| BitmapsExtension::parse(data, HostOffset(0), self.geometry)).transpose()
+    }
+
+    /// Records another list of bitmaps, or none.
+    pub(crate) fn set_bitmaps(&mut self, to: Option<BitmapsExtension>) {
+        let on = if to.is_some() { BITMAPS } else { 0 };
+        self.autoclear = self.autoclear & !BITMAPS | on;
+        self.extensions.bitmaps = to.map(|extension| extension.encode().to_vec());
     }
 
     /// Records another place for the refcount table.
@@ -308,6 +327,7 @@ impl Header {
             let what = Corruption::BitmapsWithoutExtension;
             return Err(Fault::Corrupt { at: HostOffset(88), what });
         }
+        self.bitmaps()?;
         let raw = self.autoclear & RAW_EXTERNAL_DATA != 0;
         if raw && (!self.has_data_file() || self.backing_name.is_some()) {
             return Err(Fault::Corrupt { at: HostOffset(88), what: Corruption::RawData });

@@ -9,6 +9,7 @@ use block::{BlockDevice, ByteRange, DeviceError, HostError, HostFile, HostOp, Li
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
+use crate::bitmap::Bitmaps;
 use crate::cipher::Cipher;
 use crate::core::Core;
 use crate::error::{Error, Fault};
@@ -57,6 +58,7 @@ pub(crate) struct Inner {
     closing: AtomicBool,
     poison: Mutex<Option<Arc<Error>>>,
     first_change: OnceCell<()>,
+    pub(crate) bitmaps: Bitmaps,
 }
 
 /// What an image stands on.
@@ -77,6 +79,7 @@ impl Image {
         limits: Limits,
         info: crate::info::Facts,
     ) -> Self {
+        let bitmaps = Bitmaps::new(matches!(core.header.bitmaps(), Ok(Some(_))));
         Self {
             inner: Arc::new(Inner {
                 path: live.file.path().to_owned(),
@@ -92,6 +95,7 @@ impl Image {
                 closing: AtomicBool::new(false),
                 poison: Mutex::new(None),
                 first_change: OnceCell::new(),
+                bitmaps,
             }),
         }
     }
@@ -262,10 +266,11 @@ impl Inner {
     }
 
     /// Once, before anything in the image changes: what the image says of data that we do not keep up to date
-    /// (bitmaps, unknown autoclear features) is withdrawn, durably.
+    /// (unknown autoclear features) is withdrawn, durably.
     pub(crate) async fn before_change(&self, live: &Live) -> Result<(), Error> {
         self.first_change
             .get_or_try_init(|| async {
+                let _gate = self.flush_gate.lock().await;
                 let sector = self.core.lock().header.sector_without_autoclear();
                 let Some(sector) = sector else { return Ok(()) };
                 let write = live.file.write(HostOffset(0).0, sector.into(), None).await;

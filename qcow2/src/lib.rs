@@ -26,7 +26,6 @@
 
 mod alloc;
 mod backing;
-#[allow(dead_code, reason = "keeping bitmaps takes it up next")]
 mod bitmap;
 mod check;
 mod cipher;
@@ -74,8 +73,9 @@ mod write;
 
 pub use backing::{MAX_CHAIN_DEPTH, References};
 pub use bitmap::{
-    MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_GRANULARITY_BITS,
-    MAX_BITMAP_NAME_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS, MIN_BITMAP_GRANULARITY_BITS,
+    BitmapError, BitmapInfo, DirtyExtent, MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES,
+    MAX_BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS,
+    MIN_BITMAP_GRANULARITY_BITS,
 };
 pub use check::{CheckOptions, CheckReport, MAX_LISTED_FINDINGS, Refusal, Repair};
 pub use codec::Compression;

@@ -125,6 +125,7 @@ impl Inner {
 
     async fn finish(&self) -> Result<(), Error> {
         let live = self.live_while_closing()?;
+        let saved = self.save_bitmaps(&live).await;
         for _ in 0..CLOSE_ROUNDS {
             self.flush(&live).await?;
             self.step_in_flush(&live, Core::settle).await?;
@@ -139,7 +140,8 @@ impl Inner {
             };
             live.file.set_len(end).await?;
         }
-        Ok(live.file.sync().await?)
+        live.file.sync().await?;
+        saved
     }
 }
 

@@ -74,6 +74,7 @@ impl Inner {
             .collect();
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
+        self.record_change(&live, range).await?;
         let plan = self.step(&live, |core| core.plan_write(range, &zeros)).await?;
         let ticket = Arc::new(Ticket {
             core: Arc::clone(&self.core),
@@ -100,6 +101,7 @@ impl Inner {
             self.guests.lock_shared(wide).await
         };
         let live = self.live()?;
+        self.record_change(&live, range).await?;
         // Another request may have changed the mapping before the lock was ours.
         let plan = self.step(&live, |core| core.plan_in_place(range)).await?;
         let Some(moves) = plan else { return Ok(false) };
@@ -234,6 +236,7 @@ impl Inner {
         for piece in range.pieces(self.info.l2_coverage) {
             let guard = self.guests.lock_exclusive(self.widen(piece)).await;
             let live = self.live()?;
+            self.record_change(&live, piece).await?;
             let rest = self.step(&live, |core| core.clear(piece, how)).await?;
             drop(guard);
             for part in rest {

@@ -54,6 +54,7 @@ pub(crate) fn check(bytes: &[u8]) -> Findings {
     let mut copied = Vec::new();
     walk.tree(l1_at, l1_len, &mut copied);
     walk.snapshots(snapshots);
+    walk.bitmaps();
     walk.compare(&blocks, &copied);
     walk.found
 }
@@ -125,6 +126,38 @@ impl Walk<'_> {
             if *users > 1 && !self.shared {
                 self.found.errors.push(format!("{what}: cluster {cluster} is used twice"));
             }
+        }
+    }
+
+    /// The bitmaps, where the autoclear bit says that they are in order.
+    fn bitmaps(&mut self) {
+        let mut at = u64::from(self.u32(100));
+        while self.u32(at) != 0 && self.u32(at) != 0x2385_2875 {
+            at += 8 + u64::from(self.u32(at + 4)).next_multiple_of(8);
+        }
+        if self.u64(88) & 1 == 0 {
+            return;
+        }
+        if self.u32(at) == 0 {
+            return self.found.errors.push("bitmaps without an extension".to_owned());
+        }
+        let (count, len, start) = (self.u32(at + 8), self.u64(at + 16), self.u64(at + 24));
+        self.take(start, len, "bitmap directory");
+        let mut entry = start;
+        for _ in 0..count {
+            let (table, slots) = (self.u64(entry), u64::from(self.u32(entry + 8)));
+            self.take(table, slots * 8, "bitmap table");
+            for slot in 0..slots {
+                let host = self.u64(table + slot * 8) & 0x00ff_ffff_ffff_fe00;
+                if host != 0 {
+                    self.take(host, self.cluster, "bits");
+                }
+            }
+            let name = u64::from(self.u32(entry + 16) & 0xffff);
+            entry += (24 + u64::from(self.u32(entry + 20)) + name).next_multiple_of(8);
+        }
+        if entry != start + len {
+            self.found.errors.push("a bitmap directory of another length".to_owned());
         }
     }
 

@@ -240,22 +240,6 @@ fn unknown_bits_stay_until_the_first_change_and_compatible_ones_for_ever() {
 }
 
 #[test]
-fn writing_withdraws_bitmaps_before_anything_changes() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk");
-    let name = path.to_str().unwrap();
-    qemu_create(&path, "cluster_size=64k", "4M", None);
-    qemu_img(&["bitmap", "--add", name, "since"]);
-    assert!(qemu_img(&["info", name]).contains("since"));
-    block_on(async {
-        let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
-        image.write(0, pattern(1, 512).into(), Durability::Durable).await.unwrap();
-        image.close().await.unwrap();
-    });
-    assert!(!qemu_img(&["info", name]).contains("since"), "qemu would trust a stale bitmap");
-}
-
-#[test]
 fn a_snapshot_keeps_what_it_saw() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");

@@ -1,0 +1,468 @@
+//! Which parts of a disk are dirty, in memory: sparse, so that a huge disk with few changes costs little. How bits are
+//! stored in a file is told in `codec`, when they are set in `track`.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use block::ByteRange;
+
+use crate::units::index;
+
+/// The bits of a chunk: as a bitmap it takes 4 KiB.
+const CHUNK_BITS: u64 = 1 << 15;
+const CHUNK_WORDS: usize = 512;
+/// Up to so many set bits a chunk is a list of them.
+const FEW: usize = 256;
+
+/// A part of the disk, and whether a bitmap says that it changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirtyExtent {
+    /// The part.
+    pub range: ByteRange,
+    /// Whether it changed.
+    pub dirty: bool,
+}
+
+/// The bits of a chunk of which any is set.
+#[derive(Clone, Debug)]
+enum Chunk {
+    /// All of them. Never the last chunk of a map where that is shorter.
+    Full,
+    /// These, in order.
+    Few(Vec<u16>),
+    /// As a bitmap, with the number of those that are set.
+    Bits { set: u32, words: Box<[u64; CHUNK_WORDS]> },
+}
+
+/// A set of equal parts of a disk.
+#[derive(Clone, Debug)]
+pub(crate) struct DirtyMap {
+    size_bytes: u64,
+    granularity_bits: u32,
+    /// By number; absent where no bit is set.
+    chunks: BTreeMap<u64, Chunk>,
+}
+
+impl DirtyMap {
+    /// Nothing is dirty of a disk of `size_bytes`, in parts of `1 << granularity_bits` bytes.
+    pub(crate) fn new(size_bytes: u64, granularity_bits: u32) -> Self {
+        Self { size_bytes, granularity_bits, chunks: BTreeMap::new() }
+    }
+
+    /// The size of the disk in bytes.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// The base-2 logarithm of the bytes that a bit stands for.
+    pub(crate) fn granularity_bits(&self) -> u32 {
+        self.granularity_bits
+    }
+
+    /// How many bits there are.
+    pub(crate) fn bits(&self) -> u64 {
+        self.size_bytes.div_ceil(1 << self.granularity_bits)
+    }
+
+    /// Whether no bit is set.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// The bytes of the disk that are dirty.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        let set: u64 = self.chunks.values().map(Chunk::count).sum();
+        let whole = set << self.granularity_bits;
+        let last = self.bits().saturating_sub(1);
+        if self.size_bytes == 0 || !self.contains(last) {
+            return whole;
+        }
+        whole - ((self.bits() << self.granularity_bits) - self.size_bytes)
+    }
+
+    /// Makes every part dirty that `range` touches.
+    pub(crate) fn set(&mut self, range: ByteRange) {
+        let end = range.end().min(self.size_bytes);
+        if range.start() < end {
+            let last = (end - 1) >> self.granularity_bits;
+            self.set_bits(range.start() >> self.granularity_bits..last + 1);
+        }
+    }
+
+    /// Sets bits by number, as far as there are such.
+    pub(crate) fn set_bits(&mut self, bits: Range<u64>) {
+        let (mut at, end) = (bits.start, bits.end.min(self.bits()));
+        while at < end {
+            let (number, from) = (at / CHUNK_BITS, at % CHUNK_BITS);
+            let to = (from + (end - at)).min(CHUNK_BITS);
+            if from == 0 && to == CHUNK_BITS {
+                self.chunks.insert(number, Chunk::Full);
+            } else {
+                let chunk = self.chunks.entry(number).or_insert(Chunk::Few(Vec::new()));
+                chunk.set(index(from)..index(to));
+            }
+            at += to - from;
+        }
+    }
+
+    /// Makes everything dirty that is so in `other`.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        let mut at = 0;
+        while let Some(run) = other.next_run(at) {
+            at = run.end;
+            if self.granularity_bits == other.granularity_bits {
+                self.set_bits(run);
+            } else {
+                let bits = other.granularity_bits;
+                self.set(ByteRange::between(run.start << bits, run.end << bits));
+            }
+        }
+    }
+
+    /// The same for a disk of another size; what lies behind its end is forgotten, what is new is clean.
+    pub(crate) fn resized(&self, size_bytes: u64) -> Self {
+        let mut resized = Self::new(size_bytes, self.granularity_bits);
+        resized.merge(self);
+        resized
+    }
+
+    /// Sets the bits that are set in `bytes`, of which the first is that of bit `first`.
+    pub(crate) fn absorb(&mut self, first: u64, bytes: &[u8]) {
+        let mut run: Option<Range<u64>> = None;
+        for (byte, at) in bytes.iter().zip((first..).step_by(8)) {
+            if *byte == 0 {
+                continue;
+            }
+            if *byte == u8::MAX
+                && let Some(open) = run.as_mut().filter(|open| open.end == at)
+            {
+                open.end = at + 8;
+                continue;
+            }
+            for bit in (at..at + 8).filter(|bit| byte >> (bit - at) & 1 == 1) {
+                match &mut run {
+                    Some(open) if open.end == bit => open.end = bit + 1,
+                    _ => {
+                        if let Some(done) = run.replace(bit..bit + 1) {
+                            self.set_bits(done);
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(done) = run {
+            self.set_bits(done);
+        }
+    }
+
+    /// Sets in `bytes`, of which the first is that of bit `first`, every bit that is set here.
+    pub(crate) fn pack(&self, first: u64, bytes: &mut [u8]) {
+        let end = first + bytes.len() as u64 * 8;
+        let mut at = first;
+        while let Some(run) = self.next_run(at).filter(|run| run.start < end) {
+            at = run.end;
+            fill(bytes, run.start - first..run.end.min(end) - first);
+        }
+    }
+
+    /// The first run of set bits that ends behind `from`, without what lies before `from`.
+    pub(crate) fn next_run(&self, from: u64) -> Option<Range<u64>> {
+        let start = self.next_set(from)?;
+        Some(start..self.next_clear(start))
+    }
+
+    /// `range` of the disk in parts that are dirty or not, in order and without gaps, neighbours different; at most
+    /// `most`, which may end before `range` does.
+    pub(crate) fn extents(&self, range: ByteRange, most: usize) -> Vec<DirtyExtent> {
+        let bits = self.granularity_bits;
+        let mut extents = Vec::new();
+        let mut at = range.start();
+        while at < range.end() && extents.len() < most {
+            let bit = at >> bits;
+            let dirty = self.contains(bit);
+            let next = if dirty { Some(self.next_clear(bit)) } else { self.next_set(bit) };
+            let end = next.map_or(range.end(), |bit| (bit << bits).min(range.end()));
+            extents.push(DirtyExtent { range: ByteRange::between(at, end), dirty });
+            at = end;
+        }
+        extents
+    }
+
+    fn contains(&self, bit: u64) -> bool {
+        let slot = index(bit % CHUNK_BITS);
+        self.chunks.get(&(bit / CHUNK_BITS)).is_some_and(|chunk| chunk.contains(slot))
+    }
+
+    fn next_set(&self, from: u64) -> Option<u64> {
+        let first = from / CHUNK_BITS;
+        self.chunks.range(first..).find_map(|(number, chunk)| {
+            let at = if *number == first { from % CHUNK_BITS } else { 0 };
+            let found = chunk.next_set(index(at))?;
+            Some(number * CHUNK_BITS + found as u64)
+        })
+    }
+
+    /// The first bit from `from` on that is not set, at the latest the one behind the last.
+    fn next_clear(&self, from: u64) -> u64 {
+        let (mut number, mut at) = (from / CHUNK_BITS, from % CHUNK_BITS);
+        while let Some(chunk) = self.chunks.get(&number) {
+            if let Some(found) = chunk.next_clear(index(at)) {
+                return (number * CHUNK_BITS + found as u64).min(self.bits());
+            }
+            (number, at) = (number + 1, 0);
+        }
+        (number * CHUNK_BITS + at).min(self.bits())
+    }
+}
+
+impl Chunk {
+    fn count(&self) -> u64 {
+        match self {
+            Self::Full => CHUNK_BITS,
+            Self::Few(bits) => bits.len() as u64,
+            Self::Bits { set, .. } => u64::from(*set),
+        }
+    }
+
+    fn contains(&self, bit: usize) -> bool {
+        self.next_set(bit) == Some(bit)
+    }
+
+    /// Sets bits, of which there is at least one.
+    fn set(&mut self, bits: Range<usize>) {
+        if let Self::Few(few) = self {
+            let from = few.partition_point(|bit| usize::from(*bit) < bits.start);
+            let to = few.partition_point(|bit| usize::from(*bit) < bits.end);
+            if few.len() - (to - from) + bits.len() <= FEW {
+                few.splice(from..to, bits.filter_map(|bit| u16::try_from(bit).ok()));
+                return;
+            }
+            let mut words = Box::new([0; CHUNK_WORDS]);
+            let set = few.iter().map(|bit| set_words(&mut words, one(usize::from(*bit)))).sum();
+            *self = Self::Bits { set, words };
+        }
+        if let Self::Bits { set, words } = self {
+            *set += set_words(words, bits);
+            if u64::from(*set) == CHUNK_BITS {
+                *self = Self::Full;
+            }
+        }
+    }
+
+    fn next_set(&self, from: usize) -> Option<usize> {
+        match self {
+            Self::Full => (from < index(CHUNK_BITS)).then_some(from),
+            Self::Few(bits) => {
+                let at = bits.partition_point(|bit| usize::from(*bit) < from);
+                bits.get(at).map(|bit| usize::from(*bit))
+            }
+            Self::Bits { words, .. } => first_one(words, from, 0),
+        }
+    }
+
+    fn next_clear(&self, from: usize) -> Option<usize> {
+        match self {
+            Self::Full => None,
+            Self::Few(bits) => {
+                let at = bits.partition_point(|bit| usize::from(*bit) < from);
+                let rest = bits.get(at..).unwrap_or_default();
+                let run = rest.iter().zip(from..).take_while(|(bit, at)| usize::from(**bit) == *at);
+                Some(from + run.count()).filter(|bit| *bit < index(CHUNK_BITS))
+            }
+            Self::Bits { words, .. } => first_one(words, from, u64::MAX),
+        }
+    }
+}
+
+fn one(bit: usize) -> Range<usize> {
+    bit..bit + 1
+}
+
+/// Sets bits and says how many were not.
+fn set_words(words: &mut [u64; CHUNK_WORDS], bits: Range<usize>) -> u32 {
+    let mut changed = 0;
+    let mut at = bits.start;
+    while at < bits.end {
+        let (word, shift) = (at / 64, at % 64);
+        let len = (64 - shift).min(bits.end - at);
+        let mask = (u64::MAX >> (64 - len)) << shift;
+        if let Some(word) = words.get_mut(word) {
+            changed += (mask & !*word).count_ones();
+            *word |= mask;
+        }
+        at += len;
+    }
+    changed
+}
+
+/// The first bit from `from` on that is set after every word was XORed with `flip`.
+fn first_one(words: &[u64; CHUNK_WORDS], from: usize, flip: u64) -> Option<usize> {
+    let first = from / 64;
+    words.iter().enumerate().skip(first).find_map(|(number, word)| {
+        let mut word = word ^ flip;
+        if number == first {
+            word &= u64::MAX << (from % 64);
+        }
+        let bit = usize::try_from(word.trailing_zeros()).unwrap_or(64);
+        (word != 0).then_some(number * 64 + bit)
+    })
+}
+
+/// Sets bits of `bytes` by number.
+fn fill(bytes: &mut [u8], bits: Range<u64>) {
+    let (start, end) = (index(bits.start), index(bits.end));
+    let mut at = start;
+    while at < end {
+        if at % 8 == 0 && end - at >= 8 {
+            let whole = at / 8..end / 8;
+            at = whole.end * 8;
+            if let Some(place) = bytes.get_mut(whole) {
+                place.fill(u8::MAX);
+            }
+            continue;
+        }
+        if let Some(byte) = bytes.get_mut(at / 8) {
+            *byte |= 1 << (at % 8);
+        }
+        at += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A size that ends within a chunk and within a part.
+    const SIZE: u64 = (CHUNK_BITS * 2 + 777) * 512 + 100;
+
+    fn any_range() -> impl Strategy<Value = ByteRange> {
+        let len = prop_oneof![1u64..2000, 1u64..200_000, 1u64..SIZE];
+        (0..SIZE, len).prop_map(|(at, len)| ByteRange::between(at, (at + len).min(SIZE)))
+    }
+
+    /// One bit each of all parts.
+    fn model_of(ranges: &[ByteRange], bits: u32) -> Vec<bool> {
+        let mut model = vec![false; index(SIZE.div_ceil(1 << bits))];
+        for range in ranges {
+            model[index(range.start() >> bits)..index((range.end() - 1) >> bits) + 1].fill(true);
+        }
+        model
+    }
+
+    fn bits_of(map: &DirtyMap) -> Vec<bool> {
+        let mut found = vec![false; index(map.bits())];
+        let mut at = 0;
+        while let Some(run) = map.next_run(at) {
+            at = run.end;
+            found[index(run.start)..index(run.end)].fill(true);
+        }
+        found
+    }
+
+    fn map_of(ranges: &[ByteRange], bits: u32) -> DirtyMap {
+        let mut map = DirtyMap::new(SIZE, bits);
+        ranges.iter().for_each(|range| map.set(*range));
+        map
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_map_is_the_set_of_touched_parts(
+            ranges in prop::collection::vec(any_range(), 0..40),
+            bits in 9u32..14,
+        ) {
+            let map = map_of(&ranges, bits);
+            let model = model_of(&ranges, bits);
+            prop_assert!(bits_of(&map) == model);
+            let bytes = |bit: u64| ((bit + 1) << bits).min(SIZE) - (bit << bits);
+            let dirty = (0..).zip(&model).filter(|(_, set)| **set).map(|(bit, _)| bytes(bit));
+            prop_assert_eq!(map.dirty_bytes(), dirty.sum::<u64>());
+            prop_assert_eq!(map.is_empty(), !model.contains(&true));
+        }
+
+        #[test]
+        fn extents_tell_what_was_set(
+            ranges in prop::collection::vec(any_range(), 0..20),
+            asked in any_range(),
+            most in 1usize..10,
+        ) {
+            let map = map_of(&ranges, 12);
+            let model = model_of(&ranges, 12);
+            let extents = map.extents(asked, most);
+            let mut at = asked.start();
+            for extent in &extents {
+                prop_assert_eq!(extent.range.start(), at);
+                at = extent.range.end();
+                let bits = index(extent.range.start() >> 12)..index((at - 1) >> 12) + 1;
+                prop_assert!(model[bits].iter().all(|set| *set == extent.dirty));
+            }
+            prop_assert!(extents.len() == most || at == asked.end());
+            prop_assert!(extents.windows(2).all(|pair| pair[0].dirty != pair[1].dirty));
+        }
+
+        #[test]
+        fn packed_bits_come_back(ranges in prop::collection::vec(any_range(), 0..20)) {
+            let (map, model) = (map_of(&ranges, 9), model_of(&ranges, 9));
+            let mut again = DirtyMap::new(SIZE, 9);
+            for first in (0..map.bits()).step_by(512 * 8) {
+                let mut bytes = vec![0; 512];
+                map.pack(first, &mut bytes);
+                for (at, byte) in bytes.iter().enumerate() {
+                    let bit = |n: usize| model.get(index(first) + at * 8 + n) == Some(&true);
+                    prop_assert_eq!(*byte, (0..8).fold(0, |sum, n| sum | u8::from(bit(n)) << n));
+                }
+                again.absorb(first, &bytes);
+            }
+            prop_assert!(bits_of(&again) == model);
+        }
+
+        #[test]
+        fn merging_covers_at_any_granularity(
+            ranges in prop::collection::vec(any_range(), 0..20),
+            from in 9u32..16,
+            to in 9u32..16,
+        ) {
+            let source = map_of(&ranges, from);
+            let mut target = DirtyMap::new(SIZE, to);
+            target.merge(&source);
+            let unit = 1 << from;
+            let widened: Vec<_> = ranges
+                .iter()
+                .map(|range| range.widen(unit).intersection(ByteRange::between(0, SIZE)))
+                .collect();
+            prop_assert!(bits_of(&target) == model_of(&widened, to));
+        }
+    }
+
+    #[test]
+    fn a_huge_disk_with_few_changes_costs_little() {
+        let size = 64 << 40;
+        let mut map = DirtyMap::new(size, 16);
+        for at in (0..size).step_by(1 << 36) {
+            map.set(ByteRange::between(at, at + 1));
+        }
+        assert_eq!(map.chunks.len(), 1 << 10);
+        assert!(
+            map.chunks.values().all(|chunk| matches!(chunk, Chunk::Few(bits) if bits.len() == 1))
+        );
+        map.set(ByteRange::between(0, size));
+        assert!(map.chunks.values().all(|chunk| matches!(chunk, Chunk::Full)));
+        assert_eq!(map.dirty_bytes(), size);
+        let extents = map.extents(ByteRange::between(0, size), 10);
+        assert_eq!(extents, [DirtyExtent { range: ByteRange::between(0, size), dirty: true }]);
+    }
+
+    #[test]
+    fn a_smaller_disk_forgets_and_a_larger_one_is_clean_behind_the_old_end() {
+        let mut map = DirtyMap::new(1 << 20, 16);
+        map.set(ByteRange::between(0, 1 << 20));
+        assert_eq!(map.resized(100).dirty_bytes(), 100);
+        let grown = map.resized(2 << 20);
+        assert_eq!(grown.dirty_bytes(), 1 << 20);
+        assert_eq!(grown.next_run(0), Some(0..16));
+    }
+}

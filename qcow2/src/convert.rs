@@ -9,12 +9,15 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use block::{
-    BlockDevice, ByteRange, DeviceError, Durability, InFlight, Segments, ZeroMode, try_join_all,
+    BlockDevice, ByteRange, DeviceError, Durability, InFlight, Segment, Segments, ZeroMode,
+    try_join_all,
 };
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::image::Image;
 use crate::progress::Progress;
+use crate::units::index;
 use crate::walk::{Layers, Walk};
 use pace::Pace;
 use runs::Run;
@@ -72,6 +75,13 @@ impl Default for ConvertOptions {
 pub enum ConvertTarget {
     /// A disk.
     Device(Arc<dyn BlockDevice>),
+    /// An image, in compressed clusters: zeros count by clusters then, whatever [`ConvertOptions::sparse_bytes`] says.
+    Compressed {
+        /// The image.
+        image: Image,
+        /// From 1 (fast) to [`crate::Compression::max_level`]; `None`: the usual one.
+        level: Option<u8>,
+    },
 }
 
 /// What a copy did, in bytes of the disk.
@@ -238,11 +248,14 @@ impl<'a> Pieces<'a> {
             Kind::Zero if target_is_zero && !self.copy.allocates() => Kind::Leave,
             kind => kind,
         };
+        let unit = self.copy.unit_bytes();
+        let chunk = CHUNK_BYTES.max(unit);
         let end = match kind {
-            Kind::Data => end.min((at | (CHUNK_BYTES - 1)).saturating_add(1)),
+            Kind::Data => end.min((at | (chunk - 1)).saturating_add(1)),
             Kind::Zero => end.min(target_end).min(at.saturating_add(ZERO_STEP_BYTES)),
             Kind::Leave => end.min(target_end),
         };
+        let (kind, end) = self.copy.whole_units(at, kind, end);
         // Zeros in a chunk may be left out only if all of it is known to be zero.
         let target_is_zero = target_is_zero && target_end >= end;
         self.at = end;
@@ -331,7 +344,27 @@ impl Copy {
     fn target(&self) -> &dyn BlockDevice {
         match &self.target {
             ConvertTarget::Device(device) => &**device,
+            ConvertTarget::Compressed { image, .. } => image,
         }
+    }
+
+    /// What is written as a whole, in bytes: a power of two.
+    fn unit_bytes(&self) -> u64 {
+        match &self.target {
+            ConvertTarget::Device(_) => 1,
+            ConvertTarget::Compressed { image, .. } => image.inner.cluster_bytes(),
+        }
+    }
+
+    /// A piece from `at` to `end` cut to whole units. What is shorter than one is read as a whole unit: then it does
+    /// not matter how its parts are stored.
+    fn whole_units(&self, at: u64, kind: Kind, end: u64) -> (Kind, u64) {
+        let unit = self.unit_bytes();
+        let whole = if end >= self.size_bytes { end } else { end & !(unit - 1) };
+        if whole > at {
+            return (kind, whole);
+        }
+        (Kind::Data, at.saturating_add(unit).min(self.size_bytes))
     }
 
     /// Whether zeros take space in the target.
@@ -383,6 +416,10 @@ impl Copy {
         content: &Segments,
         outcome: &mut Converted,
     ) -> Result<(), ConvertError> {
+        if let ConvertTarget::Compressed { image, level } = &self.target {
+            outcome.written_bytes += piece.range.len();
+            return compressed(image, *level, piece.range, content).await;
+        }
         let mut writes = Vec::new();
         for (range, run) in runs::of(content, piece.range.start(), self.sparse_bytes) {
             match &run {
@@ -413,6 +450,30 @@ impl Copy {
         let written = self.target().write_zeroes(range, mode, Durability::Deferred).await;
         written.map_err(|source| ConvertError::Write { range, source })
     }
+}
+
+/// Writes a content that begins on a cluster. A last cluster that is not the image's last is written as it is, because
+/// what lies behind it stays.
+async fn compressed(
+    image: &Image,
+    level: Option<u8>,
+    range: ByteRange,
+    content: &Segments,
+) -> Result<(), ConvertError> {
+    let failed = |source| ConvertError::Write { range, source };
+    let bytes = match content.0.as_slice() {
+        [Segment::Data(bytes)] => bytes.clone(),
+        _ => Bytes::from(content.to_vec()),
+    };
+    let inner = &image.inner;
+    let at_end = range.end() == image.limits().size_bytes;
+    let odd = if at_end { 0 } else { range.end() % inner.cluster_bytes() };
+    let whole = index(range.len() - odd);
+    if whole > 0 {
+        let written = inner.write_compressed(range.start(), bytes.slice(..whole), level).await;
+        written.map_err(|error| failed(error.into()))?;
+    }
+    image.write(range.end() - odd, bytes.slice(whole..), Durability::Deferred).await.map_err(failed)
 }
 
 #[cfg(test)]

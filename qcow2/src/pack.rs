@@ -32,6 +32,16 @@ struct Layout {
     counts: Vec<u64>,
 }
 
+/// A host cluster that is not full.
+#[derive(Clone, Copy, Debug)]
+struct OpenCluster {
+    cluster: HostCluster,
+    /// The bytes that are taken.
+    used: u64,
+    /// Its refcount.
+    count: u64,
+}
+
 impl Layout {
     /// Lays out streams of `lens` bytes from `start` bytes into a cluster on that has `count` references, where a
     /// cluster can have `most`.
@@ -110,8 +120,8 @@ impl Core {
             Step::Load(table) => return Ok(Step::Load(table)),
             Step::Grow(to) => return Ok(Step::Grow(to)),
         };
-        let behind = open.map(|(cluster, start, count)| {
-            (cluster, Layout::new(self.geometry, lens, start, count, most))
+        let behind = open.map(|open| {
+            (open.cluster, Layout::new(self.geometry, lens, open.used, open.count, most))
         });
         if let Some((cluster, layout)) = &behind
             && layout.counts.len() == 1
@@ -147,12 +157,15 @@ impl Core {
     }
 
     /// The half-filled cluster behind the last streams, where in it there is room, and its refcount.
-    fn open_cluster(&mut self) -> Result<Step<Option<(HostCluster, u64, u64)>>, Fault> {
+    fn open_cluster(&mut self) -> Result<Step<Option<OpenCluster>>, Fault> {
         let Some(at) = self.packing else { return Ok(Step::Ready(None)) };
         let cluster = self.geometry.host_cluster(at);
         Ok(Step::Ready(match self.refs.get(cluster)? {
             Some(0) => None,
-            Some(count) => Some((cluster, at.0 % self.geometry.bytes(), count)),
+            Some(count) => {
+                let used = at.0 % self.geometry.bytes();
+                Some(OpenCluster { cluster, used, count })
+            }
             None => {
                 let block = self.refs.block_of(cluster);
                 match self.refs.state(block)? {

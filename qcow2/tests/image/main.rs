@@ -6,6 +6,7 @@ mod check;
 mod checking;
 mod common;
 mod compressed;
+mod convert;
 mod crash;
 mod crash_crowd;
 mod create;

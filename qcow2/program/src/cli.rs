@@ -2,7 +2,9 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::command::{bench, compare, completions, convert, create, dd, info, measure, snapshot};
+use crate::command::{
+    bench, check, compare, completions, convert, create, dd, info, measure, snapshot,
+};
 use crate::stop::Stop;
 
 /// Creates, inspects, converts and repairs disk images
@@ -20,6 +22,7 @@ pub(crate) struct Cli {
 enum Command {
     Create(create::Options),
     Info(info::Options),
+    Check(check::Options),
     Convert(convert::Options),
     Compare(compare::Options),
     Measure(measure::Options),
@@ -40,6 +43,7 @@ impl Cli {
             Command::Info(options) => info::run(options, &stop).await,
             Command::Snapshot(options) => snapshot::run(options, &stop).await,
             Command::Dd(options) => dd::run(options, &stop).await,
+            Command::Check(options) => check::run(options, &stop).await,
             Command::Convert(options) => convert::run(options, &stop).await,
             Command::Compare(options) => compare::run(options, &stop).await,
             Command::Measure(options) => measure::run(options, &stop).await,

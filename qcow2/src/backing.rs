@@ -1,7 +1,10 @@
 //! Which backing file a recorded name leads to, and whether it may be opened. An image comes from strangers: its
 //! backing name must not become a way to read any file of the host.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use block::HostFile;
 
 use crate::create::BackingFormat;
 use crate::error::{Error, Feature, ReferenceError};
@@ -36,6 +39,35 @@ pub(crate) struct Trail {
 pub(crate) struct Found {
     pub path: PathBuf,
     pub format: BackingFormat,
+    place: Place,
+}
+
+/// A file that may be opened, and what it was when that was decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub path: PathBuf,
+    /// Device and inode, where references are confined.
+    id: Option<(u64, u64)>,
+}
+
+impl Place {
+    /// Refuses a file that is not the one that was allowed: somebody has put another in its place since.
+    pub(crate) fn confirm(&self, file: &HostFile) -> Result<(), Error> {
+        let Some(allowed) = self.id else { return Ok(()) };
+        let same_path = std::fs::canonicalize(&self.path).is_ok_and(|path| path == self.path);
+        if file.id() == Some(allowed) && same_path {
+            return Ok(());
+        }
+        let name = self.path.display().to_string();
+        Err(Error::Reference { file: self.path.clone(), name, reason: ReferenceError::Replaced })
+    }
+}
+
+impl Found {
+    /// As [`Place::confirm`].
+    pub(crate) fn confirm(&self, file: &HostFile) -> Result<(), Error> {
+        self.place.confirm(file)
+    }
 }
 
 impl Trail {
@@ -69,6 +101,21 @@ impl Trail {
         Ok(self)
     }
 
+    /// The trail of a layer whose guest data lies in `path`: a file that no other part of the chain may be.
+    pub(crate) fn beside(mut self, path: &Path, id: Option<(u64, u64)>) -> Result<Self, Error> {
+        let depth = std::mem::take(&mut self.depth);
+        Ok(Self { depth, ..self.enter(path, id)? })
+    }
+
+    /// Refuses a file that is part of the chain already.
+    pub(crate) fn check_new(&self, place: &Place) -> Result<(), Error> {
+        let id = match place.id {
+            Some(id) => Some(id),
+            None => std::fs::metadata(&place.path).ok().map(|facts| (facts.dev(), facts.ino())),
+        };
+        self.clone().beside(&place.path, id).map(drop)
+    }
+
     /// What the backing name of the layer in `file` leads to.
     pub(crate) fn resolve(
         &self,
@@ -90,31 +137,32 @@ impl Trail {
                 return Err(Error::Unsupported { file: file.to_owned(), feature });
             }
         };
+        let place = self.place(file, name)?;
+        Ok(Found { path: place.path.clone(), format, place })
+    }
+
+    /// What a recorded name of the layer in `file` leads to: a backing file's, or an external data file's.
+    pub(crate) fn place(&self, file: &Path, name: &[u8]) -> Result<Place, Error> {
+        let text = String::from_utf8_lossy(name).into_owned();
+        let refused =
+            |reason| Error::Reference { file: file.to_owned(), name: text.clone(), reason };
         let name = std::str::from_utf8(name).ok().filter(|name| !name.contains('\0'));
         let name = name.ok_or_else(|| refused(ReferenceError::NotUtf8))?;
         if has_protocol(name) {
             return Err(refused(ReferenceError::Protocol));
         }
-        let path = self.permit(file, name, &folder(file).join(name))?;
-        Ok(Found { path, format })
-    }
-
-    /// Where `path`, which `file` calls `name`, leads to, if that may be opened.
-    pub(crate) fn permit(&self, file: &Path, name: &str, path: &Path) -> Result<PathBuf, Error> {
-        let refused =
-            |reason| Error::Reference { file: file.to_owned(), name: name.to_owned(), reason };
-        let path = resolve(path)?;
-        if let Some(root) = &self.root {
-            if !path.starts_with(root) {
-                return Err(refused(ReferenceError::Outside { target: path, root: root.clone() }));
-            }
-            let facts = std::fs::metadata(&path);
-            let facts = facts.map_err(|source| Error::Path { path: path.clone(), source })?;
-            if !facts.is_file() {
-                return Err(refused(ReferenceError::NotRegular));
-            }
+        let path = resolve(&folder(file).join(name))?;
+        let Some(root) = &self.root else { return Ok(Place { path, id: None }) };
+        if !path.starts_with(root) {
+            return Err(refused(ReferenceError::Outside { target: path, root: root.clone() }));
         }
-        Ok(path)
+        // Not followed: a resolved path has no link in it, unless somebody has just put one there.
+        let facts = std::fs::symlink_metadata(&path);
+        let facts = facts.map_err(|source| Error::Path { path: path.clone(), source })?;
+        if !facts.is_file() {
+            return Err(refused(ReferenceError::NotRegular));
+        }
+        Ok(Place { path, id: Some((facts.dev(), facts.ino())) })
     }
 }
 

@@ -297,9 +297,6 @@ pub enum Feature {
         /// The limit.
         limit: u64,
     },
-    /// Data in a second file.
-    #[error("external data files")]
-    ExternalDataFile,
     /// A compression other than deflate.
     #[error("compression type {0}")]
     CompressionType(u8),
@@ -420,6 +417,15 @@ pub enum ReferenceError {
     /// Something that is no regular file.
     #[error("it is not a regular file")]
     NotRegular,
+    /// Between the decision that it may be opened and its opening another file took its place.
+    #[error("another file took its place while it was opened")]
+    Replaced,
+    /// The image has an external data file and does not name it.
+    #[error("the image does not name its external data file")]
+    NoDataFileName,
+    /// The caller gave an external data file and the image has none.
+    #[error("the caller gave an external data file, and the image has none")]
+    UnexpectedDataFile,
     /// The file is already part of the chain.
     #[error("the chain comes back to the same file")]
     Loop,
@@ -711,6 +717,14 @@ pub enum Error {
         /// What, and why not.
         what: SnapshotError,
     },
+    /// An image cannot be changed like this.
+    #[error("cannot change {}: {what}", file.display())]
+    Change {
+        /// The image.
+        file: PathBuf,
+        /// What is wrong.
+        what: crate::change::ChangeError,
+    },
     /// A request that leaves the disk, or a change to a read-only one.
     #[error(transparent)]
     Request(DeviceError),
@@ -764,6 +778,7 @@ impl Error {
             Self::Unsupported { .. } => ErrorKind::NotSupported,
             Self::Host(error) => error.kind(),
             Self::Reference { .. }
+            | Self::Change { .. }
             | Self::Invalid { .. }
             | Self::Locked { .. }
             | Self::Snapshot { .. }

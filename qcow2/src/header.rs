@@ -249,6 +249,11 @@ impl Header {
         self.set_incompatible(COMPRESSION_TYPE, kind != 0);
     }
 
+    /// Whether there are fields that only later versions of the format know.
+    pub(crate) fn has_unknown_fields(&self) -> bool {
+        self.beyond.iter().skip(8).any(|byte| *byte != 0)
+    }
+
     /// Sets or clears incompatible feature bits.
     pub(crate) fn set_incompatible(&mut self, bits: u64, on: bool) {
         self.incompatible = if on { self.incompatible | bits } else { self.incompatible & !bits };

@@ -13,6 +13,8 @@ pub(crate) struct Facts {
     pub subcluster_bytes: u64,
     pub l2_coverage: u64,
     pub compression: Compression,
+    /// The external data file always reads like the disk.
+    pub raw_data: bool,
 }
 
 /// The backing file that an image records.
@@ -90,6 +92,7 @@ impl Facts {
             subcluster_bytes: header.geometry.subcluster_bytes(),
             l2_coverage: header.geometry.l2_coverage(),
             compression: Compression::from_type_byte(header.compression_type()).unwrap_or_default(),
+            raw_data: header.is_data_file_raw(),
         }
     }
 }

@@ -25,9 +25,11 @@
 //! ```
 
 mod alloc;
+mod amend;
 mod backing;
 mod bitmap;
 mod check;
+mod change;
 mod cipher;
 mod clear;
 mod codec;
@@ -59,6 +61,7 @@ mod progress;
 mod read;
 mod refcount;
 mod republish;
+mod resize;
 mod snapshot;
 mod snapshots;
 mod streams;
@@ -71,6 +74,7 @@ mod vmdk;
 mod walk;
 mod write;
 
+pub use amend::AmendOptions;
 pub use backing::{MAX_CHAIN_DEPTH, References};
 pub use bitmap::{
     BitmapError, BitmapInfo, DirtyExtent, MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES,
@@ -78,6 +82,7 @@ pub use bitmap::{
     MIN_BITMAP_GRANULARITY_BITS,
 };
 pub use check::{CheckOptions, CheckReport, MAX_LISTED_FINDINGS, Refusal, Repair};
+pub use change::ChangeError;
 pub use codec::Compression;
 pub use compare::{CompareError, CompareOptions, Comparison, compare};
 pub use convert::{
@@ -102,6 +107,7 @@ pub use measure::{
 pub use open::OpenOptions;
 pub use progress::Progress;
 pub use read::{LayerExtent, LayerState};
+pub use resize::ResizeOptions;
 pub use snapshot::{
     MAX_SNAPSHOT_EXTRA_BYTES, MAX_SNAPSHOT_NAME_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS,
     Snapshot,

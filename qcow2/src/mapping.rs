@@ -117,6 +117,7 @@ pub(crate) struct Mapping {
     dirty_l1: BTreeSet<u64>,
     tables: HashMap<u64, L2Table>,
     clock: u64,
+    zero_marks: u64,
 }
 
 impl Mapping {
@@ -130,6 +131,7 @@ impl Mapping {
             dirty_l1: BTreeSet::new(),
             tables: HashMap::new(),
             clock: 0,
+            zero_marks: 0,
         }
     }
 
@@ -231,6 +233,32 @@ impl Mapping {
         })
     }
 
+    /// How often an entry has been set that says zeros: whoever must do without compares.
+    pub(crate) fn zero_marks(&self) -> u64 {
+        self.zero_marks
+    }
+
+    /// The L1 table as it is in memory.
+    pub(crate) fn l1_bytes(&self) -> Vec<u8> {
+        big_endian(&self.l1)
+    }
+
+    /// An L1 entry points at no table any more, and its table, which was in memory, is forgotten. Gives its place.
+    pub(crate) fn forget_table(&mut self, l1: u64) -> Option<HostOffset> {
+        let at = self.tables.remove(&l1)?.at;
+        if let Some(entry) = self.l1.get_mut(index(l1)) {
+            *entry = L1Entry::Absent.encode();
+            self.dirty_l1.insert(l1);
+        }
+        Some(at)
+    }
+
+    /// The L1 table lies at `at` now, with room for `entries`: as it is, and nothing behind.
+    pub(crate) fn move_l1(&mut self, at: HostOffset, entries: u64) {
+        self.l1_at = at;
+        self.l1.resize(index(entries).max(self.l1.len()), 0);
+    }
+
     /// Whether the L1 entry points at no table.
     pub(crate) fn is_absent(&self, l1: u64) -> bool {
         self.l1.get(index(l1)).is_none_or(|raw| *raw == 0)
@@ -292,6 +320,8 @@ impl Mapping {
     /// Changes an entry of a table that is in memory.
     pub(crate) fn set_entry(&mut self, l1: u64, l2: u64, entry: L2Entry) {
         let Some(table) = self.tables.get_mut(&l1) else { return };
+        self.zero_marks +=
+            u64::from(matches!(entry, L2Entry::Cluster(cluster) if cluster.zero != 0));
         let words = self.format.words();
         let at = index(l2) * words;
         if let Some(slot) = table.entries.get_mut(at..at + words) {

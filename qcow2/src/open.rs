@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use block::{BlockDevice, ByteRange, DeviceError, HostFile, Limits, RawDevice};
 
-use crate::backing::{References, Trail};
+use crate::backing::{Found, References, Trail};
 use crate::core::Core;
 use crate::create::BackingFormat;
 use crate::encryption::{self, Passphrase};
@@ -37,6 +37,9 @@ pub struct OpenOptions {
     /// Show the disk as this internal snapshot of the image has it: an id, or else a name. Only for reading; images
     /// below it are shown as they are now.
     pub snapshot: Option<String>,
+    /// Where the external data file of the image lies, whatever the image says: a path that the caller trusts. Images
+    /// below it use the names that they record.
+    pub data_file: Option<PathBuf>,
 }
 
 impl OpenOptions {
@@ -49,6 +52,7 @@ impl OpenOptions {
             direct: true,
             passphrases: Vec::new(),
             snapshot: None,
+            data_file: None,
         }
     }
 
@@ -76,6 +80,17 @@ impl OpenOptions {
         Self { snapshot: Some(id_or_name.into()), ..self }
     }
 
+    /// The same with another place for the external data file.
+    #[must_use]
+    pub fn data_file(self, path: impl Into<PathBuf>) -> Self {
+        Self { data_file: Some(path.into()), ..self }
+    }
+
+    /// For the images below: read, as they are now.
+    fn below(&self) -> Self {
+        Self { read_only: true, snapshot: None, data_file: None, ..self.clone() }
+    }
+
     pub(crate) fn host(&self) -> block::OpenOptions {
         block::OpenOptions {
             read_only: self.read_only,
@@ -97,7 +112,7 @@ impl Image {
     /// file that may not be followed, [`Error::Host`].
     pub async fn open(path: &Path, options: OpenOptions) -> Result<Self, Error> {
         let trail = Trail::start(path, &options.references)?;
-        open_chain(path.to_owned(), options, trail).await
+        open_chain(path.to_owned(), None, options, trail).await
     }
 
     /// Opens an image over a backing device that the caller has opened.
@@ -123,6 +138,20 @@ impl Image {
         backing: Option<Arc<dyn BlockDevice>>,
         options: OpenOptions,
     ) -> Result<Self, Error> {
+        Self::open_parts(file, None, backing, options).await
+    }
+
+    /// As [`Image::open_on`], with the external data file open already, too. Without one it is opened by
+    /// [`OpenOptions::data_file`], or by the name that the image records.
+    ///
+    /// # Errors
+    /// As [`Image::open_on`], and [`ReferenceError::UnexpectedDataFile`].
+    pub async fn open_parts(
+        file: HostFile,
+        data: Option<HostFile>,
+        backing: Option<Arc<dyn BlockDevice>>,
+        options: OpenOptions,
+    ) -> Result<Self, Error> {
         let header = read_header(&file).await?;
         let name = header.backing_name.as_deref().map(String::from_utf8_lossy);
         let reason = match (&name, &backing) {
@@ -134,41 +163,66 @@ impl Image {
             let name = name.unwrap_or_default().into_owned();
             return Err(Error::Reference { file: file.path().to_owned(), name, reason });
         }
-        open_with_header(file, header, backing, &options).await
+        let data = match data {
+            Some(data) if header.has_data_file() => Some(data),
+            Some(data) => {
+                let reason = ReferenceError::UnexpectedDataFile;
+                let name = data.path().display().to_string();
+                return Err(Error::Reference { file: file.path().to_owned(), name, reason });
+            }
+            None if header.has_data_file() || options.data_file.is_some() => {
+                let trail = Trail::start(file.path(), &options.references)?;
+                let trail = trail.enter(file.path(), file.id())?;
+                open_data(file.path(), &header, &options, &trail).await?
+            }
+            None => None,
+        };
+        open_with_header(file, data, header, backing, &options).await
     }
 }
 
 type Opening = Pin<Box<dyn Future<Output = Result<Image, Error>> + Send>>;
 
-fn open_chain(path: PathBuf, options: OpenOptions, trail: Trail) -> Opening {
+fn open_chain(path: PathBuf, place: Option<Found>, options: OpenOptions, trail: Trail) -> Opening {
     Box::pin(async move {
         let file = HostFile::open(&path, options.host()).await?;
-        let trail = trail.enter(&path, file.id())?;
+        if let Some(place) = place {
+            place.confirm(&file)?;
+        }
+        let mut trail = trail.enter(&path, file.id())?;
         let header = read_header(&file).await?;
+        let data = open_data(&path, &header, &options, &trail).await?;
+        if let Some(data) = &data {
+            trail = trail.beside(data.path(), data.id())?;
+        }
         let backing: Option<Arc<dyn BlockDevice>> = match &header.backing_name {
             None => None,
             Some(name) => {
                 let found =
                     trail.resolve(&path, name, header.extensions.backing_format.as_deref())?;
-                let below = OpenOptions { read_only: true, snapshot: None, ..options.clone() };
+                let below = options.below();
                 Some(match found.format {
-                    BackingFormat::Qcow2 => Arc::new(open_chain(found.path, below, trail).await?),
-                    BackingFormat::Raw => open_raw(&found.path, &below, &trail).await?,
+                    BackingFormat::Qcow2 => {
+                        let path = found.path.clone();
+                        Arc::new(open_chain(path, Some(found), below, trail).await?)
+                    }
+                    BackingFormat::Raw => open_raw(&found, &below, &trail).await?,
                     BackingFormat::Vmdk => open_vmdk(&found.path, &below, trail).await?,
                 })
             }
         };
-        open_with_header(file, header, backing, &options).await
+        open_with_header(file, data, header, backing, &options).await
     })
 }
 
 async fn open_raw(
-    path: &Path,
+    found: &Found,
     options: &OpenOptions,
     trail: &Trail,
 ) -> Result<Arc<dyn BlockDevice>, Error> {
-    let file = HostFile::open(path, options.host()).await?;
-    trail.clone().enter(path, file.id())?;
+    let file = HostFile::open(&found.path, options.host()).await?;
+    found.confirm(&file)?;
+    trail.clone().enter(&found.path, file.id())?;
     Ok(RawDevice::new(file))
 }
 
@@ -191,7 +245,6 @@ pub(crate) async fn read_header(file: &HostFile) -> Result<Header, Error> {
     let fault = |fault: Fault| fault.of(file.path());
     let header = parse_header(file).await?;
     header.check(file.len()).map_err(fault)?;
-    supported(&header).map_err(fault)?;
     Ok(header)
 }
 
@@ -205,16 +258,40 @@ pub(crate) async fn parse_header(file: &HostFile) -> Result<Header, Error> {
     Header::parse(&cluster).map_err(fault)
 }
 
-/// Refuses what the mapping cannot do.
-fn supported(header: &Header) -> Result<(), Fault> {
-    if header.has_data_file() {
-        return Err(Fault::Unsupported(Feature::ExternalDataFile));
-    }
-    Ok(())
+/// Opens the external data file of the image in `path`, where its header says that it has one: a name alone leads
+/// nowhere.
+async fn open_data(
+    path: &Path,
+    header: &Header,
+    options: &OpenOptions,
+    trail: &Trail,
+) -> Result<Option<HostFile>, Error> {
+    let refused = |name: &str, reason| {
+        Err(Error::Reference { file: path.to_owned(), name: name.to_owned(), reason })
+    };
+    let file = match (&options.data_file, &header.extensions.data_file) {
+        (Some(given), _) if !header.has_data_file() => {
+            return refused(&given.display().to_string(), ReferenceError::UnexpectedDataFile);
+        }
+        _ if !header.has_data_file() => return Ok(None),
+        (Some(given), _) => HostFile::open(given, options.host()).await?,
+        (None, None) => return refused("", ReferenceError::NoDataFileName),
+        (None, Some(name)) => {
+            let place = trail.place(path, name)?;
+            // Before it is opened: our own lock on the image would refuse it with a less clear reason.
+            trail.check_new(&place)?;
+            let file = HostFile::open(&place.path, options.host()).await?;
+            place.confirm(&file)?;
+            file
+        }
+    };
+    trail.clone().beside(file.path(), file.id())?;
+    Ok(Some(file))
 }
 
 async fn open_with_header(
     file: HostFile,
+    data: Option<HostFile>,
     header: Header,
     backing: Option<Arc<dyn BlockDevice>>,
     options: &OpenOptions,
@@ -245,7 +322,7 @@ async fn open_with_header(
     let facts = Facts::new(&header);
     let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
     let core = load_core(&file, header, backing_bytes, !read_only).await?;
-    let live = Live { file, data: None, backing, cipher };
+    let live = Live { file, data, backing, cipher };
     let image = Image::assemble(live, core, limits, facts);
     if !read_only {
         let inner = &image.inner;

@@ -83,15 +83,15 @@ impl Present {
 
 /// An image that nobody uses but us. Every host operation of the new state holds it, so that nobody comes in before
 /// the last of them has ended, even where our future was dropped.
-struct Quiet {
+pub(crate) struct Quiet {
     inner: Arc<Inner>,
-    stage: Mutex<Stage>,
+    pub(crate) stage: Mutex<Stage>,
     _guard: RangeGuard,
     _gate: OwnedMutexGuard<()>,
 }
 
 /// How far it has come.
-enum Stage {
+pub(crate) enum Stage {
     /// Clusters below this one may have been written.
     Building(HostCluster),
     /// The header may say either state.
@@ -156,7 +156,7 @@ impl Inner {
     }
 
     /// Waits for what is in flight, keeps everybody else away, and flushes until nothing is left to write.
-    async fn quiet(self: &Arc<Self>) -> Result<(Arc<Live>, Arc<Quiet>), Error> {
+    pub(crate) async fn quiet(self: &Arc<Self>) -> Result<(Arc<Live>, Arc<Quiet>), Error> {
         if self.limits().read_only {
             return Err(Error::Request(block::DeviceError::ReadOnly));
         }

@@ -68,6 +68,7 @@ impl Inner {
         if self.write_in_place(range, data).await? {
             return Ok(());
         }
+        let allocate = allocate || self.info.raw_data;
         let zeros: Vec<bool> = range
             .pieces(self.info.subcluster_bytes)
             .map(|piece| !allocate && is_zero(&slice_of(data, range.start(), piece)))
@@ -217,6 +218,9 @@ impl Inner {
             }
         }
         self.before_change(&live).await?;
+        if self.info.raw_data {
+            return self.zero_raw_data(range).await;
+        }
         for part in [head, tail] {
             self.write_zeros_as_data(part, mode.keep_allocated).await?;
         }
@@ -228,7 +232,23 @@ impl Inner {
         let (_, middle, _) = self.whole_subclusters(range);
         let live = self.live()?;
         self.before_change(&live).await?;
+        if self.info.raw_data {
+            return self.zero_raw_data(middle).await;
+        }
         self.clear(middle, Clear::Discard).await
+    }
+
+    /// Zeros in a data file that reads like the disk: there, whatever the entries say. What is mapped stays mapped;
+    /// what is not reads as zeros anyway, because no backing file goes with such a data file.
+    async fn zero_raw_data(&self, range: ByteRange) -> Result<(), Error> {
+        for piece in range.pieces(self.info.l2_coverage) {
+            let guard = self.guests.lock_exclusive(self.widen(piece)).await;
+            let live = self.live()?;
+            if let Some(data) = &live.data {
+                data.write_zeroes(piece, Some(Arc::new(guard))).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Clears whole subclusters, table by table: who waits for one of them does not wait for a whole disk.
@@ -246,7 +266,11 @@ impl Inner {
         Ok(())
     }
 
-    async fn write_zeros_as_data(&self, range: ByteRange, allocate: bool) -> Result<(), Error> {
+    pub(crate) async fn write_zeros_as_data(
+        &self,
+        range: ByteRange,
+        allocate: bool,
+    ) -> Result<(), Error> {
         let mut zeros = Bytes::new();
         for piece in range.pieces(ZEROS_BYTES) {
             if zeros.len() < index(piece.len()) {

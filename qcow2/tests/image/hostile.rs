@@ -168,24 +168,6 @@ fn tables_that_are_not_counted_are_not_given_away() {
     });
 }
 
-fn unsupported(path: &std::path::Path, options: OpenOptions) -> Feature {
-    match block_on(Image::open(path, options)) {
-        Err(Error::Unsupported { feature, .. }) => feature,
-        Err(other) => panic!("{other}"),
-        Ok(_) => panic!("it was opened"),
-    }
-}
-
-#[test]
-fn what_later_versions_do_is_refused_by_name() {
-    let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name);
-    let data_file = format!("data_file={}", at("data.raw").display());
-    qemu_create(&at("external"), &data_file, "1M", None);
-    let read = OpenOptions::reading;
-    assert_eq!(unsupported(&at("external"), read()), Feature::ExternalDataFile);
-}
-
 #[test]
 fn an_unknown_feature_is_refused_with_its_name() {
     let mut bytes = sound(4096);

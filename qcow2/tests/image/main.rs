@@ -2,6 +2,7 @@
 //! `qemu-img` as the judge. Tests of single parts stand beside them in the crate.
 
 mod bitmaps;
+mod changes;
 mod check;
 mod checking;
 mod common;

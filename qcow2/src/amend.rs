@@ -1,0 +1,230 @@
+//! Changing what an image is without changing its disk: the version, the width of refcounts, lazy refcounts, the names
+//! of backing and data file. One write of the header switches, where need be with a whole new state of the metadata.
+
+use std::path::Path;
+
+use block::{BlockDevice, ByteRange, HostFile};
+
+use crate::change::ChangeError;
+use crate::create::{BackingName, Version};
+use crate::error::{Error, Fault, Feature};
+use crate::header::{
+    BITMAPS, CRYPT_NONE, DIRTY, Header, LAZY_REFCOUNTS, MAX_BACKING_NAME_BYTES, RAW_EXTERNAL_DATA,
+    feature_names,
+};
+use crate::image::{Image, Inner};
+use crate::open::parse_header;
+use crate::read::LayerState;
+use crate::refcount::RefcountWidth;
+use crate::switch::switch_header;
+
+/// How often zeros are written out anew because somebody else has written zeros meanwhile.
+const DOWNGRADE_ROUNDS: usize = 8;
+/// How much of the disk is looked at at once, in bytes.
+const DOWNGRADE_PIECE_BYTES: u64 = 64 << 30;
+
+/// What an image is to become. What is `None` stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AmendOptions {
+    /// The version of the format. Version 2 takes what version 2 has: zeros over a backing file are written out.
+    pub version: Option<Version>,
+    /// The width of refcounts in bits.
+    pub refcount_bits: Option<u32>,
+    /// Whether refcounts may stay behind while the image is open for writing.
+    pub lazy_refcounts: Option<bool>,
+    /// The backing file: another one, or none. The content of the disk is not kept.
+    pub backing: Option<Option<BackingName>>,
+    /// The name of the external data file, of an image that has one.
+    pub data_file: Option<String>,
+    /// `Some(false)`: the external data file need not read like the disk any more.
+    pub data_file_raw: Option<bool>,
+}
+
+impl Image {
+    /// Changes what the image is, durably: after a crash it is the old one or the new one.
+    ///
+    /// Another backing or data file counts from the next opening on.
+    ///
+    /// # Errors
+    /// [`Error::Change`] for what cannot be, [`Error::Unsupported`] where names do not fit the header or refcounts get
+    /// too narrow, [`Error::Request`] where the image is open for reading only, [`Error::Host`].
+    pub async fn amend(&self, options: &AmendOptions) -> Result<(), Error> {
+        let inner = &self.inner;
+        if inner.limits().read_only {
+            return Err(Error::Request(block::DeviceError::ReadOnly));
+        }
+        let header = inner.core.lock().header.clone();
+        let mut wanted = header.clone();
+        options.apply(&mut wanted).map_err(|what| inner.refuse(what))?;
+        if wanted.version == header.version && wanted.refcount_order == header.refcount_order {
+            return inner
+                .change_header(|header| options.apply(header).map_err(|what| inner.refuse(what)))
+                .await;
+        }
+        for _ in 0..DOWNGRADE_ROUNDS {
+            let marks = inner.core.lock().map.zero_marks();
+            if wanted.version < header.version {
+                self.write_out_zeros().await?;
+            }
+            match self.republish_as(options, marks).await {
+                Err(Error::Change { what: ChangeError::Busy, .. }) => {}
+                done => return done,
+            }
+        }
+        Err(inner.refuse(ChangeError::Busy))
+    }
+
+    /// Records another backing file, or none, in an image that nobody has open. Nothing is read of the old one, the new
+    /// one or the disk: where they differ, the disk changes its content.
+    ///
+    /// # Errors
+    /// [`Error::Change`] for a name that cannot be, [`Error::Corrupt`], [`Error::Unsupported`] and [`Error::Host`]: the
+    /// image is what it was then.
+    pub async fn set_backing(path: &Path, backing: Option<&BackingName>) -> Result<(), Error> {
+        let file = HostFile::open(path, block::OpenOptions::writing()).await?;
+        Self::set_backing_on(&file, backing).await
+    }
+
+    /// As [`Image::set_backing`], in a file that is open already.
+    ///
+    /// # Errors
+    /// As [`Image::set_backing`].
+    pub async fn set_backing_on(
+        file: &HostFile,
+        backing: Option<&BackingName>,
+    ) -> Result<(), Error> {
+        let old = parse_header(file).await?;
+        if old.is_corrupt() {
+            return Err(Fault::Unsupported(Feature::WritingCorrupt).of(file.path()));
+        }
+        let mut new = old.clone();
+        let refused = |what| Error::Change { file: file.path().to_owned(), what };
+        set_backing(&mut new, backing).map_err(refused)?;
+        // What we do not know may be about what changes here. Bitmaps tell of the disk as it was written.
+        new.autoclear &= BITMAPS | RAW_EXTERNAL_DATA;
+        switch_header(file, &old, &mut new).await
+    }
+
+    /// Puts a whole new state of the metadata in place. [`ChangeError::Busy`] where zeros came since `marks`.
+    async fn republish_as(&self, options: &AmendOptions, marks: u64) -> Result<(), Error> {
+        let inner = &self.inner;
+        let core = std::sync::Arc::clone(&inner.core);
+        inner
+            .republish(|present| {
+                let mut state = present.unchanged();
+                options.apply(&mut state.header).map_err(|what| inner.refuse(what))?;
+                let downgraded = state.header.version < present.header.version;
+                if downgraded && core.lock().map.zero_marks() != marks {
+                    return Err(inner.refuse(ChangeError::Busy));
+                }
+                let order = state.header.refcount_order;
+                state.width = RefcountWidth::new(order).unwrap_or(state.width);
+                Ok(state)
+            })
+            .await
+    }
+
+    /// Leaves no zero flag in the active tables: version 2 has none.
+    async fn write_out_zeros(&self) -> Result<(), Error> {
+        let inner = &self.inner;
+        // Also what is mapped behind the end of the disk.
+        let mapped = inner.core.lock().header.l1_entries.saturating_mul(inner.info.l2_coverage);
+        for piece in ByteRange::between(0, mapped).pieces(DOWNGRADE_PIECE_BYTES) {
+            for extent in inner.map(piece).await? {
+                if extent.state == LayerState::Zero {
+                    inner.write_zeros_as_data(extent.range, true).await?;
+                }
+            }
+        }
+        self.flush().await?;
+        Ok(())
+    }
+}
+
+impl AmendOptions {
+    fn apply(&self, header: &mut Header) -> Result<(), ChangeError> {
+        if let Some(bits) = self.refcount_bits {
+            if !bits.is_power_of_two() || bits > 64 {
+                return Err(ChangeError::RefcountBits(bits));
+            }
+            header.refcount_order = bits.trailing_zeros();
+        }
+        if self.version == Some(Version::V3) && header.version < 3 {
+            header.version = 3;
+            header.extensions.feature_names.get_or_insert_with(feature_names);
+        }
+        match self.lazy_refcounts {
+            Some(true) => header.compatible |= LAZY_REFCOUNTS,
+            Some(false) => header.compatible &= !LAZY_REFCOUNTS,
+            None => {}
+        }
+        match self.data_file_raw {
+            Some(true) if !header.is_data_file_raw() => return Err(ChangeError::MakeRaw),
+            Some(false) => header.autoclear &= !RAW_EXTERNAL_DATA,
+            _ => {}
+        }
+        if let Some(name) = &self.data_file {
+            if !header.has_data_file() {
+                return Err(ChangeError::NoDataFile);
+            }
+            check_name(name)?;
+            header.extensions.data_file = Some(name.as_bytes().to_vec());
+        }
+        if let Some(backing) = &self.backing {
+            set_backing(header, backing.as_ref())?;
+        }
+        if self.version == Some(Version::V2) && header.version > 2 {
+            downgrade(header)?;
+        }
+        if header.version < 3 && self.lazy_refcounts == Some(true) {
+            return Err(ChangeError::NotInVersion2 { what: "lazy refcounts" });
+        }
+        if header.version < 3 && header.refcount_order != 4 {
+            return Err(ChangeError::NotInVersion2 { what: "refcounts that have not 16 bits" });
+        }
+        Ok(())
+    }
+}
+
+fn downgrade(header: &mut Header) -> Result<(), ChangeError> {
+    for (is, what) in [
+        (header.has_data_file(), "an external data file"),
+        (header.has_extended_l2(), "extended L2 entries"),
+        (header.compression_type() != 0, "a compression type"),
+        (header.crypt_method != CRYPT_NONE, "encryption"),
+        (header.extensions.bitmaps.is_some(), "bitmaps"),
+        (header.snapshots > 0, "snapshots, which may hold zeros that it cannot record,"),
+        (header.has_unknown_fields(), "fields from a later version"),
+    ] {
+        if is {
+            return Err(ChangeError::NotInVersion2 { what });
+        }
+    }
+    header.version = 2;
+    header.set_incompatible(DIRTY, false);
+    header.compatible = 0;
+    header.autoclear = 0;
+    header.extensions.feature_names = None;
+    Ok(())
+}
+
+fn set_backing(header: &mut Header, backing: Option<&BackingName>) -> Result<(), ChangeError> {
+    if backing.is_some() && header.is_data_file_raw() {
+        return Err(ChangeError::BackingFileOfRawData);
+    }
+    if let Some(backing) = backing {
+        check_name(&backing.path)?;
+    }
+    header.backing_name = backing.map(|backing| backing.path.as_bytes().to_vec());
+    header.extensions.backing_format =
+        backing.map(|backing| backing.format.name().as_bytes().to_vec());
+    Ok(())
+}
+
+fn check_name(name: &str) -> Result<(), ChangeError> {
+    let limit = MAX_BACKING_NAME_BYTES;
+    if name.is_empty() || name.len() > limit || name.contains('\0') {
+        return Err(ChangeError::Name { len: name.len(), limit });
+    }
+    Ok(())
+}

@@ -28,8 +28,8 @@ mod alloc;
 mod amend;
 mod backing;
 mod bitmap;
-mod check;
 mod change;
+mod check;
 mod cipher;
 mod clear;
 mod codec;
@@ -81,8 +81,8 @@ pub use bitmap::{
     MAX_BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS,
     MIN_BITMAP_GRANULARITY_BITS,
 };
-pub use check::{CheckOptions, CheckReport, MAX_LISTED_FINDINGS, Refusal, Repair};
 pub use change::ChangeError;
+pub use check::{CheckOptions, CheckReport, MAX_LISTED_FINDINGS, Refusal, Repair};
 pub use codec::Compression;
 pub use compare::{CompareError, CompareOptions, Comparison, compare};
 pub use convert::{

@@ -3,7 +3,7 @@
 use clap::{Parser, Subcommand};
 
 use crate::command::{
-    bench, check, compare, completions, convert, create, dd, info, measure, snapshot,
+    bench, bitmap, check, compare, completions, convert, create, dd, info, measure, snapshot,
 };
 use crate::stop::Stop;
 
@@ -27,6 +27,7 @@ enum Command {
     Compare(compare::Options),
     Measure(measure::Options),
     Snapshot(snapshot::Options),
+    Bitmap(bitmap::Options),
     Dd(dd::Options),
     Bench(bench::Options),
     Completions(completions::Options),
@@ -42,6 +43,7 @@ impl Cli {
             Command::Create(options) => create::run(options, &stop).await,
             Command::Info(options) => info::run(options, &stop).await,
             Command::Snapshot(options) => snapshot::run(options, &stop).await,
+            Command::Bitmap(options) => bitmap::run(options, &stop).await,
             Command::Dd(options) => dd::run(options, &stop).await,
             Command::Check(options) => check::run(options, &stop).await,
             Command::Convert(options) => convert::run(options, &stop).await,

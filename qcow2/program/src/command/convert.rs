@@ -1,5 +1,6 @@
 //! `convert`: the disk of one image, or of several in a row, in another one.
 
+mod bitmaps;
 mod target;
 
 use std::num::NonZeroU64;
@@ -60,6 +61,22 @@ pub(crate) struct Options {
     /// So many zeros in a row are left out, 512 to 16M; 0 allocates everything
     #[arg(short = 'S', value_name = "SIZE")]
     sparse: Option<Size>,
+
+    /// Compress, on all processors
+    #[arg(short)]
+    compress: bool,
+
+    /// With -c: from 1 (fast) to 9 for zlib and 19 for zstd (small) [default: what is usual]
+    #[arg(long, value_name = "N", requires = "compress")]
+    compression_level: Option<u8>,
+
+    /// Copy the persistent bitmaps of the source, too
+    #[arg(long)]
+    bitmaps: bool,
+
+    /// With --bitmaps: leave out those that were not saved in the source
+    #[arg(long, requires = "bitmaps")]
+    skip_broken_bitmaps: bool,
 
     /// Show progress
     #[arg(short)]
@@ -173,6 +190,27 @@ fn check(options: &Options, list: &mut OptionList, sources: usize) -> anyhow::Re
         );
         ensure!(!options.no_create, "-B has no effect when skipping image creation (-n)");
     }
+    if options.compress {
+        ensure!(
+            options.output_format == Format::Qcow2,
+            "Compression not supported for this file format"
+        );
+        ensure!(!options.copy_offloading, "Cannot enable copy offloading when -c is used");
+        ensure!(
+            list.get("encrypt.format").is_none(),
+            "Compression and encryption not supported at the same time"
+        );
+        let preallocation = list.get("preallocation").unwrap_or("off");
+        ensure!(
+            preallocation == "off",
+            "Compression and preallocation not supported at the same time"
+        );
+        ensure!(
+            list.get("data_file").is_none(),
+            "Compression and an external data file not supported at the same time"
+        );
+    }
+    ensure!(!options.bitmaps || sources == 1, "Copying bitmaps only possible with single source");
     ensure!(
         options.snapshot.is_none() || sources == 1,
         "No support for concatenating multiple snapshot"
@@ -196,11 +234,18 @@ async fn convert(
     }
     let source = joined(&opened);
     let size_bytes = source.limits().size_bytes;
+    let bitmaps = match (options.bitmaps, opened.first()) {
+        (true, Some(source)) => bitmaps::of(source, options.skip_broken_bitmaps).await?,
+        _ => Vec::new(),
+    };
     let output = Output::open(options, list, target, &opened, size_bytes).await?;
     let engine = engine(options, list, &opened);
     let told = |now: qcow2::Progress| progress.set(now.done_bytes, now.total_bytes);
-    let converted = qcow2::convert(source, &output.target(), &engine, told).await;
+    let converted = qcow2::convert(source, &output.target(options)?, &engine, told).await;
     let converted = converted.with_context(|| format!("error while converting to {target}"))?;
+    if let Some(source) = opened.first().and_then(Opened::image) {
+        bitmaps::copy(&bitmaps, source, output.image()).await?;
+    }
     output.finish().await?;
     for source in opened {
         source.close().await?;

@@ -1,6 +1,7 @@
 //! The commands, one file each. What they share stands above them.
 
 pub(crate) mod bench;
+pub(crate) mod bitmap;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod completions;

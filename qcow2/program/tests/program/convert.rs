@@ -35,6 +35,12 @@ fn convert_makes_images_that_qemu_takes_for_the_same() {
         &["-O", "qcow2", "-t", "none", "-T", "none", "-p"],
         &["-O", "qcow2", "-t", "writeback", "-r", "1G"],
         &["-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2"],
+        &["-O", "qcow2", "-c"],
+        &["-O", "qcow2", "-c", "-o", "compression_type=zstd", "-m", "4"],
+        &["-O", "qcow2", "-c", "-B", "base.qcow2", "-F", "qcow2"],
+        &["-O", "qcow2", "-o", "compat=0.10"],
+        &["-O", "qcow2", "-o", "extended_l2=on"],
+        &["-O", "qcow2", "-o", "preallocation=metadata"],
     ] {
         let mut line = vec!["convert"];
         line.extend(args);
@@ -78,6 +84,18 @@ fn several_sources_become_one() {
         place.qemu_img(&line("theirs")).good();
         same(&place, &[format, "theirs"], &[format, "ours"]);
     }
+}
+
+#[test]
+fn a_compressed_copy_takes_less_space() {
+    let place = Place::new();
+    std::fs::write(place.path("a.raw"), vec![b'x'; 8 << 20]).unwrap();
+    place.qcow2(&["convert", "-f", "raw", "-O", "qcow2", "-c", "a.raw", "a.qcow2"]).good();
+    same(&place, &["raw", "a.raw"], &["qcow2", "a.qcow2"]);
+    assert!(place.read("a.qcow2").len() < 1 << 20);
+    let line = ["convert", "-f", "raw", "-O", "qcow2", "-c", "--compression-level", "1", "a.raw"];
+    place.qcow2(&[&line[..], &["b.qcow2"]].concat()).good();
+    same(&place, &["raw", "a.raw"], &["qcow2", "b.qcow2"]);
 }
 
 #[test]
@@ -179,6 +197,10 @@ fn options_that_contradict_each_other_are_refused() {
         &["-O", "qcow2", "-B", "base.qcow2", "top.qcow2", "x"],
         &["-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2", "base.qcow2", "base.qcow2", "x"],
         &["-l", "a", "top.qcow2", "base.qcow2", "x"],
+        &["-c", "-O", "raw", "top.qcow2", "x"],
+        &["-c", "-C", "-O", "qcow2", "top.qcow2", "x"],
+        &["-c", "-O", "qcow2", "-o", "preallocation=full", "top.qcow2", "x"],
+        &["--skip-broken-bitmaps", "-O", "qcow2", "top.qcow2", "x"],
         &["-O", "bochs", "top.qcow2", "x"],
         &["top.qcow2"],
     ] {

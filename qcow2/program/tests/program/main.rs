@@ -2,6 +2,7 @@
 //! themselves are judged in the library's tests.
 
 mod bench;
+mod bitmap;
 mod check;
 mod compare;
 mod convert;

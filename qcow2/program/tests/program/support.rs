@@ -159,6 +159,10 @@ pub(crate) fn exists(path: &Path) -> bool {
 /// Starts qemu-nbd and waits until it listens.
 pub(crate) fn serve(place: &Place, args: &[&str], socket: &str) -> Running {
     let pid = format!("{socket}.pid");
+    // Of a server before, which was killed.
+    for stale in [pid.as_str(), socket] {
+        let _ = std::fs::remove_file(stale);
+    }
     let mut line = vec!["--pid-file", &pid];
     line.extend(args);
     let mut server = place.start("qemu-nbd", &line);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use block::BlockDevice;
-use qcow2::ConvertTarget;
+use qcow2::{ConvertTarget, Image};
 
 use super::Options;
 use crate::cache::Cache;
@@ -19,6 +19,7 @@ use crate::target::{Target, file_id};
 /// An open target.
 pub(super) struct Output {
     device: Arc<dyn BlockDevice>,
+    image: Option<Image>,
     name: String,
     /// The files, if they are new.
     made: Vec<Target>,
@@ -50,6 +51,12 @@ impl Output {
             }
             (false, Err(error)) => return Err(error),
         };
+        let keeps_bitmaps = output.image.as_ref().is_some_and(|image| image.info().version > 2);
+        ensure!(
+            !options.bitmaps || keeps_bitmaps,
+            "Format '{}' of {name} does not support bitmaps",
+            options.output_format
+        );
         let has = output.device.limits().size_bytes;
         if has < size_bytes {
             bail!("output file is smaller than input file: {name} has {has} bytes of {size_bytes}");
@@ -57,9 +64,24 @@ impl Output {
         Ok(output)
     }
 
+    /// The image, where it is a qcow2 one.
+    pub(super) fn image(&self) -> Option<&Image> {
+        self.image.as_ref()
+    }
+
     /// What the engine writes to.
-    pub(super) fn target(&self) -> ConvertTarget {
-        ConvertTarget::Device(Arc::clone(&self.device))
+    ///
+    /// # Errors
+    /// Compression for what has none.
+    pub(super) fn target(&self, options: &Options) -> anyhow::Result<ConvertTarget> {
+        match (options.compress, &self.image) {
+            (false, _) => Ok(ConvertTarget::Device(Arc::clone(&self.device))),
+            (true, Some(image)) => Ok(ConvertTarget::Compressed {
+                image: image.clone(),
+                level: options.compression_level,
+            }),
+            (true, None) => bail!("Compression not supported for this file format"),
+        }
     }
 
     /// Closes the target, and keeps it if it is new.
@@ -95,7 +117,8 @@ async fn existing(
     let opened = open::open(&named, &How::writing(options.cache), &options.access).await?;
     let device = opened.device();
     ensure!(!device.limits().read_only, "{name} is read-only");
-    Ok(Output { device, name: name.to_owned(), made: Vec::new() })
+    let image = opened.image().cloned();
+    Ok(Output { device, image, name: name.to_owned(), made: Vec::new() })
 }
 
 async fn made(
@@ -116,5 +139,5 @@ async fn made(
     let made = plan.make(&ids).await.with_context(cannot)?;
     let (filling, files) =
         made.open(below.device(), &options.access, cache).await.with_context(cannot)?;
-    Ok(Output { device: filling.device, name, made: files })
+    Ok(Output { device: filling.device, image: filling.image, name, made: files })
 }

@@ -15,7 +15,7 @@ impl Core {
     /// Finds the end of what is used, from the last refcount block backwards. Needed once, before the first
     /// reservation.
     pub(crate) fn find_end(&mut self) -> Result<Step<()>, Fault> {
-        let floor = self.fixed.iter().map(|run| run.end().0).max().unwrap_or(1);
+        let floor = self.fixed.end();
         let floor = floor.max(self.refs.table_run().end().0);
         let mut next = self.refs.last_block();
         let mut end = floor;

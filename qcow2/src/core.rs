@@ -5,10 +5,11 @@ use std::collections::HashSet;
 
 use block::ByteRange;
 
-use crate::error::{Corruption, Fault, TableKind};
+use crate::error::Fault;
 use crate::free::FreeRuns;
 use crate::header::Header;
 use crate::mapping::{Extent, Mapping, Step, Table};
+use crate::overlap::{RunSet, Tables};
 use crate::refcount::{BlockState, Refcounts};
 use crate::streams::ImageId;
 use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
@@ -43,9 +44,11 @@ pub(crate) struct Core {
     /// Clusters that were never written read as zeros, so that only data needs to be written to them.
     pub(crate) fresh_reads_zero: bool,
     /// Metadata that never moves: header, L1 table, snapshot table.
-    pub(crate) fixed: Vec<Run>,
+    pub(crate) fixed: RunSet,
     /// The clusters of L2 tables and refcount blocks. Only for writing: a wrong refcount must not make room of them.
-    pub(crate) tables: HashSet<HostCluster>,
+    pub(crate) tables: Tables,
+    /// Clusters of data that two entries call their own.
+    pub(crate) used_twice: HashSet<HostCluster>,
     /// References that are gone in memory, and on disk after the next flush: their refcounts may drop then.
     pub(crate) dropped: Vec<Run>,
     /// References that are gone on disk, too: their refcounts may drop now.
@@ -68,14 +71,14 @@ impl Core {
             start: geometry.host_cluster(header.l1_at),
             count: geometry.clusters(header.l1_entries * 8),
         };
-        let fixed = vec![Run::one(HostCluster(0)), l1];
+        let mut fixed = RunSet::default();
+        fixed.push(Run::one(HostCluster(0)));
+        fixed.push(l1);
+        if let Some(luks) = header.extensions.luks {
+            let count = geometry.clusters(luks.bytes);
+            fixed.push(Run { start: geometry.host_cluster(luks.at), count });
+        }
         let clusters = geometry.clusters(file_bytes);
-        let tables = if refs.table_entries() == 0 {
-            HashSet::new()
-        } else {
-            let places = map.table_places().chain(refs.block_places());
-            places.map(|at| geometry.host_cluster(at)).collect()
-        };
         // What lies in a data file is not known, and zeros on the host are no zeros once decrypted.
         let fresh_reads_zero = !map.format().external_data && header.crypt_method == 0;
         Self {
@@ -92,7 +95,8 @@ impl Core {
             virgin_floor: clusters,
             capacity_bytes: file_bytes,
             fixed,
-            tables,
+            tables: Tables::default(),
+            used_twice: HashSet::new(),
             dropped: Vec::new(),
             ready: Vec::new(),
             packing: None,
@@ -124,6 +128,9 @@ impl Core {
         match table {
             Table::L2 { l1, at } => {
                 self.map.insert_loaded(l1, at, bytes)?;
+                if self.end > 0 && !self.map.format().external_data {
+                    self.note_used_twice(l1);
+                }
             }
             Table::Refcounts { block, at } => {
                 self.refs.insert_loaded(block, at, bytes.to_vec());
@@ -141,51 +148,6 @@ impl Core {
                 self.refs.state(block) == Ok(BlockState::Unloaded(at))
             }
         }
-    }
-
-    /// Refuses a table that does not lie in the file, or lies over other metadata.
-    ///
-    /// # Errors
-    /// [`Corruption::BehindFile`], [`Corruption::OverlapsMetadata`].
-    pub(crate) fn check_table(&self, table: Table) -> Result<(), Fault> {
-        let (kind, at) = match table {
-            Table::L2 { at, .. } => (TableKind::L1, at),
-            Table::Refcounts { at, .. } => (TableKind::RefcountTable, at),
-        };
-        if at.0.checked_add(self.geometry.bytes()).is_none() || at.0 >= self.capacity_bytes {
-            return Err(Fault::Corrupt {
-                at,
-                what: Corruption::BehindFile { table: kind, host: at },
-            });
-        }
-        if self.is_fixed(Run::one(self.geometry.host_cluster(at))) {
-            let what = Corruption::OverlapsMetadata { table: kind, host: at };
-            return Err(Fault::Corrupt { at, what });
-        }
-        Ok(())
-    }
-
-    /// Refuses clusters that hold metadata as a place of guest data: writing there would break the image.
-    ///
-    /// # Errors
-    /// [`Corruption::OverlapsMetadata`] for the L2 entry at `entry_at`.
-    pub(crate) fn check_target(&self, run: Run, entry_at: HostOffset) -> Result<(), Fault> {
-        if !self.map.format().external_data && self.is_metadata(run) {
-            let host = self.geometry.host_offset(run.start);
-            let what = Corruption::OverlapsMetadata { table: TableKind::L2, host };
-            return Err(Fault::Corrupt { at: entry_at, what });
-        }
-        Ok(())
-    }
-
-    /// Whether a run touches the header, a table of tables, an L2 table or a refcount block.
-    pub(crate) fn is_metadata(&self, run: Run) -> bool {
-        self.is_fixed(run) || run.clusters().any(|cluster| self.tables.contains(&cluster))
-    }
-
-    /// Whether a run touches the header, the L1 table or the refcount table.
-    fn is_fixed(&self, run: Run) -> bool {
-        self.fixed.iter().any(|fixed| fixed.overlaps(run)) || self.refs.table_overlaps(run)
     }
 
     /// Forgets tables where there are too many. Whether so many of them wait to be written that only a flush helps.

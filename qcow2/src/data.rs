@@ -48,6 +48,20 @@ pub(crate) async fn write_data(
     file.write(wide.start(), buffer.freeze(), hold.clone()).await
 }
 
+/// Makes `range` of the data file read as zeros; `keeps` keeps or takes space for it. Not for encrypted data.
+pub(crate) async fn zero_data(
+    live: &Live,
+    range: ByteRange,
+    keeps: bool,
+    hold: &Hold,
+) -> Result<(), HostError> {
+    let file = live.data.as_ref().unwrap_or(&live.file);
+    if !keeps && file.punch(range, hold.clone()).await? {
+        return Ok(());
+    }
+    file.write_zeroes(range, hold.clone()).await
+}
+
 /// Whether a write to `range` (of guest or host: they agree within a cluster) reads the sectors at its edges first.
 pub(crate) fn needs_whole_sectors(live: &Live, range: ByteRange) -> bool {
     live.cipher.is_some() && range.widen(CIPHER_SECTOR_BYTES) != range

@@ -151,6 +151,20 @@ pub enum Corruption {
         /// What it points at.
         host: HostOffset,
     },
+    /// Two entries point at one cluster, and each says that it is its own.
+    #[error("{table} table entry points at {host}, which another entry calls its own, too")]
+    UsedTwice {
+        /// The table.
+        table: TableKind,
+        /// What it points at.
+        host: HostOffset,
+    },
+    /// A cluster is used and counts as free.
+    #[error("the cluster at {host} is in use with a refcount of 0")]
+    NotCounted {
+        /// The cluster.
+        host: HostOffset,
+    },
     /// A table lies behind the end of the file.
     #[error("{table} table entry points at {host}, behind the end of the file")]
     BehindFile {

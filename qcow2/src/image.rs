@@ -12,7 +12,8 @@ use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 use crate::bitmap::Bitmaps;
 use crate::cipher::Cipher;
 use crate::core::Core;
-use crate::error::{Error, Fault};
+use crate::error::{Error, Fault, Feature};
+use crate::header::CORRUPT;
 use crate::mapping::{Step, Table};
 use crate::streams;
 use crate::units::HostOffset;
@@ -32,7 +33,9 @@ use crate::units::HostOffset;
 /// a power cut, with all data that was flushed.
 ///
 /// **Failure.** A failed write of data fails that request only. A failed write of metadata, or a failed sync, makes
-/// every later request answer [`Error::Poisoned`] until the image is opened again.
+/// every later request answer [`Error::Poisoned`] until the image is opened again; where there was only no room for
+/// it, the flush fails and can be tried again. Corruption that is met while writing sets the image's corrupt bit and
+/// ends all changes ([`Feature::WritingCorrupt`]); reading goes on.
 #[derive(Clone)]
 pub struct Image {
     pub(crate) inner: Arc<Inner>,
@@ -59,6 +62,8 @@ pub(crate) struct Inner {
     poison: Mutex<Option<Arc<Error>>>,
     first_change: OnceCell<()>,
     pub(crate) bitmaps: Bitmaps,
+    /// Corruption was met while writing: nothing is changed any more.
+    is_broken: AtomicBool,
 }
 
 /// What an image stands on.
@@ -96,6 +101,7 @@ impl Image {
                 poison: Mutex::new(None),
                 first_change: OnceCell::new(),
                 bitmaps,
+                is_broken: AtomicBool::new(false),
             }),
         }
     }
@@ -207,6 +213,44 @@ impl Inner {
         }
     }
 
+    /// As [`Inner::step`], for what is about to change the image: corruption that is met on the way ends all changes.
+    pub(crate) async fn change<T>(
+        &self,
+        live: &Live,
+        ask: impl FnMut(&mut Core) -> Result<Step<T>, Fault>,
+    ) -> Result<T, Error> {
+        let answer = self.step(live, ask).await;
+        if let Err(error @ Error::Corrupt { .. }) = &answer {
+            let _no_flush = Arc::clone(&self.flush_gate).lock_owned().await;
+            self.give_up_changing(live, error).await;
+        }
+        answer
+    }
+
+    /// Refuses all changes from now on, and marks the image as corrupt, durably, where its version can say so. What
+    /// was changed before can still be flushed. No flush runs, or this is the one.
+    pub(crate) async fn give_up_changing(&self, live: &Live, error: &Error) {
+        if self.is_broken.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        tracing::error!(image = %self.path.display(), %error, "no longer written: repair it");
+        let sector = {
+            let mut core = self.core.lock();
+            if core.header.version < 3 {
+                return;
+            }
+            core.header.set_incompatible(CORRUPT, true);
+            core.header.sector()
+        };
+        let written = match live.file.write(0, sector.into(), None).await {
+            Ok(()) => live.file.sync().await,
+            failed => failed,
+        };
+        if let Err(error) = written {
+            tracing::error!(image = %self.path.display(), %error, "could not be marked as corrupt");
+        }
+    }
+
     /// As [`Inner::step`], for a flush itself: it makes no room first.
     pub(crate) async fn step_in_flush<T>(
         &self,
@@ -267,7 +311,13 @@ impl Inner {
 
     /// Once, before anything in the image changes: what the image says of data that we do not keep up to date
     /// (unknown autoclear features) is withdrawn, durably.
+    ///
+    /// # Errors
+    /// [`Feature::WritingCorrupt`] where corruption was met since the image was opened; what the host fails at.
     pub(crate) async fn before_change(&self, live: &Live) -> Result<(), Error> {
+        if self.is_broken.load(Ordering::Acquire) {
+            return Err(self.fault(Fault::Unsupported(Feature::WritingCorrupt)));
+        }
         self.first_change
             .get_or_try_init(|| async {
                 let _gate = self.flush_gate.lock().await;

@@ -55,6 +55,7 @@ mod luks;
 mod mapping;
 mod measure;
 mod open;
+mod overlap;
 mod pack;
 mod plan;
 mod progress;

@@ -72,8 +72,8 @@ pub(crate) struct Extent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TableState {
     Absent,
-    /// In memory, and this image's active tables are its only user.
-    Owned,
+    /// In memory, and this L1 entry says that it is its only user.
+    Owned(HostOffset),
     /// In memory, and shared: a copy must be changed instead.
     Shared(HostOffset),
 }
@@ -224,8 +224,8 @@ impl Mapping {
         self.clock += 1;
         if let Some(table) = self.tables.get_mut(&l1) {
             table.used = self.clock;
-            let shared = TableState::Shared(table.at);
-            return Ok(Step::Ready(if table.exclusive { TableState::Owned } else { shared }));
+            let (owned, shared) = (TableState::Owned(table.at), TableState::Shared(table.at));
+            return Ok(Step::Ready(if table.exclusive { owned } else { shared }));
         }
         Ok(match self.l1_entry(l1)? {
             L1Entry::Absent => Step::Ready(TableState::Absent),
@@ -288,6 +288,11 @@ impl Mapping {
     /// How entries are read and written.
     pub(crate) fn format(&self) -> EntryFormat {
         self.format
+    }
+
+    /// Where an L1 entry lies, for messages.
+    pub(crate) fn l1_entry_at(&self, l1: u64) -> HostOffset {
+        HostOffset(self.l1_at.0 + l1 * 8)
     }
 
     /// Where an entry of a table in memory lies, for messages.

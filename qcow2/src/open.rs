@@ -379,6 +379,13 @@ pub(crate) async fn load_core(
     if snapshots.len > 0 {
         core.fixed.push(Run { start: snapshots_at, count: geometry.clusters(snapshots.len) });
     }
+    for entry in &snapshots.entries {
+        let count = geometry.clusters(u64::from(entry.l1_entries) * 8);
+        core.fixed.push(Run { start: geometry.host_cluster(entry.l1_at), count });
+    }
+    if writing {
+        core.find_tables();
+    }
     Ok(core)
 }
 

@@ -126,7 +126,11 @@ impl Core {
             };
             let first = self.geometry.host_cluster(host);
             let last = self.geometry.host_cluster(HostOffset(host.0 + extent.range.len() - 1));
-            self.check_target(Run { start: first, count: last.0 - first.0 + 1 }, host)?;
+            let run = Run { start: first, count: last.0 - first.0 + 1 };
+            self.check_target(run, host)?;
+            if !self.has_own_clusters(run, host)? {
+                return Ok(Step::Ready(None));
+            }
             at = extent.range.end();
             moves.push(Move::Payload { guest: extent.range, host });
         }
@@ -223,7 +227,12 @@ impl Core {
             self.check_target(run, self.map.entry_at(l1, l2))?;
         }
         Ok(match entry {
-            L2Entry::Cluster(Cluster { host, alloc, zero }) => {
+            L2Entry::Cluster(Cluster { mut host, alloc, zero }) => {
+                if let (Some(host), Some(run)) = (&mut host, drops)
+                    && host.exclusive
+                {
+                    host.exclusive = self.has_own_clusters(run, self.map.entry_at(l1, l2))?;
+                }
                 let fill = host.map_or(Fill::Zero, |host| Fill::Copy(host.at));
                 Stored { host, alloc, zero, fill, drops, is_compressed: false }
             }
@@ -417,9 +426,15 @@ impl Core {
             Step::Load(table) => return Ok(Step::Load(table)),
             Step::Grow(to) => return Ok(Step::Grow(to)),
         };
-        if state == TableState::Owned {
-            return Ok(Step::Ready(()));
-        }
+        let state = match state {
+            TableState::Owned(at) => match self.doubt(l1, at)? {
+                Step::Ready(true) => TableState::Shared(at),
+                Step::Ready(false) => return Ok(Step::Ready(())),
+                Step::Load(table) => return Ok(Step::Load(table)),
+                Step::Grow(to) => return Ok(Step::Grow(to)),
+            },
+            other => other,
+        };
         let (run, _) = match self.reserve(1)? {
             Step::Ready(fresh) => fresh,
             Step::Load(table) => return Ok(Step::Load(table)),
@@ -428,7 +443,7 @@ impl Core {
         self.map.insert_new(l1, self.geometry.host_offset(run.start));
         self.tables.insert(run.start);
         if let TableState::Shared(old) = state {
-            self.tables.remove(&self.geometry.host_cluster(old));
+            self.tables.remove(self.geometry.host_cluster(old));
             self.drop_reference(self.geometry.host_cluster(old));
         }
         Ok(Step::Ready(()))

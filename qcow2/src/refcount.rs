@@ -256,6 +256,12 @@ impl Refcounts {
         })
     }
 
+    /// The refcount of a cluster if its block is in memory.
+    pub(crate) fn peek(&self, cluster: HostCluster) -> Option<u64> {
+        let block = self.blocks.get(&self.block_of(cluster))?;
+        Some(self.width.get(&block.bytes, cluster.0 % self.per_block()))
+    }
+
     /// Sets the refcount of a cluster whose block is in memory. Says whether it could.
     pub(crate) fn set(&mut self, cluster: HostCluster, value: u64) -> bool {
         let at = self.block_of(cluster);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use block::{ByteRange, Hold, HostError, try_join_all};
+use block::{ByteRange, ErrorKind, Hold, HostError, HostOp, try_join_all};
 use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
@@ -74,8 +74,17 @@ impl Inner {
             _gate: gate,
         });
         let hold: Hold = Some(Arc::clone(&pass) as _);
+        let checked = self.core.lock().check_plan(&plan);
+        if let Err(fault) = checked {
+            let error = self.fault(fault);
+            self.give_up_changing(live, &error).await;
+            return Err(error);
+        }
         if let Err(error) = write_plan(live, plan, &hold).await {
-            return Err(self.poison(Error::Host(error)));
+            // No room for a write: what it was to change is in memory still, and nothing points at it yet.
+            let undone = error.kind() == ErrorKind::NoSpace && error.op != HostOp::Sync;
+            let error = Error::Host(error);
+            return Err(if undone { error } else { self.poison(error) });
         }
         pass.landed();
         self.free_dropped(live, &pass, &hold).await;

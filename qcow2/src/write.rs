@@ -3,13 +3,15 @@
 
 use std::sync::Arc;
 
-use block::{BufferPool, ByteRange, Hold, RangeGuard, Segment, ZeroMode, is_zero, try_join_all};
+use block::{
+    BufferPool, ByteRange, Hold, HostFile, RangeGuard, Segment, ZeroMode, is_zero, try_join_all,
+};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::clear::Clear;
 use crate::core::Core;
-use crate::data::{needs_whole_sectors, read_data, write_data};
+use crate::data::{needs_whole_sectors, read_data, write_data, zero_data};
 use crate::error::Error;
 use crate::image::{Inner, Live};
 use crate::plan::{Area, Fill, Move, Reservation, slice_of};
@@ -68,15 +70,16 @@ impl Inner {
         if self.write_in_place(range, data).await? {
             return Ok(());
         }
-        let allocate = allocate || self.info.raw_data;
+        // Raw data reads like the disk, whatever entries say.
+        let as_data = allocate || self.info.raw_data;
         let zeros: Vec<bool> = range
             .pieces(self.info.subcluster_bytes)
-            .map(|piece| !allocate && is_zero(&slice_of(data, range.start(), piece)))
+            .map(|piece| !as_data && is_zero(&slice_of(data, range.start(), piece)))
             .collect();
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
         self.record_change(&live, range).await?;
-        let plan = self.step(&live, |core| core.plan_write(range, &zeros)).await?;
+        let plan = self.change(&live, |core| core.plan_write(range, &zeros)).await?;
         let ticket = Arc::new(Ticket {
             core: Arc::clone(&self.core),
             reservation: Mutex::new(Some(plan.reservation)),
@@ -104,7 +107,7 @@ impl Inner {
         let live = self.live()?;
         self.record_change(&live, range).await?;
         // Another request may have changed the mapping before the lock was ours.
-        let plan = self.step(&live, |core| core.plan_in_place(range)).await?;
+        let plan = self.change(&live, |core| core.plan_in_place(range)).await?;
         let Some(moves) = plan else { return Ok(false) };
         let hold: Hold = Some(Arc::new(guard));
         self.run_moves(&live, &moves, range.start(), data, &hold).await?;
@@ -210,17 +213,16 @@ impl Inner {
         let how = if mode.keep_allocated { Clear::AllocatedZeroes } else { Clear::Zeroes };
         let live = self.live()?;
         if mode.fast_only {
+            let raw = self.info.raw_data;
             let writes = !(head.is_empty() && tail.is_empty())
-                || self.step(&live, |core| core.clearing_writes(middle, how)).await?;
+                || (raw && !live.data.as_ref().is_some_and(HostFile::has_fast_zeroes))
+                || self.change(&live, |core| core.clearing_writes(middle, how)).await?;
             if writes {
                 let what = "zeroing without writing";
                 return Err(Error::Request(block::DeviceError::NotSupported { what }));
             }
         }
         self.before_change(&live).await?;
-        if self.info.raw_data {
-            return self.zero_raw_data(range).await;
-        }
         for part in [head, tail] {
             self.write_zeros_as_data(part, mode.keep_allocated).await?;
         }
@@ -232,23 +234,7 @@ impl Inner {
         let (_, middle, _) = self.whole_subclusters(range);
         let live = self.live()?;
         self.before_change(&live).await?;
-        if self.info.raw_data {
-            return self.zero_raw_data(middle).await;
-        }
         self.clear(middle, Clear::Discard).await
-    }
-
-    /// Zeros in a data file that reads like the disk: there, whatever the entries say. What is mapped stays mapped;
-    /// what is not reads as zeros anyway, because no backing file goes with such a data file.
-    async fn zero_raw_data(&self, range: ByteRange) -> Result<(), Error> {
-        for piece in range.pieces(self.info.l2_coverage) {
-            let guard = self.guests.lock_exclusive(self.widen(piece)).await;
-            let live = self.live()?;
-            if let Some(data) = &live.data {
-                data.write_zeroes(piece, Some(Arc::new(guard))).await?;
-            }
-        }
-        Ok(())
     }
 
     /// Clears whole subclusters, table by table: who waits for one of them does not wait for a whole disk.
@@ -257,7 +243,14 @@ impl Inner {
             let guard = self.guests.lock_exclusive(self.widen(piece)).await;
             let live = self.live()?;
             self.record_change(&live, piece).await?;
-            let rest = self.step(&live, |core| core.clear(piece, how)).await?;
+            if self.info.raw_data && live.cipher.is_none() {
+                // The data file must read like the disk; what entries say is right already: what is mapped stays
+                // mapped, what is not reads as zeros, because no backing file goes with such a data file.
+                let keeps = how == Clear::AllocatedZeroes;
+                zero_data(&live, piece, keeps, &Some(Arc::new(guard))).await?;
+                continue;
+            }
+            let rest = self.change(&live, |core| core.clear(piece, how)).await?;
             drop(guard);
             for part in rest {
                 self.write_zeros_as_data(part, how == Clear::AllocatedZeroes).await?;

@@ -121,10 +121,15 @@ fn entries_that_point_at_metadata_are_never_written_through() {
             let storage = MemoryStorage::from_bytes(bytes.clone(), 1);
             let image = shape.open(&storage).await.unwrap();
             let later = Durability::Deferred;
+            // What comes before is kept.
+            image.write(4096, pattern(3, 4096).into(), later).await.unwrap();
             assert!(image.write(0, pattern(2, 4096).into(), later).await.is_err());
             assert!(image.write_zeroes(range(0, 4096), ZeroMode::default(), later).await.is_err());
             assert!(image.discard(range(0, 4096), later).await.is_err());
-            image.write(4096, pattern(3, 4096).into(), later).await.unwrap();
+            let refused = image.write(8192, pattern(4, 4096).into(), later).await.unwrap_err();
+            assert!(refused.to_string().contains("marked corrupt"), "{refused}");
+            assert!(image.read(range(4096, 4096)).await.unwrap().to_vec() == pattern(3, 4096));
+            assert_eq!(storage.crash_image_seeded(storage.log_len(), 0).snapshot()[79], 2);
             image.close().await.unwrap();
             let after = storage.snapshot();
             let at = usize::try_from(target).unwrap();

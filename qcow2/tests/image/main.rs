@@ -8,6 +8,7 @@ mod checking;
 mod common;
 mod compressed;
 mod convert;
+mod corrupt;
 mod crash;
 mod crash_crowd;
 mod create;

@@ -41,6 +41,23 @@ impl RunSet {
         (*last >= start).then_some((*first, *last))
     }
 
+    /// Takes the clusters of a run out.
+    pub(crate) fn remove(&mut self, run: Run) {
+        let (start, end) = (run.start.0, run.end().0);
+        while let Some((first, last)) = self.runs.range(..end).next_back().map(|(s, e)| (*s, *e)) {
+            if last <= start || run.count == 0 {
+                return;
+            }
+            self.runs.remove(&first);
+            if last > end {
+                self.runs.insert(end, last);
+            }
+            if first < start {
+                self.runs.insert(first, start);
+            }
+        }
+    }
+
     /// Whether a cluster is in both.
     pub(crate) fn overlaps(&self, run: Run) -> bool {
         let before = self.runs.range(..run.end().0).next_back();
@@ -249,6 +266,8 @@ impl Core {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -256,16 +275,22 @@ mod tests {
     proptest! {
         #[test]
         fn a_run_set_is_a_set(
-            runs in prop::collection::vec((0u64..64, 0u64..9), 0..20), ask in (0u64..64, 1u64..9),
+            runs in prop::collection::vec((any::<bool>(), 0u64..64, 0u64..9), 0..30), ask in (0u64..64, 1u64..9),
         ) {
-            let mut set = RunSet::default();
-            for (start, count) in &runs {
-                set.push(Run { start: HostCluster(*start), count: *count });
+            let (mut set, mut model) = (RunSet::default(), BTreeSet::new());
+            for (add, start, count) in &runs {
+                let run = Run { start: HostCluster(*start), count: *count };
+                if *add {
+                    set.push(run);
+                    model.extend(*start..start + count);
+                } else {
+                    set.remove(run);
+                    model.retain(|at| !(*start..start + count).contains(at));
+                }
             }
-            let has = |at: u64| runs.iter().any(|(s, c)| (*s..s + c).contains(&at));
             let asked = Run { start: HostCluster(ask.0), count: ask.1 };
-            prop_assert_eq!(set.overlaps(asked), (ask.0..ask.0 + ask.1).any(has));
-            prop_assert_eq!(set.end(), runs.iter().filter(|r| r.1 > 0).map(|r| r.0 + r.1).max().unwrap_or(0));
+            prop_assert_eq!(set.overlaps(asked), model.range(ask.0..ask.0 + ask.1).next().is_some());
+            prop_assert_eq!(set.end(), model.last().map_or(0, |last| last + 1));
         }
     }
 }

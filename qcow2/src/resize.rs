@@ -136,7 +136,7 @@ impl Inner {
         self.switch_quietly(&live, &quiet, header).await?;
         let mut core = self.core.lock();
         core.map.move_l1(at, needed);
-        core.fixed.retain(|fixed| *fixed != old);
+        core.fixed.remove(old);
         core.fixed.push(run);
         if old.start.0 != 0 {
             core.drop_references(Some(old));
@@ -256,7 +256,7 @@ impl Core {
     fn drop_table(&mut self, l1: u64) -> Result<Step<()>, Fault> {
         match self.map.load_state(l1)? {
             Step::Ready(TableState::Absent) => return Ok(Step::Ready(())),
-            Step::Ready(TableState::Owned | TableState::Shared(_)) => {}
+            Step::Ready(TableState::Owned(_) | TableState::Shared(_)) => {}
             Step::Load(table) => return Ok(Step::Load(table)),
             Step::Grow(to) => return Ok(Step::Grow(to)),
         }

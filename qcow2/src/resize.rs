@@ -272,7 +272,7 @@ impl Core {
         }
         if let Some(at) = self.map.forget_table(l1) {
             let cluster = self.geometry.host_cluster(at);
-            self.tables.remove(&cluster);
+            self.tables.remove(cluster);
             self.drop_reference(cluster);
         }
         Ok(Step::Ready(()))

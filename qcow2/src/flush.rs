@@ -36,7 +36,7 @@ impl Core {
     /// taken too, or was before.
     pub(crate) fn capture(&mut self) -> (FlushPlan, Captured) {
         let (mut first, mut link, refs) = self.refs.capture();
-        let (tables, last, map) = self.map.capture();
+        let (tables, mut last, map) = self.map.capture();
         first.extend(tables);
         if !refs.left.is_empty() {
             let run = self.refs.table_run();
@@ -47,6 +47,10 @@ impl Core {
         }
         for writes in [&mut first, &mut link] {
             writes.sort_unstable_by_key(|write| write.at);
+        }
+        if self.header.is_dirty() {
+            // After a crash all refcounts are counted anew: they need not be there before what relies on them.
+            last.append(&mut link);
         }
         let dropped = std::mem::take(&mut self.dropped);
         (FlushPlan { first, link, last }, Captured { map, refs, dropped })

@@ -259,15 +259,24 @@ impl Header {
         self.incompatible = if on { self.incompatible | bits } else { self.incompatible & !bits };
     }
 
-    /// The first sector without the autoclear bits of data that we do not keep up to date, where one is on.
-    pub(crate) fn sector_without_autoclear(&self) -> Option<Vec<u8>> {
-        let mut cleared = self.clone();
-        cleared.clear_autoclear();
-        (self.autoclear != cleared.autoclear).then(|| cleared.sector())
+    /// The first sector as it must be before anything in the image changes, where that is another one: without the
+    /// autoclear bits of data that we do not keep up to date, and dirty where refcounts may stay behind.
+    pub(crate) fn sector_for_changing(&self) -> Option<Vec<u8>> {
+        let mut changing = self.clone();
+        changing.begin_changing();
+        (changing != *self).then(|| changing.sector())
+    }
+
+    /// Notes that [`Header::sector_for_changing`] is on disk.
+    pub(crate) fn begin_changing(&mut self) {
+        self.clear_autoclear();
+        if self.has_lazy_refcounts() {
+            self.set_incompatible(DIRTY, true);
+        }
     }
 
     /// Notes that the autoclear bits of data that we do not keep up to date are off on disk.
-    pub(crate) fn clear_autoclear(&mut self) {
+    fn clear_autoclear(&mut self) {
         // Raw data stays raw: clusters of an external file never move. Bitmaps are kept up to date.
         let kept = if self.has_data_file() { RAW_EXTERNAL_DATA } else { 0 };
         let kept = kept | if self.extensions.bitmaps.is_some() { BITMAPS } else { 0 };

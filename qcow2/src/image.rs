@@ -310,7 +310,7 @@ impl Inner {
     }
 
     /// Once, before anything in the image changes: what the image says of data that we do not keep up to date
-    /// (unknown autoclear features) is withdrawn, durably.
+    /// (unknown autoclear features) is withdrawn, durably, and the dirty bit is set where refcounts may stay behind.
     ///
     /// # Errors
     /// [`Feature::WritingCorrupt`] where corruption was met since the image was opened; what the host fails at.
@@ -321,7 +321,7 @@ impl Inner {
         self.first_change
             .get_or_try_init(|| async {
                 let _gate = self.flush_gate.lock().await;
-                let sector = self.core.lock().header.sector_without_autoclear();
+                let sector = self.core.lock().header.sector_for_changing();
                 let Some(sector) = sector else { return Ok(()) };
                 let write = live.file.write(HostOffset(0).0, sector.into(), None).await;
                 let done = match write {
@@ -330,7 +330,7 @@ impl Inner {
                 };
                 done.map_err(|error| self.poison(Error::Host(error)))?;
                 // Not before: whoever drops this future half-way leaves it to the next.
-                self.core.lock().header.clear_autoclear();
+                self.core.lock().header.begin_changing();
                 Ok(())
             })
             .await

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use block::{BlockDevice, ByteRange, DeviceError, HostFile, Limits, RawDevice};
 
 use crate::backing::{Found, References, Trail};
+use crate::check::rebuild_dirty;
 use crate::core::Core;
 use crate::create::BackingFormat;
 use crate::encryption::{self, Passphrase};
@@ -303,9 +304,14 @@ async fn open_with_header(
     if !read_only && header.is_corrupt() {
         return Err(fault(Fault::Unsupported(Feature::WritingCorrupt)));
     }
-    if !read_only && header.is_dirty() {
-        return Err(fault(Fault::Unsupported(Feature::WritingDirty)));
-    }
+    let header = if read_only || !header.is_dirty() {
+        header
+    } else {
+        // It was not closed cleanly: its refcounts may be wrong, and allocating would overwrite what they miss.
+        tracing::warn!(image = %file.path().display(), "it was not closed cleanly: counting its references");
+        rebuild_dirty(&file).await?;
+        read_header(&file).await?
+    };
     let header = match &options.snapshot {
         None => header,
         Some(_) if !read_only => return Err(snapshot_error(&file, SnapshotError::ReadOnly)),

@@ -11,6 +11,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::core::Core;
 use crate::error::Error;
 use crate::flush::{Captured, FlushPlan};
+use crate::header::DIRTY;
 use crate::image::{Inner, Live};
 use crate::refcount::MetaWrite;
 use crate::units::Run;
@@ -150,7 +151,22 @@ impl Inner {
             live.file.set_len(end).await?;
         }
         live.file.sync().await?;
+        self.end_changing(&live).await?;
         saved
+    }
+
+    /// Everything is durable: refcounts that may stay behind have not, and the dirty bit goes.
+    async fn end_changing(&self, live: &Live) -> Result<(), Error> {
+        let sector = {
+            let mut core = self.core.lock();
+            if !core.header.is_dirty() {
+                return Ok(());
+            }
+            core.header.set_incompatible(DIRTY, false);
+            core.header.sector()
+        };
+        live.file.write(0, sector.into(), None).await?;
+        Ok(live.file.sync().await?)
     }
 }
 

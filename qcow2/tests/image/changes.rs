@@ -463,3 +463,49 @@ fn data_files_that_may_not_be_are_refused_at_once() {
     let refused = block_on(Image::create_with_data(&file, Some(&file), &CreateOptions::new(MIB)));
     assert!(matches!(refused, Err(Error::Invalid { .. })));
 }
+
+#[test]
+fn lazy_refcounts_are_dirty_while_they_change_and_counted_anew_after_a_crash() {
+    block_on(async {
+        let options = CreateOptions::new(200 << 10).cluster_bytes(512).lazy_refcounts(true);
+        let storage = MemoryStorage::with_alignment(512);
+        Image::create_on(&host(&storage), &options).await.unwrap();
+        let storage = MemoryStorage::from_bytes(storage.snapshot(), 512);
+        storage.without_fallocate();
+        let dirty = |storage: &MemoryStorage| storage.snapshot()[79] & 1 == 1;
+        let image = Image::open_on(host(&storage), None, OpenOptions::writing()).await.unwrap();
+        assert!(!dirty(&storage), "nothing has changed");
+        let mut moments = vec![(0, vec![0; 200 << 10])];
+        for n in 0..6u64 {
+            let mut model = moments.last().unwrap().1.clone();
+            let at = usize::try_from(n * 30_000).unwrap();
+            model[at..at + 20_000].copy_from_slice(&pattern(n + 1, 20_000));
+            let bytes = pattern(n + 1, 20_000);
+            image.write(n * 30_000, bytes.into(), Durability::Durable).await.unwrap();
+            assert!(dirty(&storage));
+            moments.push((storage.log_len(), model));
+        }
+        for ops in 0..=storage.log_len() {
+            let left = storage.crash_image_seeded(ops, ops as u64);
+            let was_dirty = dirty(&left);
+            let image = Image::open_on(host(&left), None, OpenOptions::writing()).await.unwrap();
+            assert!(!image.info().is_dirty, "repaired while it was opened");
+            let now = read_all(&image).await;
+            let first = moments.iter().rposition(|(durable, _)| *durable <= ops).unwrap();
+            for (n, sector) in now.chunks(512).enumerate() {
+                let at = n * 512;
+                let mut allowed = moments[first..].iter().take(2);
+                assert!(allowed.any(|(_, model)| model[at..at + sector.len()] == *sector));
+            }
+            image.write(100, pattern(9, 3000).into(), Durability::Durable).await.unwrap();
+            image.close().await.unwrap();
+            assert!(!dirty(&left));
+            if was_dirty {
+                check(&left.snapshot()).assert_clean(&format!("cut after {ops}"));
+            }
+        }
+        image.close().await.unwrap();
+        assert!(!dirty(&storage));
+        check(&storage.snapshot()).assert_clean("closed");
+    });
+}

@@ -82,9 +82,12 @@ impl Vmdk {
         let owned = path.to_owned();
         let names = on_file(path, move || VmdkFileReader::extent_dependencies(&owned)).await?;
         for extent in &names {
-            let name = extent.display().to_string();
-            let resolved = trail.permit(path, &name, extent)?;
-            let file = HostFile::open(&resolved, host.clone()).await?;
+            // The library tells where extents are, not how the descriptor spells them.
+            let extent = std::path::absolute(extent)
+                .map_err(|source| Error::Path { path: extent.clone(), source })?;
+            let place = trail.place(path, extent.as_os_str().as_encoded_bytes())?;
+            let file = HostFile::open(&place.path, host.clone()).await?;
+            place.confirm(&file)?;
             check_extent(path, &file).await?;
             files.push(file);
         }

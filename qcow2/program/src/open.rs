@@ -301,6 +301,7 @@ pub(crate) fn qcow2_options(how: &How, access: &Access) -> anyhow::Result<qcow2:
         direct: how.cache.direct,
         passphrases: access.secrets.all()?,
         snapshot: how.snapshot.clone(),
+        ..qcow2::OpenOptions::reading()
     })
 }
 

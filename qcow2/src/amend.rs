@@ -12,7 +12,7 @@ use crate::header::{
     BITMAPS, CRYPT_NONE, DIRTY, Header, LAZY_REFCOUNTS, MAX_BACKING_NAME_BYTES, RAW_EXTERNAL_DATA,
     feature_names,
 };
-use crate::image::{Image, Inner};
+use crate::image::Image;
 use crate::open::parse_header;
 use crate::read::LayerState;
 use crate::refcount::RefcountWidth;

@@ -159,7 +159,7 @@ impl Inner {
     async fn end_changing(&self, live: &Live) -> Result<(), Error> {
         let sector = {
             let mut core = self.core.lock();
-            if !core.header.is_dirty() {
+            if !core.header.is_dirty() || core.header.is_corrupt() {
                 return Ok(());
             }
             core.header.set_incompatible(DIRTY, false);

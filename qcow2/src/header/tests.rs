@@ -76,7 +76,7 @@ fn meaning(header: &Header) -> Header {
 
 /// Performs the stages of a change; at every cut, with any of the sectors of a stage on disk, the header is the old or
 /// the new one.
-fn switch(disk: &mut Vec<u8>, old: &Header, new: &mut Header) -> Header {
+fn switch(disk: &mut [u8], old: &Header, new: &mut Header) -> Header {
     let stages = old.rewrite(new).unwrap();
     let mut changed = false;
     for stage in stages {
@@ -84,7 +84,7 @@ fn switch(disk: &mut Vec<u8>, old: &Header, new: &mut Header) -> Header {
         let write = &stage[0];
         let sectors = write.bytes.len().div_ceil(512);
         for torn in 0..8u32 {
-            let mut cut = disk.clone();
+            let mut cut = disk.to_vec();
             apply(&mut cut, write, |n| torn >> (n % 3) & 1 == 1);
             let found = Header::parse(&cut).unwrap();
             // What was zero between fields and extensions may hold remains until the last stage.
@@ -277,7 +277,7 @@ enum Change {
 }
 
 fn any_change() -> impl Strategy<Value = Change> {
-    let name = |len| prop::option::of(prop::collection::vec(b'a'..b'z', 1..len));
+    let name = |len| prop::option::of(prop::collection::vec(b'a'..=b'z', 1..len));
     prop_oneof![
         name(1023).prop_map(Change::Backing),
         name(40).prop_map(Change::Backing),
@@ -291,7 +291,7 @@ proptest! {
     #[test] // Whatever is cut or torn, the header on disk is the old or the new one; unknown extensions stay.
     fn every_change_of_a_header_is_all_or_nothing(
         extensions in any_extensions(),
-        backing in prop::option::of(prop::collection::vec(b'a'..b'z', 1..500)),
+        backing in prop::option::of(prop::collection::vec(b'a'..=b'z', 1..500)),
         names: bool,
         changes in prop::collection::vec(any_change(), 1..12),
     ) {

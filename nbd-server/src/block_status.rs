@@ -5,6 +5,7 @@
 
 use block::{ByteRange, Extent};
 
+use crate::extent_source::FlaggedExtent;
 use crate::wire::allocation;
 
 /// A run of bytes with the same flags in one context.
@@ -55,7 +56,26 @@ impl Descriptors {
     /// # Errors
     /// [`BrokenExtents`] where they do not begin there, leave a gap or are empty.
     pub fn push(&mut self, extents: &[Extent]) -> Result<(), BrokenExtents> {
-        if extents.is_empty() {
+        let flagged = |extent: &Extent| FlaggedExtent {
+            range: extent.range,
+            flags: allocation_flags(extent),
+        };
+        self.push_all(extents.iter().map(flagged))
+    }
+
+    /// As [`Self::push`], for what a source of extents told.
+    ///
+    /// # Errors
+    /// As [`Self::push`].
+    pub fn push_flagged(&mut self, extents: &[FlaggedExtent]) -> Result<(), BrokenExtents> {
+        self.push_all(extents.iter().copied())
+    }
+
+    fn push_all(
+        &mut self,
+        extents: impl ExactSizeIterator<Item = FlaggedExtent>,
+    ) -> Result<(), BrokenExtents> {
+        if extents.len() == 0 {
             return Err(BrokenExtents);
         }
         for extent in extents {
@@ -66,7 +86,7 @@ impl Descriptors {
             if extent.range.start() > self.rest.start() || range.is_empty() {
                 return Err(BrokenExtents);
             }
-            self.push_one(range.len(), allocation_flags(extent))?;
+            self.push_one(range.len(), extent.flags)?;
         }
         Ok(())
     }

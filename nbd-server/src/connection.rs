@@ -355,8 +355,7 @@ impl Session {
     async fn work(&self, command: Command, payload: Bytes) -> Answer {
         let export = &self.attachment.export;
         let work = execute(
-            &*export.device,
-            &export.tally,
+            export,
             command,
             payload,
             &self.agreement.contexts,

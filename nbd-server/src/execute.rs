@@ -2,11 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
-use block::{BlockDevice, ByteRange, DeviceError, ErrorKind};
+use block::{ByteRange, DeviceError, ErrorKind};
 use bytes::Bytes;
 
 use crate::block_status::Descriptors;
-use crate::export::Tally;
+use crate::export::Served;
 use crate::handshake::{MetaContext, SelectedContext};
 use crate::reply::Answer;
 use crate::request::Command;
@@ -14,13 +14,13 @@ use crate::wire::error;
 
 /// Executes `command`; `payload` is that of a WRITE and empty otherwise.
 pub(crate) async fn execute(
-    device: &dyn BlockDevice,
-    tally: &Tally,
+    export: &Served,
     command: Command,
     payload: Bytes,
     contexts: &[SelectedContext],
     status_extents: usize,
 ) -> Answer {
+    let (device, tally) = (&*export.device, &export.tally);
     let add = |counter: &std::sync::atomic::AtomicU64, range: ByteRange| {
         counter.fetch_add(range.len(), Ordering::Relaxed);
     };
@@ -51,7 +51,7 @@ pub(crate) async fn execute(
         }
         Command::BlockStatus { range, one } => {
             let limit = if one { 1 } else { status_extents };
-            return block_status(device, range, limit, contexts).await;
+            return block_status(export, range, limit, contexts).await;
         }
     };
     match done {
@@ -60,25 +60,38 @@ pub(crate) async fn execute(
     }
 }
 
-/// Asks the device until the range is covered or the reply is full. Every context is told the same way.
+/// Asks the device, or what else knows a context, until the range is covered or the reply is full. Every context is
+/// told the same way.
 async fn block_status(
-    device: &dyn BlockDevice,
+    export: &Served,
     range: ByteRange,
     limit: usize,
     contexts: &[SelectedContext],
 ) -> Answer {
     let mut replies = Vec::with_capacity(contexts.len());
     for selected in contexts {
-        let MetaContext::Allocation = selected.context;
         let mut status = Descriptors::new(range, limit);
         while let Some(rest) = status.rest() {
-            let extents = match device.extents(rest).await {
-                Ok(extents) => extents,
-                Err(error) => return failed(&error, Command::BlockStatus { range, one: false }),
+            let told = match &selected.context {
+                MetaContext::Allocation => {
+                    let extents = export.device.extents(rest).await;
+                    extents.map(|extents| status.push(&extents))
+                }
+                MetaContext::Source(name) => match export.sources.get(name) {
+                    Some(source) => {
+                        let extents = source.extents(rest).await;
+                        extents.map(|extents| status.push_flagged(&extents))
+                    }
+                    None => return broken("the context is gone"),
+                },
             };
-            if let Err(error) = status.push(&extents) {
-                tracing::error!(%error, %range);
-                return broken("the device does not know its extents");
+            match told {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(%error, %range, context = selected.context.name());
+                    return broken("the device does not know its extents");
+                }
+                Err(error) => return failed(&error, Command::BlockStatus { range, one: false }),
             }
         }
         replies.push((selected.id, status.into_vec()));

@@ -1,11 +1,13 @@
 //! An export: a device under a name, its counters and the connections that hold it. Which names are taken is known to
 //! the server's table.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::BlockDevice;
 
+use crate::extent_source::ExtentSource;
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportFacts, MetaContext};
 use crate::limits::Limits;
@@ -20,6 +22,7 @@ pub struct Export {
     device: Arc<dyn BlockDevice>,
     read_only: bool,
     default_export: bool,
+    sources: Vec<(String, Arc<dyn ExtentSource>)>,
 }
 
 impl std::fmt::Debug for Export {
@@ -37,6 +40,7 @@ impl Export {
             device,
             read_only: false,
             default_export: false,
+            sources: Vec::new(),
         }
     }
 
@@ -61,6 +65,14 @@ impl Export {
         self
     }
 
+    /// Offers another metadata context to BLOCK_STATUS: `name` with its namespace, as `qemu:dirty-bitmap:NAME`, UTF-8
+    /// without NUL, at most 4096 bytes. `source` is asked at each request, so that clients see what it knows then.
+    #[must_use]
+    pub fn context(mut self, name: impl Into<String>, source: Arc<dyn ExtentSource>) -> Self {
+        self.sources.push((name.into(), source));
+        self
+    }
+
     pub(crate) fn is_default(&self) -> bool {
         self.default_export
     }
@@ -81,8 +93,13 @@ pub enum ExportError {
     #[error("the export {0:?} is already the default one")]
     DefaultTaken(String),
     /// The name or the description breaks the protocol's rules for strings.
-    #[error("a name or description holds a NUL byte or is longer than {MAX_STRING_BYTES} bytes")]
+    #[error(
+        "a name, description or metadata context holds a NUL byte or is longer than {MAX_STRING_BYTES} bytes"
+    )]
     BadString,
+    /// Two metadata contexts have one name, or the name of one has no namespace.
+    #[error("a metadata context cannot be named {0:?}: it needs a namespace and a name of its own")]
+    Context(String),
     /// There is no export of that name.
     #[error("there is no export named {0:?}")]
     Unknown(String),
@@ -172,6 +189,7 @@ impl Tally {
 pub(crate) struct Served {
     pub(crate) facts: ExportFacts,
     pub(crate) device: Arc<dyn BlockDevice>,
+    pub(crate) sources: HashMap<Arc<str>, Arc<dyn ExtentSource>>,
     pub(crate) tally: Tally,
     /// Connections that are to leave see this raised.
     pub(crate) closing: Signal,
@@ -199,6 +217,20 @@ impl Served {
         if is_bad(&export.name) || is_bad(&export.description) {
             return Err(ExportError::BadString);
         }
+        let mut contexts = vec![MetaContext::Allocation];
+        let mut sources = HashMap::new();
+        for (name, source) in export.sources {
+            if is_bad(&name) {
+                return Err(ExportError::BadString);
+            }
+            let is_known = contexts.iter().any(|context| context.name() == name);
+            if is_known || !name.contains(':') {
+                return Err(ExportError::Context(name));
+            }
+            let name = Arc::<str>::from(name);
+            contexts.push(MetaContext::Source(Arc::clone(&name)));
+            sources.insert(name, source);
+        }
         let device = export.device.limits();
         let facts = ExportFacts {
             name: export.name,
@@ -207,11 +239,12 @@ impl Served {
             read_only: export.read_only || device.read_only,
             preferred_bytes: device.preferred_bytes,
             max_payload_bytes: limits.max_payload_bytes,
-            contexts: vec![MetaContext::Allocation],
+            contexts,
         };
         Ok(Self {
             facts,
             device: export.device,
+            sources,
             tally: Tally::default(),
             closing: Signal::default(),
             connections: Arc::default(),

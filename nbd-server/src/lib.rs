@@ -41,6 +41,7 @@ pub mod client;
 mod connection;
 mod execute;
 mod export;
+mod extent_source;
 mod gauge;
 pub mod handshake;
 mod intake;
@@ -55,5 +56,6 @@ mod signal;
 pub mod wire;
 
 pub use export::{Counters, Export, ExportError, ExportStatus, Removal};
+pub use extent_source::{DIRTY, ExtentSource, FlaggedExtent};
 pub use limits::Limits;
 pub use server::{Server, ServerConfig, ShutdownReport};

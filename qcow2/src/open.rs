@@ -349,6 +349,8 @@ async fn view_of(file: &HostFile, header: Header, wanted: &str) -> Result<Header
     view.size_bytes = entry.disk_bytes.unwrap_or(view.size_bytes);
     view.l1_at = entry.l1_at;
     view.l1_entries = u64::from(entry.l1_entries);
+    // Bitmaps tell of the present disk.
+    view.set_bitmaps(None);
     Ok(view)
 }
 

@@ -1,6 +1,12 @@
 //! Sources whose server knows what changed: `qemu-nbd` with a dirty bitmap of a qcow2 image.
 
 use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent::{Address, SourceSpec};
+use block::{ByteRange, DeviceError, RawDevice};
+use nbd_server::{DIRTY, Export, ExtentSource, FlaggedExtent, Server, ServerConfig};
 
 use crate::support::{BLOCK, Bench, Disk, Peer, assert_same};
 
@@ -125,4 +131,48 @@ async fn a_bitmap_that_is_not_there_costs_a_full_and_digests_bridge_to_the_next_
     assert!(ran.disk().incremental);
     assert_eq!(ran.disk().data_bytes_sent, BLOCK);
     assert!(ran.disk().change_id.starts_with("bitmap:gone:"));
+}
+
+/// Says that every third block changed.
+struct EveryThird;
+
+#[async_trait::async_trait]
+impl ExtentSource for EveryThird {
+    async fn extents(&self, range: ByteRange) -> Result<Vec<FlaggedExtent>, DeviceError> {
+        let flags = |block: ByteRange| if (block.start() / BLOCK) % 3 == 0 { DIRTY } else { 0 };
+        let one = |range: ByteRange| FlaggedExtent { range, flags: flags(range) };
+        Ok(range.pieces(BLOCK).map(one).collect())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_own_server_tells_the_agent_what_changed() {
+    let bench = Bench::new();
+    let disk = Disk::sparse(bench.path(), "source", 32 * BLOCK);
+    disk.fill(0..32, 1);
+    let target = Disk::sparse(bench.path(), "target", 32 * BLOCK);
+    let peer = bench.serve("server", &target);
+    let server = Server::new(ServerConfig::default());
+    let device = RawDevice::open(&disk.path, false).await.unwrap();
+    let export = Export::new("disk", device)
+        .read_only(true)
+        .context("qemu:dirty-bitmap:changes", Arc::new(EveryThird));
+    server.add_export(export).unwrap();
+    let socket = bench.path().join("own.sock");
+    server.listen_unix(&socket).await.unwrap();
+    let source = || SourceSpec::Nbd {
+        address: Address::Unix(socket.clone()),
+        export: "disk".into(),
+        bitmap: Some("changes".into()),
+    };
+    let full = bench.run_one(source(), peer.target(""), None).await.unwrap();
+    assert_same(&disk, &target);
+    let id = full.disk().change_id.clone();
+    assert!(id.starts_with("bitmap:changes:"), "{id}");
+    disk.fill((0..32).step_by(3), 2);
+    let ran = bench.run_one(source(), peer.target(""), Some(&id)).await.unwrap();
+    assert_same(&disk, &target);
+    assert!(ran.disk().incremental);
+    assert_eq!(ran.disk().read_bytes, 11 * BLOCK);
+    server.shutdown(Duration::from_secs(5)).await;
 }

@@ -1,27 +1,32 @@
 //! What the handshake asks about exports, and the facts it hands on. Where exports live and how they come and go is
 //! told by [`crate::Server`].
 
+use std::sync::Arc;
+
 use crate::wire::{self, transmission_flag as flag};
 
 /// A metadata context that an export offers to BLOCK_STATUS.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MetaContext {
     /// `base:allocation`: holes and zeros.
     Allocation,
+    /// One of this name, which the export was given with an [`ExtentSource`](crate::ExtentSource).
+    Source(Arc<str>),
 }
 
 impl MetaContext {
     /// The name on the wire.
-    pub fn name(self) -> &'static str {
+    pub fn name(&self) -> &str {
         match self {
             Self::Allocation => "base:allocation",
+            Self::Source(name) => name,
         }
     }
 }
 
 /// A context chosen by a client, with the number by which replies name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SelectedContext {
     /// Unique within the connection.
     pub id: u32,

@@ -32,36 +32,36 @@ pub(super) fn parse(data: &[u8]) -> Result<Queries<'_>, Malformed> {
 }
 
 impl Queries<'_> {
-    /// What LIST shows: everything without a query, else what some query names, where a bare `base:` names the whole
-    /// namespace.
+    /// What LIST shows: everything without a query, else what some query names, where a bare `base:` or `qemu:` names
+    /// the whole namespace, and `qemu:dirty-bitmap:` all of that kind in it.
     pub(super) fn list(&self, offered: &[MetaContext]) -> Vec<MetaContext> {
         let wanted = |context: &MetaContext| {
             self.queries.is_empty()
                 || self.queries.iter().any(|query| {
-                    *query == context.name()
-                        || query.ends_with(':') && namespace(context.name()) == Some(*query)
+                    *query == context.name() || groups(context.name()).any(|group| group == *query)
                 })
         };
-        offered.iter().copied().filter(wanted).collect()
+        offered.iter().filter(|context| wanted(context)).cloned().collect()
     }
 
     /// What SET selects: only full names, each once, numbered from 1.
     pub(super) fn select(&self, offered: &[MetaContext]) -> Vec<SelectedContext> {
         (1..)
-            .zip(offered.iter().copied())
+            .zip(offered)
             .filter(|(_, context)| self.queries.contains(&context.name()))
-            .map(|(id, context)| SelectedContext { id, context })
+            .map(|(id, context)| SelectedContext { id, context: context.clone() })
             .collect()
     }
 }
 
-/// The namespace of a context's name, with its colon.
-fn namespace(name: &str) -> Option<&str> {
-    name.split_inclusive(':').next()
+/// The names that stand for a context among others: its namespace, and the kind in it where there is one, both with
+/// their colons. What follows is a leaf, which may hold colons of its own.
+fn groups(name: &str) -> impl Iterator<Item = &str> {
+    name.match_indices(':').take(2).map(|(at, _)| &name[..=at])
 }
 
 /// One reply about one context.
-pub(super) fn tell(id: u32, context: MetaContext, answer: &mut Answer<'_>) {
+pub(super) fn tell(id: u32, context: &MetaContext, answer: &mut Answer<'_>) {
     answer.reply(wire::reply::META_CONTEXT, |out| {
         out.put_u32(id);
         out.put_slice(context.name().as_bytes());

@@ -344,7 +344,7 @@ impl Handshake {
         match exports.look_up(queries.export) {
             Ok(facts) => {
                 for context in queries.list(&facts.contexts) {
-                    meta_context::tell(0, context, answer);
+                    meta_context::tell(0, &context, answer);
                 }
                 answer.ack();
             }
@@ -369,7 +369,7 @@ impl Handshake {
             Ok(facts) => {
                 let selected = queries.select(&facts.contexts);
                 for one in &selected {
-                    meta_context::tell(one.id, one.context, answer);
+                    meta_context::tell(one.id, &one.context, answer);
                 }
                 self.selection = Some((queries.export.to_owned(), selected));
                 answer.ack();

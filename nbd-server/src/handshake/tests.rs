@@ -374,6 +374,24 @@ fn list_without_a_query_and_with_a_bare_namespace_shows_what_there_is() {
 }
 
 #[test]
+fn a_namespace_and_a_kind_in_it_stand_for_all_of_theirs() {
+    let offered = ["base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:a:b", "qemu:depth"]
+        .map(|name| MetaContext::Source(name.into()));
+    let listed = |query: &[u8]| -> Vec<String> {
+        let data = queries(b"disk", &[query]);
+        let parsed = super::meta_context::parse(&data).unwrap();
+        parsed.list(&offered).iter().map(|context| context.name().to_owned()).collect()
+    };
+    assert_eq!(listed(b"qemu:"), ["qemu:dirty-bitmap:a", "qemu:dirty-bitmap:a:b", "qemu:depth"]);
+    assert_eq!(listed(b"qemu:dirty-bitmap:"), ["qemu:dirty-bitmap:a", "qemu:dirty-bitmap:a:b"]);
+    assert_eq!(listed(b"qemu:dirty-bitmap:a:b"), ["qemu:dirty-bitmap:a:b"]);
+    // A leaf is no group, whatever it looks like.
+    for query in [&b"qemu:dirty-bitmap:a:"[..], b"qemu:dirty-bitmap", b"qemu:depth:", b":"] {
+        assert!(listed(query).is_empty());
+    }
+}
+
+#[test]
 fn set_selects_full_names_once_and_ignores_the_rest() {
     let mut talk = structured();
     let none: [&[&[u8]]; 3] = [&[], &[b"base:"], &[b"qemu:dirty-bitmap:x", b"base:other"]];

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use block::{BlockDevice, RawDevice};
-use qcow2::{Image, OpenOptions, References};
+use async_trait::async_trait;
+use block::{BlockDevice, ByteRange, DeviceError, RawDevice};
+use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
+use qcow2::{DirtyExtent, Image, OpenOptions, References};
 
 use super::options::{AllowReferences, ExportSpec, Format};
 
@@ -18,12 +20,19 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 pub(super) struct Opened {
     path: PathBuf,
     device: Arc<dyn BlockDevice>,
+    /// Contexts by name.
+    sources: Vec<(String, Arc<dyn ExtentSource>)>,
 }
 
 impl Opened {
     /// What to serve, and to close at the end.
     pub(super) fn device(&self) -> Arc<dyn BlockDevice> {
         Arc::clone(&self.device)
+    }
+
+    /// What the image tells beside where data lies.
+    pub(super) fn sources(&self) -> impl Iterator<Item = (String, Arc<dyn ExtentSource>)> {
+        self.sources.iter().cloned()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -42,19 +51,61 @@ pub(super) async fn open(
         Some(format) => format,
         None => recognise(path).with_context(cannot)?,
     };
-    let device: Arc<dyn BlockDevice> = match format {
-        Format::Raw => RawDevice::open(path, spec.read_only).await.with_context(cannot)?,
+    let (device, sources): (Arc<dyn BlockDevice>, _) = match format {
+        Format::Raw => {
+            let device = RawDevice::open(path, spec.read_only).await.with_context(cannot)?;
+            (device, Vec::new())
+        }
         Format::Qcow2 => {
-            let options = qcow2_options(spec.read_only, references);
-            Arc::new(Image::open(path, options).await.with_context(cannot)?)
+            let options = qcow2_options(spec, references);
+            let image = Image::open(path, options).await.with_context(cannot)?;
+            let sources = bitmaps(&image, spec).await.with_context(cannot)?;
+            (Arc::new(image), sources)
         }
     };
-    Ok(Opened { path: path.clone(), device })
+    Ok(Opened { path: path.clone(), device, sources })
+}
+
+/// The bitmaps of an image that were asked for, each of which must be there and tell every change.
+async fn bitmaps(
+    image: &Image,
+    spec: &ExportSpec,
+) -> Result<Vec<(String, Arc<dyn ExtentSource>)>, qcow2::Error> {
+    let mut sources: Vec<(String, Arc<dyn ExtentSource>)> = Vec::new();
+    for name in &spec.bitmaps {
+        let first = ByteRange::between(0, image.limits().size_bytes.min(1));
+        image.dirty_extents(name, first).await?;
+        let source = Bitmap { image: image.clone(), name: name.clone() };
+        sources.push((format!("qemu:dirty-bitmap:{name}"), Arc::new(source)));
+    }
+    Ok(sources)
+}
+
+/// A bitmap of an open image, as it is when a client asks.
+struct Bitmap {
+    image: Image,
+    name: String,
+}
+
+#[async_trait]
+impl ExtentSource for Bitmap {
+    async fn extents(&self, range: ByteRange) -> Result<Vec<FlaggedExtent>, DeviceError> {
+        let extents = self.image.dirty_extents(&self.name, range).await?;
+        let flagged = |extent: DirtyExtent| FlaggedExtent {
+            range: extent.range,
+            flags: if extent.dirty { DIRTY } else { 0 },
+        };
+        Ok(extents.into_iter().map(flagged).collect())
+    }
 }
 
 /// Locked, direct, and with backing files where they are allowed to be.
-fn qcow2_options(read_only: bool, references: Option<&AllowReferences>) -> OpenOptions {
-    let options = if read_only { OpenOptions::reading() } else { OpenOptions::writing() };
+fn qcow2_options(spec: &ExportSpec, references: Option<&AllowReferences>) -> OpenOptions {
+    let options = match &spec.snapshot {
+        Some(snapshot) => OpenOptions::reading().snapshot(snapshot),
+        None if spec.read_only => OpenOptions::reading(),
+        None => OpenOptions::writing(),
+    };
     options.references(match references {
         None => References::Confined,
         Some(AllowReferences::Any) => References::Any,

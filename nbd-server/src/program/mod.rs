@@ -65,10 +65,13 @@ fn limits(options: &Options) -> Limits {
 async fn start(server: &Server, options: &Options, opened: &mut Vec<Opened>) -> anyhow::Result<()> {
     for (index, spec) in options.exports.iter().enumerate() {
         let image = images::open(spec, options.allow_references.as_ref()).await?;
-        let export = Export::new(&spec.name, image.device())
+        let mut export = Export::new(&spec.name, image.device())
             .description(spec.description.clone().unwrap_or_default())
             .read_only(spec.read_only)
             .default_export(index == 0);
+        for (name, source) in image.sources() {
+            export = export.context(name, source);
+        }
         opened.push(image);
         server.add_export(export)?;
     }

@@ -15,8 +15,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "unix:PATH|HOST:PORT", required = true)]
     pub(crate) listen: Vec<Listen>,
 
-    /// What to serve: NAME=PATH[,format=qcow2|raw][,read-only][,description=TEXT]. Repeatable; the first is also what
-    /// clients get that name none. A qcow2 image is recognised, raw must be said. A comma is written twice
+    /// What to serve: NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,description=TEXT].
+    /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
+    /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME. A comma is
+    /// written twice
     #[arg(long = "export", value_name = "NAME=PATH[,...]", required = true)]
     pub(crate) exports: Vec<ExportSpec>,
 
@@ -92,6 +94,10 @@ pub(crate) struct ExportSpec {
     pub(crate) path: PathBuf,
     pub(crate) format: Option<Format>,
     pub(crate) read_only: bool,
+    /// The internal snapshot to serve, by id or name.
+    pub(crate) snapshot: Option<String>,
+    /// The bitmaps to offer.
+    pub(crate) bitmaps: Vec<String>,
     pub(crate) description: Option<String>,
 }
 
@@ -110,6 +116,8 @@ impl FromStr for ExportSpec {
             path: path.into(),
             format: None,
             read_only: false,
+            snapshot: None,
+            bitmaps: Vec::new(),
             description: None,
         };
         for field in fields {
@@ -119,12 +127,35 @@ impl FromStr for ExportSpec {
                 Some(("format", other)) => {
                     return Err(format!("format {other:?} is neither qcow2 nor raw"));
                 }
+                Some(("snapshot" | "bitmap", "")) => {
+                    return Err(format!("{field:?} names nothing"));
+                }
+                Some(("snapshot", name)) => spec.snapshot = Some(name.to_owned()),
+                Some(("bitmap", name)) if spec.bitmaps.iter().any(|known| known == name) => {
+                    return Err(format!("bitmap {name:?} is named twice"));
+                }
+                Some(("bitmap", name)) => spec.bitmaps.push(name.to_owned()),
                 Some(("description", text)) => spec.description = Some(text.to_owned()),
                 None if field == "read-only" => spec.read_only = true,
                 _ => return Err(format!("{field:?} is not known for an export")),
             }
         }
+        spec.check()?;
         Ok(spec)
+    }
+}
+
+impl ExportSpec {
+    /// What goes together.
+    fn check(&self) -> Result<(), String> {
+        let of_qcow2 = self.snapshot.is_some() || !self.bitmaps.is_empty();
+        if of_qcow2 && self.format == Some(Format::Raw) {
+            return Err("a raw image has neither snapshots nor bitmaps".to_owned());
+        }
+        if self.snapshot.is_some() && !self.bitmaps.is_empty() {
+            return Err("bitmaps tell of the present disk, not of a snapshot".to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -190,12 +221,30 @@ mod tests {
             path: "/x/b=c,d.img".into(),
             format: Some(Format::Raw),
             read_only: true,
+            snapshot: None,
+            bitmaps: Vec::new(),
             description: Some("one, two=2".into()),
         };
         assert_eq!(spec, expected);
         assert_eq!("=x".parse::<ExportSpec>().unwrap().name, "");
-        for text in ["", "a", "a=", "a=b,format=vmdk", "a=b,snapshot=x", "a=b,", "a=b,read-only=1"]
-        {
+        let spec: ExportSpec = "a=b,bitmap=x,bitmap=y=z".parse().unwrap();
+        assert_eq!(spec.bitmaps, ["x", "y=z"]);
+        let spec: ExportSpec = "a=b,snapshot=one,format=qcow2".parse().unwrap();
+        assert_eq!(spec.snapshot.as_deref(), Some("one"));
+        for text in [
+            "",
+            "a",
+            "a=",
+            "a=b,format=vmdk",
+            "a=b,",
+            "a=b,read-only=1",
+            "a=b,bitmap=",
+            "a=b,bitmap",
+            "a=b,bitmap=x,bitmap=x",
+            "a=b,bitmap=x,snapshot=y",
+            "a=b,bitmap=x,format=raw",
+            "a=b,snapshot=x,format=raw",
+        ] {
             assert!(text.parse::<ExportSpec>().is_err(), "{text}");
         }
     }

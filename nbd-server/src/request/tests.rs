@@ -14,7 +14,7 @@ fn agreement(read_only: bool, structured: bool) -> Agreement {
             read_only,
             preferred_bytes: 4096,
             max_payload_bytes: 32 << 20,
-            contexts: vec![context],
+            contexts: vec![context.clone()],
         },
         structured,
         contexts: if structured { vec![SelectedContext { id: 1, context }] } else { Vec::new() },

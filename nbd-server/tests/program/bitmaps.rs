@@ -106,9 +106,14 @@ fn the_wildcards_of_qemu_are_understood() {
     let script = "
 h.set_opt_mode(True)
 h.connect_uri('nbd+unix:///one?socket=socket')
-def ask(query):
+def choose(queries):
+    h.clear_meta_contexts()
+    for query in queries:
+        h.add_meta_context(query)
+def ask(queries):
     found = []
-    h.opt_list_meta_context_queries(query, found.append)
+    choose(queries)
+    h.opt_list_meta_context(found.append)
     return found
 on, off, base = 'qemu:dirty-bitmap:on', 'qemu:dirty-bitmap:off', 'base:allocation'
 assert ask([]) == [base, on, off]
@@ -117,10 +122,10 @@ assert ask(['qemu:dirty-bitmap:']) == [on, off]
 assert ask(['qemu:dirty-bitmap:off']) == [off]
 assert ask(['base:', 'qemu:dirty-bitmap:on']) == [base, on]
 assert ask(['qemu:dirty-bitmap', 'qemu:allocation-depth', 'qemu:dirty-bitmap:o']) == []
-chosen = []
-h.opt_set_meta_context_queries(['qemu:', 'qemu:dirty-bitmap:', on], chosen.append)
-assert chosen == [on], chosen
-h.opt_abort()
+choose(['qemu:', 'qemu:dirty-bitmap:', on])
+h.opt_go()
+assert h.can_meta_context(on) and not h.can_meta_context(off)
+h.shutdown()
 ";
     run(dir, "nbdsh", &["-c", script]);
     assert!(server.stop());

@@ -1,7 +1,7 @@
 //! A checker that shares no code with the crate: it walks every table of an image in memory and compares what is
 //! referenced with what is counted. Written from the specification alone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// What a walk found.
 #[derive(Debug, Default)]
@@ -29,6 +29,8 @@ struct Walk<'a> {
     bytes: &'a [u8],
     cluster: u64,
     used: HashMap<u64, u64>,
+    /// The clusters that compressed clusters share among themselves.
+    streams: HashSet<u64>,
     /// Snapshots may share clusters.
     shared: bool,
     found: Findings,
@@ -36,8 +38,14 @@ struct Walk<'a> {
 
 /// Checks a version 3 image with 16 bit refcounts, with or without internal snapshots.
 pub(crate) fn check(bytes: &[u8]) -> Findings {
-    let mut walk =
-        Walk { bytes, cluster: 0, used: HashMap::new(), shared: false, found: Findings::default() };
+    let mut walk = Walk {
+        bytes,
+        cluster: 0,
+        used: HashMap::new(),
+        streams: HashSet::new(),
+        shared: false,
+        found: Findings::default(),
+    };
     walk.cluster = 1 << walk.u32(20);
     let (l1_at, l1_len) = (walk.u64(40), u64::from(walk.u32(36)));
     let (table_at, table_len) = (walk.u64(48), u64::from(walk.u32(56)) * walk.cluster);
@@ -74,7 +82,7 @@ impl Walk<'_> {
                 let entry = self.u64(table + slot * 8);
                 let host = entry & 0x00ff_ffff_ffff_fe00;
                 if entry >> 62 & 1 == 1 {
-                    self.found.errors.push(format!("compressed entry {entry:#x}"));
+                    self.take_stream(entry);
                 } else if host != 0 {
                     self.take(host, self.cluster, "data");
                     self.found.data_clusters += 1;
@@ -123,9 +131,26 @@ impl Walk<'_> {
         for cluster in at / self.cluster..(at + len).div_ceil(self.cluster) {
             let users = self.used.entry(cluster).or_default();
             *users += 1;
-            if *users > 1 && !self.shared {
+            if (*users > 1 && !self.shared) || self.streams.contains(&cluster) {
                 self.found.errors.push(format!("{what}: cluster {cluster} is used twice"));
             }
+        }
+    }
+
+    /// A compressed cluster counts once in each host cluster that its sectors lie in.
+    fn take_stream(&mut self, entry: u64) {
+        let bits = 62 - (self.cluster.trailing_zeros() - 8);
+        let at = entry & ((1 << bits) - 1);
+        let sectors = (entry & ((1 << 62) - 1)) >> bits;
+        let last = (at / 512 + sectors) * 512;
+        for cluster in at / self.cluster..=last / self.cluster {
+            let users = self.used.entry(cluster).or_default();
+            if *users > 0 && !self.shared && !self.streams.contains(&cluster) {
+                let error = format!("compressed {entry:#x}: cluster {cluster} is used otherwise");
+                self.found.errors.push(error);
+            }
+            *users += 1;
+            self.streams.insert(cluster);
         }
     }
 

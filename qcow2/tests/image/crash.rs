@@ -13,12 +13,12 @@ use crate::memory::{Act, Shape, any_act, note_discard, part, part_mut, rounds};
 const SECTOR: usize = 512;
 
 /// A content that the disk may have from some entry of the log on.
-struct Moment {
+pub(crate) struct Moment {
     /// The log's length when the request that makes it began.
-    began: usize,
+    pub(crate) began: usize,
     /// The log's length when it was durable; `usize::MAX` if it never was.
-    durable: usize,
-    content: Vec<u8>,
+    pub(crate) durable: usize,
+    pub(crate) content: Vec<u8>,
 }
 
 /// Runs acts on a new image and records what the disk may read like after a power cut. Whether the file grows `ahead`
@@ -77,7 +77,7 @@ fn assert_old_or_new(now: &[u8], moments: &[Moment], ops: usize, what: &str) {
     }
 }
 
-async fn reads_after(
+pub(crate) async fn reads_after(
     shape: &Shape,
     storage: &MemoryStorage,
     moments: &[Moment],

@@ -10,6 +10,7 @@ mod compressed;
 mod convert;
 mod corrupt;
 mod crash;
+mod crash_compressed;
 mod crash_crowd;
 mod create;
 mod crowd;

@@ -115,8 +115,9 @@ fn images_are_compressed_as_they_are_copied() {
                 let done = copy(raw(&from).await, to, &ConvertOptions::default()).await;
                 let all = done.written_bytes + done.zeroed_bytes + done.skipped_bytes;
                 assert_eq!(all, len as u64, "{done:?}");
-                let skips = !options.contains("2M");
-                assert_eq!(done.skipped_bytes > 1 << 20, skips, "{options}: {done:?}");
+                // Clusters of 2 MiB are larger than the holes.
+                let skips = done.skipped_bytes > 1 << 20;
+                assert!(skips || options.contains("2M"), "{options}: {done:?}");
                 let now = crate::common::read_all(&target).await;
                 assert!(now == [bytes, tail].concat(), "{options}, {len} of {size}");
                 target.close().await.unwrap();

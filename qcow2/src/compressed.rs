@@ -171,8 +171,9 @@ impl Inner {
         }
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
+        self.record_change(&live, range).await?;
         let plan = self
-            .step(&live, |core| {
+            .change(&live, |core| {
                 let geometry = core.geometry;
                 let of = |(at, bytes): &(u64, &[u8])| {
                     (geometry.l2_index(GuestOffset(*at)), bytes.len() as u64)

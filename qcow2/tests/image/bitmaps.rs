@@ -20,7 +20,7 @@ use crate::memory::{Act, Shape, any_act, rounds};
 const MIB: u64 = 1 << 20;
 
 /// The dirty ranges of a bitmap, joined.
-async fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
+pub(crate) async fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
     let size = image.limits().size_bytes;
     let mut found: Vec<(u64, u64)> = Vec::new();
     let mut at = 0;

@@ -216,3 +216,21 @@ fn parts_of_clusters_and_read_only_images_are_refused() {
     });
     assert!(qemu_check(&path).is_clean());
 }
+
+#[test]
+fn bitmaps_record_what_is_compressed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    qemu_create(&path, "cluster_size=65536", "8M", None);
+    qemu_img(&["bitmap", "--add", "-g", "65536", path.to_str().unwrap(), "on"]);
+    block_on(async {
+        let image = open(&path).await;
+        // Bytes that shrink, everywhere.
+        let data: Vec<u8> = pattern(1, 1 << 20).iter().map(|byte| byte & 7 | 8).collect();
+        image.write_compressed(3 << 20, data.into()).await.unwrap();
+        image.close().await.unwrap();
+        let image = Image::open(&path, OpenOptions::reading()).await.unwrap();
+        assert_eq!(crate::bitmaps::dirty(&image, "on").await, [(3 << 20, 4 << 20)]);
+    });
+    assert!(qemu_check(&path).is_clean());
+}

@@ -19,6 +19,8 @@ pub(crate) enum Clear {
     AllocatedZeroes,
     /// What was allocated reads as zeros, what was not stays as it is; space is given back.
     Discard,
+    /// Nothing: what lies below shows; space is given back. For whole clusters only.
+    Reveal,
 }
 
 /// What becomes of one cluster.
@@ -116,7 +118,7 @@ impl Core {
     fn clears_nothing(&self, l1: u64, range: ByteRange, how: Clear) -> bool {
         self.map.is_absent(l1)
             && match how {
-                Clear::Discard => true,
+                Clear::Discard | Clear::Reveal => true,
                 Clear::Zeroes => self.reads_zero_from(range.start()),
                 Clear::AllocatedZeroes => false,
             }
@@ -128,6 +130,13 @@ impl Core {
         let old = self.stored(l1, l2)?;
         let cleared = self.whole(piece);
         let all = self.map.format().all();
+        if how == Clear::Reveal {
+            if (old.drops, old.alloc, old.zero) == (None, 0, 0) {
+                return Ok(Change::Nothing);
+            }
+            let entry = L2Entry::Cluster(Cluster::default());
+            return Ok(Change::Entry(Link { l2, entry, drops: old.drops }));
+        }
         if old.is_compressed && cleared != all {
             return Ok(if how == Clear::Discard { Change::Nothing } else { Change::Write });
         }
@@ -174,7 +183,7 @@ impl Core {
                 Change::Entry(Link { l2, entry, drops: old.drops })
             }
             Clear::Zeroes => Change::Write,
-            Clear::Discard => Change::Nothing,
+            Clear::Discard | Clear::Reveal => Change::Nothing,
         }
     }
 }

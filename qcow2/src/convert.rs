@@ -153,8 +153,20 @@ pub async fn convert(
     options: &ConvertOptions,
     progress: impl Fn(Progress) + Send + Sync,
 ) -> Result<Converted, ConvertError> {
+    let layers = options.layer.as_ref().map(std::slice::from_ref);
+    convert_layers(source, target, options, layers, progress).await
+}
+
+/// As [`convert`], for what `layers` of the source say, the topmost first: the others are the target's, too.
+pub(crate) async fn convert_layers(
+    source: Arc<dyn BlockDevice>,
+    target: &ConvertTarget,
+    options: &ConvertOptions,
+    layers: Option<&[Image]>,
+    progress: impl Fn(Progress) + Send + Sync,
+) -> Result<Converted, ConvertError> {
     let copy = Copy::new(source, target, options)?;
-    let mut pieces = Pieces::new(&copy, options);
+    let mut pieces = Pieces::new(&copy, options, layers);
     let mut flight = InFlight::new();
     let requests = options.requests.clamp(1, MAX_REQUESTS);
     let (mut sum, mut done_bytes, mut last) = (Converted::default(), 0, None);
@@ -226,12 +238,12 @@ struct Pieces<'a> {
 }
 
 impl<'a> Pieces<'a> {
-    fn new(copy: &'a Copy, options: &'a ConvertOptions) -> Self {
+    fn new(copy: &'a Copy, options: &ConvertOptions, layers: Option<&'a [Image]>) -> Self {
         Self {
             at: 0,
             source: Walk::new(&*copy.source, copy.size_bytes),
             target: (!options.target_is_zero).then(|| Walk::new(copy.target(), copy.size_bytes)),
-            layers: options.layer.as_ref().map(Layers::new),
+            layers: layers.map(Layers::new),
             pace: options.bytes_per_sec.map(Pace::new),
             copy,
         }
@@ -267,10 +279,9 @@ impl<'a> Pieces<'a> {
         let mut most = self.copy.size_bytes;
         if let Some(layers) = &mut self.layers {
             let found = layers.at(at).await;
-            let (answers, end) =
-                found.map_err(|(range, source)| ConvertError::Extents { range, source })?;
-            most = most.min(end);
-            if !answers {
+            let said = found.map_err(|(range, source)| ConvertError::Extents { range, source })?;
+            most = most.min(said.end);
+            if said.by.is_none() {
                 return Ok((Kind::Leave, most));
             }
         }

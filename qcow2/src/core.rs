@@ -117,6 +117,12 @@ impl Core {
         self.backing_bytes.is_none_or(|bytes| at >= bytes)
     }
 
+    /// From now on zeros are stored as such wherever they are written, as over a backing file that has data
+    /// everywhere: one that has not been recorded yet may.
+    pub(crate) fn expect_any_backing(&mut self) {
+        self.backing_bytes = Some(u64::MAX);
+    }
+
     /// Takes in a table that was read.
     ///
     /// # Errors

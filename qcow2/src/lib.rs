@@ -45,6 +45,7 @@ mod entry;
 mod error;
 mod fields;
 mod flush;
+mod fold;
 mod free;
 mod header;
 mod image;
@@ -97,6 +98,10 @@ pub use encryption::{
 pub use error::{
     Corruption, Error, Feature, InvalidOption, KeyError, ReferenceError, SnapshotError, TableKind,
     UnlockError, VmdkError,
+};
+pub use fold::{
+    CommitOptions, FoldError, FoldOptions, FoldPlan, Folded, LayerPlan, MergeOptions,
+    RebaseOptions, commit, merge, plan_commit, plan_merge, plan_rebase, rebase,
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;

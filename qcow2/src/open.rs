@@ -184,7 +184,13 @@ impl Image {
 
 type Opening = Pin<Box<dyn Future<Output = Result<Image, Error>> + Send>>;
 
-fn open_chain(path: PathBuf, place: Option<Found>, options: OpenOptions, trail: Trail) -> Opening {
+/// Opens an image and everything below it; `trail` is what was passed on the way, and `place` where a reference led.
+pub(crate) fn open_chain(
+    path: PathBuf,
+    place: Option<Found>,
+    options: OpenOptions,
+    trail: Trail,
+) -> Opening {
     Box::pin(async move {
         let file = HostFile::open(&path, options.host()).await?;
         if let Some(place) = place {
@@ -201,18 +207,26 @@ fn open_chain(path: PathBuf, place: Option<Found>, options: OpenOptions, trail: 
             Some(name) => {
                 let found =
                     trail.resolve(&path, name, header.extensions.backing_format.as_deref())?;
-                let below = options.below();
-                Some(match found.format {
-                    BackingFormat::Qcow2 => {
-                        let path = found.path.clone();
-                        Arc::new(open_chain(path, Some(found), below, trail).await?)
-                    }
-                    BackingFormat::Raw => open_raw(&found, &below, &trail).await?,
-                    BackingFormat::Vmdk => open_vmdk(&found.path, &below, trail).await?,
-                })
+                Some(open_found(found, options.below(), trail).await?)
             }
         };
         open_with_header(file, data, header, backing, &options).await
+    })
+}
+
+/// Opens what lies below an image, for reading.
+pub(crate) async fn open_found(
+    found: Found,
+    below: OpenOptions,
+    trail: Trail,
+) -> Result<Arc<dyn BlockDevice>, Error> {
+    Ok(match found.format {
+        BackingFormat::Qcow2 => {
+            let path = found.path.clone();
+            Arc::new(open_chain(path, Some(found), below, trail).await?)
+        }
+        BackingFormat::Raw => open_raw(&found, &below, &trail).await?,
+        BackingFormat::Vmdk => open_vmdk(&found.path, &below, trail).await?,
     })
 }
 

@@ -72,24 +72,59 @@ impl<'a> Walk<'a> {
 /// How much of a layer is asked about at once, in bytes: its answer may hold an extent for each cluster.
 const LAYER_LOOK_AHEAD_BYTES: u64 = 64 << 20;
 
-/// A walk over what one layer of a chain says.
+/// Which layer says what the bytes from some offset on are, and how far that goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Said {
+    /// The layer, counted from the top, and what it says; `None` if none does, and what lies below them answers.
+    pub by: Option<(usize, LayerState)>,
+    pub end: u64,
+}
+
+/// A walk over what some layers of a chain say, the topmost first.
 pub(crate) struct Layers<'a> {
+    layers: Vec<LayerWalk<'a>>,
+}
+
+struct LayerWalk<'a> {
     image: &'a Image,
     size_bytes: u64,
     ahead: VecDeque<LayerExtent>,
 }
 
 impl<'a> Layers<'a> {
-    /// Over `image` without its backing files.
-    pub(crate) fn new(image: &'a Image) -> Self {
-        Self { image, size_bytes: image.limits().size_bytes, ahead: VecDeque::new() }
+    /// Over `images`, the topmost first, without what lies below the last.
+    pub(crate) fn new(images: &'a [Image]) -> Self {
+        let layers = images.iter().map(|image| LayerWalk {
+            image,
+            size_bytes: image.limits().size_bytes,
+            ahead: VecDeque::new(),
+        });
+        Self { layers: layers.collect() }
     }
 
-    /// Whether the layer says what the bytes from `at` on are, and how far that goes. `at` must not go back.
+    /// Who says what the bytes from `at` on are. `at` must not go back.
     ///
     /// # Errors
-    /// What the image answers, and the range that it was asked about.
-    pub(crate) async fn at(&mut self, at: u64) -> Result<(bool, u64), (ByteRange, DeviceError)> {
+    /// What an image answers, and the range that it was asked about.
+    pub(crate) async fn at(&mut self, at: u64) -> Result<Said, (ByteRange, DeviceError)> {
+        let mut end = u64::MAX;
+        for (number, layer) in self.layers.iter_mut().enumerate() {
+            let (state, layer_end) = layer.at(at).await?;
+            end = end.min(layer_end);
+            if state != LayerState::Unallocated {
+                return Ok(Said { by: Some((number, state)), end });
+            }
+        }
+        Ok(Said { by: None, end })
+    }
+}
+
+impl LayerWalk<'_> {
+    async fn at(&mut self, at: u64) -> Result<(LayerState, u64), (ByteRange, DeviceError)> {
+        // Behind its end a layer answers with zeros.
+        if at >= self.size_bytes {
+            return Ok((LayerState::Zero, u64::MAX));
+        }
         while self.ahead.front().is_some_and(|extent| extent.range.end() <= at) {
             self.ahead.pop_front();
         }
@@ -99,11 +134,8 @@ impl<'a> Layers<'a> {
             let found = self.image.map(asked).await.map_err(|error| (asked, error.into()))?;
             self.ahead.extend(found);
         }
-        // Behind its end a layer answers with zeros.
-        let behind = (true, u64::MAX);
         let first = self.ahead.front();
-        Ok(first
-            .map_or(behind, |extent| (extent.state != LayerState::Unallocated, extent.range.end())))
+        Ok(first.map_or((LayerState::Zero, u64::MAX), |extent| (extent.state, extent.range.end())))
     }
 }
 

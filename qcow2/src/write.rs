@@ -237,6 +237,13 @@ impl Inner {
         self.clear(middle, Clear::Discard).await
     }
 
+    /// Makes this layer say nothing about any of the disk, so that what lies below shows, and gives its space back.
+    pub(crate) async fn forget_all(&self) -> Result<(), Error> {
+        let live = self.live()?;
+        self.before_change(&live).await?;
+        self.clear(ByteRange::between(0, self.limits().size_bytes), Clear::Reveal).await
+    }
+
     /// Clears whole subclusters, table by table: who waits for one of them does not wait for a whole disk.
     async fn clear(&self, range: ByteRange, how: Clear) -> Result<(), Error> {
         for piece in range.pieces(self.info.l2_coverage) {

@@ -15,6 +15,7 @@ mod crash_crowd;
 mod create;
 mod crowd;
 mod faults;
+mod fold;
 mod formats;
 mod hostile;
 mod interop;

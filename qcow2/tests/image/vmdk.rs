@@ -62,7 +62,9 @@ fn every_subformat_that_qemu_makes_reads_like_the_disk() {
                 for extent in device.extents(rest).await.unwrap() {
                     assert_eq!(extent.range.start(), at);
                     at = extent.range.end();
-                    let bytes = &disk[extent.range.start() as usize..at as usize];
+                    let [from, to] =
+                        [extent.range.start(), at].map(|at| usize::try_from(at).unwrap());
+                    let bytes = &disk[from..to];
                     assert!(!extent.zero || bytes.iter().all(|byte| *byte == 0), "{subformat}");
                 }
             }
@@ -103,7 +105,8 @@ fn many_readers_at_once_get_their_own_bytes() {
         });
         for read in reads.collect::<Vec<_>>() {
             let (start, bytes) = read.await.unwrap();
-            let wanted = &disk[start as usize..start as usize + 99_999];
+            let from = usize::try_from(start).unwrap();
+            let wanted = &disk[from..from + 99_999];
             assert!(bytes.unwrap().to_vec() == wanted, "{start}");
         }
     });

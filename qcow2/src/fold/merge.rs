@@ -1,0 +1,118 @@
+//! The rolling full backup: increments of a chain are folded into an older image, and what stood on them is put over
+//! that. First the bytes, then one header, then the files: at every cut the rest of the chain reads as before.
+
+use std::path::{Path, PathBuf};
+
+use block::HostFile;
+
+use super::chain::{Chain, Writes};
+use super::commit::{fold, grow};
+use super::names::{check, relative};
+use super::plan::FoldPlan;
+use super::{FoldError, FoldOptions, Folded};
+use crate::create::BackingName;
+use crate::error::Error;
+use crate::image::Image;
+use crate::progress::Progress;
+
+/// What is merged.
+#[derive(Clone, Debug, Default)]
+pub struct MergeOptions {
+    /// How it is copied.
+    pub copy: FoldOptions,
+    /// The image that increments are folded into; the lowest of the chain otherwise.
+    pub base: Option<PathBuf>,
+    /// The last increment that is folded; the one over the base otherwise. It cannot be the top of the chain: that is
+    /// what [`commit`](crate::commit) is for.
+    pub last: Option<PathBuf>,
+    /// Remove the files of the folded increments. They are of no use: what they show is mixed with what was above.
+    pub remove: bool,
+}
+
+/// Folds increments of the chain of `top` into its base, and puts the layer above them over the base.
+///
+/// That layer and all above it read as before at every moment, whatever ends the work.
+///
+/// # Errors
+/// [`FoldError`]; calling again goes on.
+pub async fn merge(
+    top: &Path,
+    options: &MergeOptions,
+    progress: impl Fn(Progress) + Send + Sync,
+) -> Result<Folded, FoldError> {
+    let chain = Chain::trace(top, &options.copy.open).await?;
+    let (above, base) = bounds(&chain, options)?;
+    let name = new_name(&chain, above, base)?;
+    let writes = Writes { top: false, base: true };
+    grow(&chain, above + 1, base, &options.copy).await?;
+    // Held from here on: nobody changes the layer that waits for its new backing file.
+    let host = block::OpenOptions { read_only: false, ..options.copy.open.host() };
+    let over = match chain.layers.get(above) {
+        Some(layer) => HostFile::open(&layer.path, host).await.map_err(Error::Host)?,
+        None => return Err(FoldError::NoBacking { file: top.to_owned() }),
+    };
+    let stack = chain.open(above + 1, base, writes, &options.copy.open).await?;
+    let folded = fold(&stack, &chain, base, &options.copy, &progress).await;
+    let closed = stack.close().await;
+    let folded = folded?;
+    closed?;
+    Image::set_backing_on(&over, Some(&name)).await?;
+    drop(over);
+    if options.remove {
+        for layer in chain.layers.get(above + 1..base).unwrap_or_default() {
+            std::fs::remove_file(&layer.path)
+                .map_err(|source| FoldError::Remove { file: layer.path.clone(), source })?;
+        }
+    }
+    Ok(folded)
+}
+
+/// What [`merge`] would do. Nothing is written.
+///
+/// # Errors
+/// As [`merge`], as far as it can be foreseen.
+pub async fn plan_merge(top: &Path, options: &MergeOptions) -> Result<FoldPlan, FoldError> {
+    let chain = Chain::trace(top, &options.copy.open).await?;
+    let (above, base) = bounds(&chain, options)?;
+    new_name(&chain, above, base)?;
+    let mut plan = FoldPlan::of(&chain, above + 1, base, &options.copy.open).await?;
+    let paths = |from: usize, to: usize| {
+        let layers = chain.layers.get(from..to).unwrap_or_default();
+        layers.iter().map(|layer| layer.path.clone()).collect()
+    };
+    plan.relinked = paths(above, above + 1);
+    if options.remove {
+        plan.removed = paths(above + 1, base);
+    }
+    Ok(plan)
+}
+
+/// The positions of the layer that is put over the base, and of the base; what is between them is folded.
+fn bounds(chain: &Chain, options: &MergeOptions) -> Result<(usize, usize), FoldError> {
+    let base = match &options.base {
+        Some(path) => chain.below(path)?,
+        None => chain.layers.len().saturating_sub(1),
+    };
+    let last = match &options.last {
+        Some(path) => chain.below(path)?,
+        None => base.saturating_sub(1),
+    };
+    if last == 0 || last >= base {
+        let path = |position: usize| {
+            chain.layers.get(position).map(|layer| layer.path.clone()).unwrap_or_default()
+        };
+        let (file, base, last) = (path(0), path(base), path(last));
+        return Err(FoldError::Order { file, base, last });
+    }
+    Ok((last - 1, base))
+}
+
+fn new_name(chain: &Chain, above: usize, base: usize) -> Result<BackingName, FoldError> {
+    let (Some(above), Some(base)) = (chain.layers.get(above), chain.layers.get(base)) else {
+        return Err(FoldError::NoBacking { file: chain.top().to_owned() });
+    };
+    let path = relative(&above.path, &base.path).unwrap_or_default();
+    let name = BackingName { path, format: base.format };
+    check(&above.path, Some(&name))?;
+    Ok(name)
+}

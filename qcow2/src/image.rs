@@ -14,6 +14,7 @@ use crate::cipher::Cipher;
 use crate::core::Core;
 use crate::error::{Error, Fault, Feature};
 use crate::header::CORRUPT;
+use crate::layers::Below;
 use crate::mapping::{Step, Table};
 use crate::streams;
 use crate::units::HostOffset;
@@ -73,6 +74,8 @@ pub(crate) struct Live {
     /// The external data file, where guest data lives in one.
     pub(crate) data: Option<HostFile>,
     pub(crate) backing: Option<Arc<dyn BlockDevice>>,
+    /// What is known of the backing device.
+    pub(crate) below: Option<Below>,
     /// What encrypts guest data on the host.
     pub(crate) cipher: Option<Arc<dyn Cipher>>,
 }

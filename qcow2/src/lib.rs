@@ -51,6 +51,7 @@ mod header;
 mod image;
 mod info;
 mod inspect;
+mod layers;
 #[cfg(feature = "luks")]
 mod luks;
 mod mapping;
@@ -107,6 +108,7 @@ pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES}
 pub use image::Image;
 pub use info::{ImageInfo, RecordedBacking, RecordedDataFile, RecordedEncryption};
 pub use inspect::{Inspection, RecordedBitmap};
+pub use layers::{MAX_MAP_EXTENTS, MapExtent};
 pub use measure::{
     BitmapSize, MeasureError, MeasureOptions, MeasureTarget, Measured, measure, measure_size,
 };

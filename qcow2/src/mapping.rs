@@ -44,11 +44,14 @@ impl Table {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// Not here: the backing file answers.
-    Unallocated,
+    Unallocated {
+        /// Where its place in a host cluster is that is kept for it.
+        host: Option<HostOffset>,
+    },
     /// Zeros.
     Zero {
-        /// A host cluster is kept for it.
-        reserved: bool,
+        /// The same.
+        host: Option<HostOffset>,
     },
     /// Bytes.
     Data {
@@ -152,7 +155,10 @@ impl Mapping {
             let here = ByteRange::between(at, covered.end());
             match self.load_state(l1) {
                 Ok(Step::Ready(TableState::Absent)) => {
-                    push(&mut extents, Extent { range: here, place: Place::Unallocated });
+                    push(
+                        &mut extents,
+                        Extent { range: here, place: Place::Unallocated { host: None } },
+                    );
                 }
                 Ok(Step::Ready(_)) => match self.lookup_table(l1, here, most, &mut extents) {
                     Err(fault) if extents.is_empty() => return Err(fault),
@@ -201,12 +207,13 @@ impl Mapping {
             let first = u32::try_from((at - start) / sub_bytes).unwrap_or(0);
             let (sub, count) = cluster.run_at(first);
             let end = (start + u64::from(first + count) * sub_bytes).min(range.end());
+            let kept = cluster.host.map(|host| HostOffset(host.at.0 + (at - start)));
             let place = match (sub, cluster.host) {
                 (Sub::Data, Some(Hosted { at: host, exclusive })) => {
                     Place::Data { host: HostOffset(host.0 + (at - start)), exclusive }
                 }
-                (Sub::Zero, host) => Place::Zero { reserved: host.is_some() },
-                (Sub::Unallocated, _) | (Sub::Data, None) => Place::Unallocated,
+                (Sub::Zero, _) => Place::Zero { host: kept },
+                (Sub::Unallocated, _) | (Sub::Data, None) => Place::Unallocated { host: kept },
             };
             push(extents, Extent { range: ByteRange::between(at, end), place });
             at = end;
@@ -529,8 +536,13 @@ fn continues(last: &Extent, next: Place) -> bool {
             Place::Data { host, exclusive },
             Place::Data { host: next_host, exclusive: next_exclusive },
         ) => exclusive == next_exclusive && host.0 + last.range.len() == next_host.0,
+        (Place::Unallocated { host }, Place::Unallocated { host: next })
+        | (Place::Zero { host }, Place::Zero { host: next }) => match (host, next) {
+            (None, None) => true,
+            (Some(host), Some(next)) => host.0 + last.range.len() == next.0,
+            _ => false,
+        },
         // Two clusters may have one stream, and each begins at its own start.
-        (Place::Compressed(_), _) => false,
-        (last, next) => last == next,
+        _ => false,
     }
 }

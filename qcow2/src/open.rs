@@ -16,6 +16,7 @@ use crate::error::{Error, Fault, Feature, ReferenceError, SnapshotError};
 use crate::header::Header;
 use crate::image::{Image, Live};
 use crate::info::Facts;
+use crate::layers::Below;
 use crate::mapping::{Mapping, from_big_endian};
 use crate::refcount::{RefcountWidth, Refcounts};
 use crate::snapshot;
@@ -178,6 +179,8 @@ impl Image {
             }
             None => None,
         };
+        let name = PathBuf::from(name.unwrap_or_default().into_owned());
+        let backing = backing.map(|device| (device, Below::Other(name)));
         open_with_header(file, data, header, backing, &options).await
     }
 }
@@ -202,12 +205,12 @@ pub(crate) fn open_chain(
         if let Some(data) = &data {
             trail = trail.beside(data.path(), data.id())?;
         }
-        let backing: Option<Arc<dyn BlockDevice>> = match &header.backing_name {
+        let backing: Option<(Arc<dyn BlockDevice>, Below)> = match &header.backing_name {
             None => None,
             Some(name) => {
                 let found =
                     trail.resolve(&path, name, header.extensions.backing_format.as_deref())?;
-                Some(open_found(found, options.below(), trail).await?)
+                Some(open_below(found, options.below(), trail).await?)
             }
         };
         open_with_header(file, data, header, backing, &options).await
@@ -220,13 +223,23 @@ pub(crate) async fn open_found(
     below: OpenOptions,
     trail: Trail,
 ) -> Result<Arc<dyn BlockDevice>, Error> {
+    Ok(open_below(found, below, trail).await?.0)
+}
+
+/// As [`open_found`], with what is known of the device.
+async fn open_below(
+    found: Found,
+    below: OpenOptions,
+    trail: Trail,
+) -> Result<(Arc<dyn BlockDevice>, Below), Error> {
+    let path = found.path.clone();
     Ok(match found.format {
         BackingFormat::Qcow2 => {
-            let path = found.path.clone();
-            Arc::new(open_chain(path, Some(found), below, trail).await?)
+            let image = open_chain(path, Some(found), below, trail).await?;
+            (Arc::new(image.clone()) as _, Below::Image(image))
         }
-        BackingFormat::Raw => open_raw(&found, &below, &trail).await?,
-        BackingFormat::Vmdk => open_vmdk(&found.path, &below, trail).await?,
+        BackingFormat::Raw => (open_raw(&found, &below, &trail).await?, Below::Raw(path)),
+        BackingFormat::Vmdk => (open_vmdk(&path, &below, trail).await?, Below::Other(path)),
     })
 }
 
@@ -308,9 +321,10 @@ async fn open_with_header(
     file: HostFile,
     data: Option<HostFile>,
     header: Header,
-    backing: Option<Arc<dyn BlockDevice>>,
+    backing: Option<(Arc<dyn BlockDevice>, Below)>,
     options: &OpenOptions,
 ) -> Result<Image, Error> {
+    let (backing, below) = backing.unzip();
     let fault = |fault: Fault| fault.of(file.path());
     let read_only = options.read_only || file.is_read_only();
     let cipher = encryption::unlock(&file, &header, &options.passphrases).await?;
@@ -342,7 +356,7 @@ async fn open_with_header(
     let facts = Facts::new(&header);
     let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
     let core = load_core(&file, header, backing_bytes, !read_only).await?;
-    let live = Live { file, data, backing, cipher };
+    let live = Live { file, data, backing, below, cipher };
     let image = Image::assemble(live, core, limits, facts);
     if !read_only {
         let inner = &image.inner;

@@ -75,7 +75,7 @@ impl Inner {
                 let bytes = self.inflate(live, stream, range).await?;
                 Ok(Segments(vec![Segment::Data(bytes)]))
             }
-            (Place::Unallocated, Some(backing)) => {
+            (Place::Unallocated { .. }, Some(backing)) => {
                 let end = backing.limits().size_bytes;
                 let below = range.intersection(ByteRange::between(0, end));
                 let mut segments = if below.is_empty() {
@@ -86,7 +86,7 @@ impl Inner {
                 segments.push(Segment::Zero(range.len() - below.len()));
                 Ok(segments)
             }
-            (Place::Zero { .. } | Place::Unallocated, _) => {
+            (Place::Zero { .. } | Place::Unallocated { .. }, _) => {
                 Ok(Segments(vec![Segment::Zero(range.len())]))
             }
         }
@@ -104,9 +104,9 @@ impl Inner {
                     (Place::Data { .. } | Place::Compressed(_), _) => {
                         push(&mut all, extent.range, true, false);
                     }
-                    (Place::Zero { reserved }, _) => push(&mut all, extent.range, reserved, true),
-                    (Place::Unallocated, None) => push(&mut all, extent.range, false, true),
-                    (Place::Unallocated, Some(backing)) => {
+                    (Place::Zero { host }, _) => push(&mut all, extent.range, host.is_some(), true),
+                    (Place::Unallocated { .. }, None) => push(&mut all, extent.range, false, true),
+                    (Place::Unallocated { .. }, Some(backing)) => {
                         self.extents_below(&**backing, extent.range, &mut all).await?;
                     }
                 }
@@ -160,7 +160,7 @@ impl Inner {
                     Place::Data { .. } => LayerState::Data,
                     Place::Compressed(_) => LayerState::Compressed,
                     Place::Zero { .. } => LayerState::Zero,
-                    Place::Unallocated => LayerState::Unallocated,
+                    Place::Unallocated { .. } => LayerState::Unallocated,
                 };
                 match all.last_mut() {
                     Some(last) if last.state == state => {

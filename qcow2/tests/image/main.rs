@@ -19,6 +19,7 @@ mod fold;
 mod formats;
 mod hostile;
 mod interop;
+mod layers;
 #[cfg(feature = "luks")]
 mod luks;
 mod measure;

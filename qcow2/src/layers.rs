@@ -1,0 +1,191 @@
+//! Where the bytes of a disk come from, through all layers of its chain: what `qemu-img map` shows. Reading them, and
+//! what one layer says alone, stand with reading.
+
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+
+use block::{BlockDevice, ByteRange, MAX_EXTENTS};
+
+use crate::error::Error;
+use crate::image::{Image, Live};
+use crate::mapping::{Extent, Place};
+use crate::units::HostOffset;
+
+/// The most extents of one answer of [`Image::map_chain`].
+pub const MAX_MAP_EXTENTS: usize = 1 << 16;
+
+/// A run of guest bytes that one layer of a chain answers for, in one way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapExtent {
+    /// Where it lies on the disk.
+    pub range: ByteRange,
+    /// How many layers lie above the one that answers.
+    pub depth: usize,
+    /// The file of that layer: where there is a data file, and [`MapExtent::host`] counts in it, the data file.
+    pub layer: PathBuf,
+    /// The layer says something of it; otherwise no layer does, and it reads as zeros.
+    pub present: bool,
+    /// The layer holds bytes.
+    pub data: bool,
+    /// It reads as zeros.
+    pub zero: bool,
+    /// The bytes are compressed.
+    pub compressed: bool,
+    /// Where the bytes lie in the file, as they are: not for compressed or encrypted ones.
+    pub host: Option<u64>,
+}
+
+/// What is known of a backing device.
+#[derive(Clone)]
+pub(crate) enum Below {
+    /// A QCOW2 image.
+    Image(Image),
+    /// The bytes of a disk, in this file.
+    Raw(PathBuf),
+    /// A device that this file or name led to.
+    Other(PathBuf),
+}
+
+impl Image {
+    /// Where the bytes of a range of the disk come from, through all layers: extents in order, without gaps, neighbours
+    /// different.
+    ///
+    /// At least one for a range that is not empty. May end before the range does, at [`MAX_MAP_EXTENTS`]: ask again from
+    /// the end of the last.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::extents`].
+    pub async fn map_chain(&self, range: ByteRange) -> Result<Vec<MapExtent>, Error> {
+        self.inner.limits().check_read(range)?;
+        let mut all = Vec::new();
+        map_layers(self, range, 0, &mut all).await?;
+        all.truncate(MAX_MAP_EXTENTS);
+        Ok(all)
+    }
+}
+
+type Mapping<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
+
+/// Appends what `image` and the layers below it say of `range`, or stops when there is enough.
+fn map_layers<'a>(
+    image: &'a Image,
+    range: ByteRange,
+    depth: usize,
+    all: &'a mut Vec<MapExtent>,
+) -> Mapping<'a> {
+    Box::pin(async move {
+        let live = image.inner.live()?;
+        let mut rest = range;
+        while !rest.is_empty() && all.len() <= MAX_MAP_EXTENTS {
+            let found = image.inner.step(&live, |core| core.lookup(rest, MAX_EXTENTS)).await?;
+            let end = found.last().map_or(rest.end(), |last| last.range.end());
+            for extent in found {
+                let here = tell(&live, image.path(), extent, depth);
+                let (Place::Unallocated { .. }, Some(backing)) = (extent.place, &live.backing)
+                else {
+                    push(all, here);
+                    continue;
+                };
+                let end = backing.limits().size_bytes;
+                let below = extent.range.intersection(ByteRange::between(0, end));
+                if !below.is_empty() {
+                    map_below(image, &live, &**backing, below, depth + 1, all).await?;
+                }
+                if below.len() < extent.range.len() && all.len() <= MAX_MAP_EXTENTS {
+                    let start = extent.range.start() + below.len();
+                    let host = here.host.map(|host| host + below.len());
+                    let range = ByteRange::between(start, extent.range.end());
+                    push(all, MapExtent { range, host, ..here });
+                }
+                if all.len() > MAX_MAP_EXTENTS {
+                    return Ok(());
+                }
+            }
+            rest = ByteRange::between(end, rest.end());
+        }
+        Ok(())
+    })
+}
+
+/// Appends what the backing device of `image` says of `range`, a part of it.
+async fn map_below(
+    image: &Image,
+    live: &Live,
+    backing: &dyn BlockDevice,
+    range: ByteRange,
+    depth: usize,
+    all: &mut Vec<MapExtent>,
+) -> Result<(), Error> {
+    let (path, is_raw) = match &live.below {
+        Some(Below::Image(below)) => return map_layers(below, range, depth, all).await,
+        Some(Below::Raw(path)) => (path.clone(), true),
+        Some(Below::Other(path)) => (path.clone(), false),
+        None => (PathBuf::new(), false),
+    };
+    let mut rest = range;
+    while !rest.is_empty() && all.len() <= MAX_MAP_EXTENTS {
+        let found =
+            backing.extents(rest).await.map_err(|error| image.inner.backing_error(error))?;
+        for extent in &found {
+            push(
+                all,
+                MapExtent {
+                    range: extent.range,
+                    depth,
+                    layer: path.clone(),
+                    present: is_raw || extent.allocated || !extent.zero,
+                    data: !extent.zero,
+                    zero: extent.zero,
+                    compressed: false,
+                    host: is_raw.then_some(extent.range.start()),
+                },
+            );
+        }
+        // A device that answers nothing has nothing more to say.
+        let Some(last) = found.last() else { return Ok(()) };
+        rest = ByteRange::between(last.range.end(), rest.end());
+    }
+    Ok(())
+}
+
+/// What one layer says of an extent.
+fn tell(live: &Live, path: &Path, extent: Extent, depth: usize) -> MapExtent {
+    let (present, data, host) = match extent.place {
+        Place::Unallocated { host } => (false, false, host),
+        Place::Zero { host } => (true, false, host),
+        Place::Data { host, .. } => (true, true, Some(host)),
+        Place::Compressed(_) => (true, true, None),
+    };
+    // Cipher text is nothing that could be read there.
+    let host = host.filter(|_| live.cipher.is_none());
+    let layer = match (&live.data, host) {
+        (Some(data), Some(_)) => data.path(),
+        _ => path,
+    };
+    MapExtent {
+        range: extent.range,
+        depth,
+        layer: layer.to_owned(),
+        present,
+        data,
+        zero: !data,
+        compressed: matches!(extent.place, Place::Compressed(_)),
+        host: host.map(|HostOffset(host)| host),
+    }
+}
+
+fn push(all: &mut Vec<MapExtent>, next: MapExtent) {
+    if let Some(last) = all.last_mut() {
+        let continues = match (last.host, next.host) {
+            (None, None) => true,
+            (Some(host), Some(next)) => host + last.range.len() == next,
+            _ => false,
+        };
+        let kind = |e: &MapExtent| (e.depth, e.present, e.data, e.zero, e.compressed);
+        if continues && kind(last) == kind(&next) && last.layer == next.layer {
+            last.range = ByteRange::between(last.range.start(), next.range.end());
+            return;
+        }
+    }
+    all.push(next);
+}

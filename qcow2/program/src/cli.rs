@@ -3,7 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::command::{
-    bench, bitmap, check, compare, completions, convert, create, dd, info, measure, snapshot,
+    amend, bench, bitmap, check, compare, completions, convert, create, dd, info, measure, resize,
+    snapshot,
 };
 use crate::stop::Stop;
 
@@ -28,6 +29,8 @@ enum Command {
     Measure(measure::Options),
     Snapshot(snapshot::Options),
     Bitmap(bitmap::Options),
+    Resize(resize::Options),
+    Amend(amend::Options),
     Dd(dd::Options),
     Bench(bench::Options),
     Completions(completions::Options),
@@ -44,6 +47,8 @@ impl Cli {
             Command::Info(options) => info::run(options, &stop).await,
             Command::Snapshot(options) => snapshot::run(options, &stop).await,
             Command::Bitmap(options) => bitmap::run(options, &stop).await,
+            Command::Resize(options) => resize::run(options, &stop).await,
+            Command::Amend(options) => amend::run(options, &stop).await,
             Command::Dd(options) => dd::run(options, &stop).await,
             Command::Check(options) => check::run(options, &stop).await,
             Command::Convert(options) => convert::run(options, &stop).await,

@@ -157,16 +157,27 @@ async fn make_raw(file: &HostFile, size_bytes: u64, prealloc: Option<&str>) -> a
         return Ok(());
     }
     file.set_len(size_bytes).await?;
-    let whole = ByteRange::between(0, size_bytes);
-    match prealloc {
-        None | Some("off") => {}
-        Some("falloc") => file.write_zeroes(whole, None).await?,
-        Some("full") => write_zeros(file, whole).await?,
-        Some(other) => {
-            bail!("Invalid preallocation mode '{other}': off, falloc and full are known")
-        }
+    let mode = prealloc.map_or(Ok(Preallocation::Off), preallocation)?;
+    preallocate_raw(file, ByteRange::between(0, size_bytes), mode).await
+}
+
+/// Makes in advance what a new range of a raw disk shall have.
+///
+/// # Errors
+/// Modes that raw disks do not have, and what the host fails at.
+pub(crate) async fn preallocate_raw(
+    file: &HostFile,
+    range: ByteRange,
+    mode: Preallocation,
+) -> anyhow::Result<()> {
+    match mode {
+        Preallocation::Off => Ok(()),
+        Preallocation::Falloc => Ok(file.write_zeroes(range, None).await?),
+        Preallocation::Full => write_zeros(file, range).await,
+        Preallocation::Metadata => bail!(
+            "Invalid preallocation mode 'metadata' of a raw disk: off, falloc and full are known"
+        ),
     }
-    Ok(())
 }
 
 /// Writes zeros as data, so that the host has written every block once.

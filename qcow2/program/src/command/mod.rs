@@ -1,5 +1,6 @@
 //! The commands, one file each. What they share stands above them.
 
+pub(crate) mod amend;
 pub(crate) mod bench;
 pub(crate) mod bitmap;
 pub(crate) mod check;
@@ -10,4 +11,5 @@ pub(crate) mod create;
 pub(crate) mod dd;
 pub(crate) mod info;
 pub(crate) mod measure;
+pub(crate) mod resize;
 pub(crate) mod snapshot;

@@ -11,5 +11,6 @@ mod dd;
 mod info;
 mod measure;
 mod misuse;
+mod resize;
 mod snapshot;
 mod support;

@@ -119,13 +119,6 @@ impl DirtyMap {
         }
     }
 
-    /// The same for a disk of another size; what lies behind its end is forgotten, what is new is clean.
-    pub(crate) fn resized(&self, size_bytes: u64) -> Self {
-        let mut resized = Self::new(size_bytes, self.granularity_bits);
-        resized.merge(self);
-        resized
-    }
-
     /// Sets the bits that are set in `bytes`, of which the first is that of bit `first`.
     pub(crate) fn absorb(&mut self, first: u64, bytes: &[u8]) {
         let mut run: Option<Range<u64>> = None;
@@ -454,15 +447,5 @@ mod tests {
         assert_eq!(map.dirty_bytes(), size);
         let extents = map.extents(ByteRange::between(0, size), 10);
         assert_eq!(extents, [DirtyExtent { range: ByteRange::between(0, size), dirty: true }]);
-    }
-
-    #[test]
-    fn a_smaller_disk_forgets_and_a_larger_one_is_clean_behind_the_old_end() {
-        let mut map = DirtyMap::new(1 << 20, 16);
-        map.set(ByteRange::between(0, 1 << 20));
-        assert_eq!(map.resized(100).dirty_bytes(), 100);
-        let grown = map.resized(2 << 20);
-        assert_eq!(grown.dirty_bytes(), 1 << 20);
-        assert_eq!(grown.next_run(0), Some(0..16));
     }
 }

@@ -367,6 +367,52 @@ fn a_full_disk_refuses_a_bitmap_and_leaves_everything_usable() {
     });
 }
 
+#[test]
+fn compressed_clusters_are_changes_too() {
+    block_on(async {
+        let shape = Shape::new(65536);
+        let storage = shape.create().await;
+        let image = shape.open(&storage).await.unwrap();
+        image.add_bitmap("b", 65536, true).await.unwrap();
+        let text = vec![7; 3 << 16];
+        image.write_compressed(1 << 20, text.into()).await.unwrap();
+        image.close().await.unwrap();
+        let image = shape.open(&storage).await.unwrap();
+        assert_eq!(dirty(&image, "b").await, [(MIB, MIB + (3 << 16))]);
+        // A part of a compressed cluster.
+        image.clear_bitmap("b").await.unwrap();
+        write(&image, MIB + 70_000, 10).await;
+        assert_eq!(dirty(&image, "b").await, [(MIB + 65536, MIB + (2 << 16))]);
+        image.close().await.unwrap();
+    });
+}
+
+#[test]
+fn bitmaps_survive_that_snapshots_come_and_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    block_on(async {
+        Image::create(&path, &CreateOptions::new(64 * MIB)).await.unwrap();
+        let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+        image.add_bitmap("on", 65536, true).await.unwrap();
+        write(&image, 0, 100).await;
+        image.create_snapshot("one").await.unwrap();
+        write(&image, 8 * MIB, 100).await;
+        image.delete_snapshot("one").await.unwrap();
+        image.create_snapshot("two").await.unwrap();
+        write(&image, 16 * MIB, 100).await;
+        image.close().await.unwrap();
+    });
+    assert!(qemu_check(&path).is_clean());
+    let expected = [0, 8 * MIB, 16 * MIB].map(|at| (at, at + 65536));
+    assert_eq!(dirty_by_qemu(&path, "on"), expected);
+    block_on(async {
+        let view = OpenOptions::reading().snapshot("two");
+        let image = Image::open(&path, view).await.unwrap();
+        assert_eq!(image.bitmaps().await.unwrap(), [], "they tell of the present disk");
+    });
+}
+
 /// What a bitmap may say: `least` changed since it began, `most` was asked to.
 #[derive(Clone, Default)]
 struct Model {

@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::command::{
-    amend, bench, bitmap, check, compare, completions, convert, create, dd, info, measure, resize,
-    snapshot,
+    amend, bench, bitmap, check, commit, compare, completions, convert, create, dd, info, map,
+    measure, merge, rebase, resize, snapshot,
 };
 use crate::stop::Stop;
 
@@ -26,10 +26,14 @@ enum Command {
     Check(check::Options),
     Convert(convert::Options),
     Compare(compare::Options),
+    Map(map::Options),
     Measure(measure::Options),
     Snapshot(snapshot::Options),
     Bitmap(bitmap::Options),
     Resize(resize::Options),
+    Rebase(rebase::Options),
+    Commit(commit::Options),
+    Merge(merge::Options),
     Amend(amend::Options),
     Dd(dd::Options),
     Bench(bench::Options),
@@ -49,6 +53,10 @@ impl Cli {
             Command::Bitmap(options) => bitmap::run(options, &stop).await,
             Command::Resize(options) => resize::run(options, &stop).await,
             Command::Amend(options) => amend::run(options, &stop).await,
+            Command::Map(options) => map::run(options, &stop).await,
+            Command::Rebase(options) => rebase::run(options, &stop).await,
+            Command::Commit(options) => commit::run(options, &stop).await,
+            Command::Merge(options) => merge::run(options, &stop).await,
             Command::Dd(options) => dd::run(options, &stop).await,
             Command::Check(options) => check::run(options, &stop).await,
             Command::Convert(options) => convert::run(options, &stop).await,

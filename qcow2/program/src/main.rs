@@ -5,6 +5,7 @@ mod cache;
 mod cli;
 mod command;
 mod facts;
+mod folding;
 mod format;
 mod making;
 mod open;

@@ -139,7 +139,7 @@ fn without_newline(mut bytes: Vec<u8>) -> Vec<u8> {
 
 fn from_base64(text: &[u8]) -> anyhow::Result<Vec<u8>> {
     let text: Vec<u8> = text.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
-    ensure!(text.len() % 4 == 0, "its length is no multiple of four");
+    ensure!(text.len().is_multiple_of(4), "its length is no multiple of four");
     let end = text.len() - text.iter().rev().take_while(|byte| **byte == b'=').count();
     ensure!(text.len() - end <= 2, "it is padded by more than two signs");
     let mut decoded = Vec::with_capacity(text.len() / 4 * 3);

@@ -87,6 +87,24 @@ fn several_sources_become_one() {
 }
 
 #[test]
+fn vmdk_images_are_read() {
+    let place = Place::new();
+    source(&place);
+    for subformat in ["monolithicSparse", "streamOptimized", "monolithicFlat"] {
+        let options = format!("subformat={subformat}");
+        let line = ["convert", "-O", "vmdk", "-o", &options, "top.qcow2", "a.vmdk"];
+        place.qemu_img(&line).good();
+        place.qcow2(&["convert", "-f", "vmdk", "-O", "qcow2", "a.vmdk", "out"]).good();
+        same(&place, &["qcow2", "top.qcow2"], &["qcow2", "out"]);
+        place.qcow2(&["compare", "-f", "vmdk", "-F", "qcow2", "a.vmdk", "top.qcow2"]).good();
+        let info = place.qcow2(&["info", "-f", "vmdk", "--output=json", "a.vmdk"]).good().json();
+        assert_eq!(info["virtual-size"], 64 << 20);
+    }
+    place.qcow2(&["convert", "-O", "vmdk", "top.qcow2", "x"]).bad(1, "only read");
+    place.qcow2(&["create", "-f", "vmdk", "x", "1M"]).bad(1, "only read");
+}
+
+#[test]
 fn a_compressed_copy_takes_less_space() {
     let place = Place::new();
     std::fs::write(place.path("a.raw"), vec![b'x'; 8 << 20]).unwrap();

@@ -3,12 +3,14 @@
 
 mod bench;
 mod bitmap;
+mod chain;
 mod check;
 mod compare;
 mod convert;
 mod create;
 mod dd;
 mod info;
+mod map;
 mod measure;
 mod misuse;
 mod resize;

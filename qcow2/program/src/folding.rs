@@ -1,0 +1,102 @@
+//! What `commit`, `rebase` and `merge` share: how they open and copy, and how they tell what they would do.
+
+use std::fmt::Write;
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use qcow2::{FoldError, FoldOptions, FoldPlan};
+
+use crate::cache::Cache;
+use crate::format::{self, Format, could_not_open};
+use crate::making::beside;
+use crate::open::{self, Access, How, Named};
+use crate::size::{Size, human};
+
+/// How they copy.
+///
+/// # Errors
+/// Passphrases that cannot be read.
+pub(crate) fn options(
+    cache: Option<Cache>,
+    access: &Access,
+    rate: Option<Size>,
+) -> anyhow::Result<FoldOptions> {
+    Ok(FoldOptions {
+        open: open::qcow2_options(&How::writing(cache), access)?,
+        bytes_per_sec: rate.and_then(|rate| NonZeroU64::new(rate.0)),
+        ..FoldOptions::default()
+    })
+}
+
+/// The path of an image that is to change: a qcow2 file.
+///
+/// # Errors
+/// Everything else.
+pub(crate) fn top(named: &Named) -> anyhow::Result<&Path> {
+    let Some(path) = named.place.path() else {
+        bail!("{}: an export has no backing file here", named.place);
+    };
+    match named.format.map_or_else(|| format::recognise(path), Ok)? {
+        Format::Qcow2 => Ok(path),
+        other => bail!("{}: images in {other} have no backing file", path.display()),
+    }
+}
+
+/// A layer as people name it: from here, or as the image above it does.
+pub(crate) fn layer(top: &Path, name: &str) -> PathBuf {
+    let here = PathBuf::from(name);
+    if here.exists() { here } else { beside(top, name) }
+}
+
+/// An error about a chain, with what the command line offers against it.
+pub(crate) fn explained(error: FoldError, path: &Path) -> anyhow::Error {
+    match error {
+        FoldError::NoBacking { .. } => {
+            anyhow::anyhow!("{}: Image does not have a backing file", path.display())
+        }
+        FoldError::NotInChain { file, base } => anyhow::anyhow!(
+            "Did not find '{}' in the backing chain of '{}'",
+            base.display(),
+            file.display()
+        ),
+        FoldError::Image(error) => {
+            let about_opening =
+                matches!(error, qcow2::Error::Reference { .. } | qcow2::Error::Host(_));
+            let error = anyhow::Error::from(error);
+            match about_opening {
+                true => open::explained(error, path, &How::writing(None)),
+                false => error,
+            }
+        }
+        other => anyhow::Error::from(other).context(could_not_open(path).replace("open", "change")),
+    }
+}
+
+/// What a plan says, for people.
+pub(crate) fn describe(plan: &FoldPlan) -> String {
+    let mut text = String::new();
+    // Writing into a string does not fail.
+    let _ = writeln!(text, "{} would be written:", plan.into.display());
+    if let Some(size) = plan.grows_to_bytes {
+        let _ = writeln!(text, "  it would grow to {} ({size} bytes)", human(size));
+    }
+    for layer in &plan.layers {
+        let _ = writeln!(
+            text,
+            "  {} of data ({} bytes) and {} of zeros from {}",
+            human(layer.data_bytes),
+            layer.data_bytes,
+            human(layer.zero_bytes),
+            layer.path.display()
+        );
+    }
+    for path in &plan.relinked {
+        let _ = writeln!(text, "{} would get another backing file", path.display());
+    }
+    for path in &plan.removed {
+        let _ = writeln!(text, "{} would be removed", path.display());
+    }
+    text.push_str("Nothing has been changed.\n");
+    text
+}

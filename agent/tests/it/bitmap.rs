@@ -139,7 +139,8 @@ struct EveryThird;
 #[async_trait::async_trait]
 impl ExtentSource for EveryThird {
     async fn extents(&self, range: ByteRange) -> Result<Vec<FlaggedExtent>, DeviceError> {
-        let flags = |block: ByteRange| if (block.start() / BLOCK) % 3 == 0 { DIRTY } else { 0 };
+        let flags =
+            |block: ByteRange| if (block.start() / BLOCK).is_multiple_of(3) { DIRTY } else { 0 };
         let one = |range: ByteRange| FlaggedExtent { range, flags: flags(range) };
         Ok(range.pieces(BLOCK).map(one).collect())
     }

@@ -208,6 +208,7 @@ impl Inner {
                 at: entry.l1_at,
                 entries: u64::from(entry.l1_entries),
             };
+            roots.version = state.header.version;
             roots.l1 = state.tree;
             roots.snapshots = state.snapshots.iter().map(place).collect();
             roots.snapshot_table = None;

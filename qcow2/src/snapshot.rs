@@ -220,11 +220,6 @@ impl SnapshotEntry {
         Ok(())
     }
 
-    /// Whether the entry lacks what version 3 of the format demands. QEMU opens such images, and its check complains.
-    pub(crate) fn is_short_for(&self, version: u32) -> bool {
-        version >= 3 && self.disk_bytes.is_none()
-    }
-
     /// Checks that its disk has a possible size, and its L1 table a size and a place that a table can have in a file of
     /// `file_bytes` bytes.
     ///
@@ -339,7 +334,6 @@ mod tests {
         bytes[32..40].copy_from_slice(&[0, 0, 0, 9, 0, 0, 0, 0]);
         let [read] = table(&bytes, 1).try_into().unwrap();
         assert_eq!((read.vm_state_bytes, read.disk_bytes), (9, None));
-        assert!(read.is_short_for(3) && !read.is_short_for(2));
         assert_eq!(read.describe(512).disk_bytes, 512);
     }
 

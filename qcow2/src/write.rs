@@ -78,6 +78,7 @@ impl Inner {
             .collect();
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
+        self.check_inside(range)?;
         self.record_change(&live, range).await?;
         let plan = self.change(&live, |core| core.plan_write(range, &zeros)).await?;
         let ticket = Arc::new(Ticket {
@@ -105,6 +106,7 @@ impl Inner {
             self.guests.lock_shared(wide).await
         };
         let live = self.live()?;
+        self.check_inside(range)?;
         self.record_change(&live, range).await?;
         // Another request may have changed the mapping before the lock was ours.
         let plan = self.change(&live, |core| core.plan_in_place(range)).await?;
@@ -244,11 +246,26 @@ impl Inner {
         self.clear(ByteRange::between(0, self.limits().size_bytes), Clear::Reveal).await
     }
 
+    /// Refuses a range that a disk that became smaller while a request waited does not even map. The lock on the range
+    /// must be held. What is mapped behind the end of the disk is the state of a virtual machine.
+    fn check_inside(&self, range: ByteRange) -> Result<(), Error> {
+        let (size_bytes, mapped_bytes) = {
+            let core = self.core.lock();
+            let l1_entries = core.header.l1_entries;
+            (core.size_bytes, l1_entries.saturating_mul(self.info.l2_coverage))
+        };
+        if range.end() > size_bytes.max(mapped_bytes) {
+            return Err(Error::Request(block::DeviceError::WritePastEnd { range, size_bytes }));
+        }
+        Ok(())
+    }
+
     /// Clears whole subclusters, table by table: who waits for one of them does not wait for a whole disk.
     async fn clear(&self, range: ByteRange, how: Clear) -> Result<(), Error> {
         for piece in range.pieces(self.info.l2_coverage) {
             let guard = self.guests.lock_exclusive(self.widen(piece)).await;
             let live = self.live()?;
+            self.check_inside(piece)?;
             self.record_change(&live, piece).await?;
             if self.info.raw_data && live.cipher.is_none() {
                 // The data file must read like the disk; what entries say is right already: what is mapped stays

@@ -27,6 +27,7 @@ mod memory;
 mod model;
 mod order;
 mod shape;
+mod snapshot_crash;
 mod snapshots;
 #[cfg(feature = "vmdk")]
 mod vmdk;

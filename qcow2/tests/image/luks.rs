@@ -7,8 +7,8 @@ use std::process::Command;
 use block::{BlockDevice, Durability, ZeroMode};
 use bytes::Bytes;
 use qcow2::{
-    Error, Feature, Image, KeyChange, KeyCost, KeyError, OpenOptions, Passphrase, Slots,
-    UnlockError,
+    CreateOptions, Error, Feature, Image, KeyChange, KeyCost, KeyError, LuksOptions, OpenOptions,
+    Passphrase, Slots, UnlockError,
 };
 
 use crate::common::{block_on, pattern, range, read_all};
@@ -110,7 +110,7 @@ fn what_qemu_encrypts_is_read_in_every_cipher_and_hash() {
 fn no_passphrase_and_a_wrong_one_are_refused_and_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
-    create_by_qemu(&path, SECRET, "", "1M", &[]);
+    create(&path, SECRET, 65_536, |_| {});
     let without = read_file(&path, OpenOptions::reading());
     assert!(matches!(without, Err(Error::Locked { reason: UnlockError::NoPassphrase, .. })));
     let wrong = OpenOptions::reading().passphrase(Passphrase::new("open barley"));
@@ -130,7 +130,7 @@ fn luks_at(bytes: &[u8]) -> usize {
 fn a_header_may_hold_anything_and_what_we_do_not_have_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
-    create_by_qemu(&path, SECRET, "", "1M", &[]);
+    create(&path, SECRET, 65_536, |_| {});
     let good = std::fs::read(&path).unwrap();
     let base = luks_at(&good);
     let with = |at: usize, bytes: &[u8]| {
@@ -163,7 +163,7 @@ fn a_header_may_hold_anything_and_what_we_do_not_have_is_refused_by_name() {
     for at in fields.filter(|at| *at < 208 || (at - 208) % 48 < 8 || (at - 208) % 48 >= 40) {
         for number in numbers {
             match with(at, &number.to_be_bytes()) {
-                Ok(disk) => assert!(disk == vec![0; 1 << 20]),
+                Ok(disk) => assert!(disk == vec![0; 2 << 20]),
                 Err(Error::Corrupt { .. } | Error::Unsupported { .. } | Error::Locked { .. }) => {}
                 Err(other) => panic!("{at}: {other}"),
             }
@@ -187,7 +187,7 @@ fn legacy_aes_is_refused_with_advice() {
 #[test]
 fn what_we_write_in_any_pieces_qemu_reads() {
     let dir = tempfile::tempdir().unwrap();
-    for (name, more) in [("64k", ""), ("512", ",cluster_size=512")] {
+    for (name, more) in [("64k", ""), ("4k", ",cluster_size=4k,encrypt.cipher-alg=aes-128")] {
         let path = dir.path().join(name);
         create_by_qemu(&path, SECRET, more, "2M", &[]);
         let mut model = vec![0; 2 << 20];
@@ -228,6 +228,74 @@ fn what_we_write_in_any_pieces_qemu_reads() {
     }
 }
 
+/// Makes an image by ourselves: cheap keys, for tests that only need some.
+fn create(path: &Path, secret: &str, cluster_bytes: u32, how: impl Fn(&mut CreateOptions)) {
+    let mut options = CreateOptions::new(2 << 20).cluster_bytes(cluster_bytes);
+    let cost = KeyCost::Rounds(1000);
+    options.encryption = Some(LuksOptions { cost, ..LuksOptions::new(Passphrase::new(secret)) });
+    how(&mut options);
+    block_on(Image::create(path, &options)).unwrap();
+}
+
+#[test]
+fn what_we_encrypt_is_read_by_qemu_through_writes_of_any_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let below = dir.path().join("below.qcow2");
+    create(&below, "below", 4096, |_| {});
+    let mut model = pattern(99, 1_500_000);
+    model.resize(2 << 20, 0);
+    block_on(async {
+        let options = OpenOptions::writing().passphrase(Passphrase::new("below"));
+        let image = Image::open(&below, options).await.unwrap();
+        image.write(0, model.clone().into(), Durability::Deferred).await.unwrap();
+        image.close().await.unwrap();
+    });
+    for (name, cluster_bytes, extended) in
+        [("a", 512, false), ("b", 65_536, false), ("c", 16_384, true), ("d", 2 << 20, false)]
+    {
+        let path = dir.path().join(name);
+        create(&path, SECRET, cluster_bytes, |options| {
+            options.extended_l2 = extended;
+            options.backing = Some(qcow2::BackingName {
+                path: "below.qcow2".to_owned(),
+                format: qcow2::BackingFormat::Qcow2,
+            });
+        });
+        let mut model = model.clone();
+        block_on(async {
+            let both = writing().passphrase(Passphrase::new("below"));
+            let image = Image::open(&path, both).await.unwrap();
+            for step in 0..120u64 {
+                let at = step.wrapping_mul(0x9e37_79b9_7f4a_7c15) % ((2 << 20) - 70_000);
+                let len = [1, 3, 511, 512, 513, 4096, 70_000][usize::try_from(step % 7).unwrap()];
+                let start = usize::try_from(at).unwrap();
+                let place = &mut model[start..start + len];
+                if step % 5 == 4 {
+                    let zeros = range(at, len as u64);
+                    let mode = ZeroMode { keep_allocated: step % 2 == 0, fast_only: false };
+                    image.write_zeroes(zeros, mode, Durability::Deferred).await.unwrap();
+                    place.fill(0);
+                } else {
+                    let bytes = pattern(step + 1, len);
+                    place.copy_from_slice(&bytes);
+                    image.write(at, bytes.into(), Durability::Deferred).await.unwrap();
+                }
+            }
+            assert!(read_all(&image).await == model, "{name}");
+            image.close().await.unwrap();
+        });
+        let raw = dir.path().join("raw");
+        let options = format!("{},backing.encrypt.key-secret=sec1", opts(&path));
+        let sealed = ["convert", "--object", "secret,id=sec1,data=below", "--image-opts", &options];
+        qemu("qemu-img", SECRET, &[&sealed[..], &["-O", "raw", raw.to_str().unwrap()]].concat());
+        assert!(std::fs::read(&raw).unwrap() == model, "{name}");
+        let options = format!("{},backing.encrypt.key-secret=sec1", opts(&path));
+        let check =
+            ["check", "-q", "--object", "secret,id=sec1,data=below", "--image-opts", &options];
+        qemu("qemu-img", SECRET, &check);
+    }
+}
+
 #[test]
 fn layers_of_a_chain_have_their_own_passphrases_or_none() {
     let dir = tempfile::tempdir().unwrap();
@@ -261,7 +329,7 @@ fn layers_of_a_chain_have_their_own_passphrases_or_none() {
 fn keys_are_added_and_removed_and_qemu_opens_by_those_that_are_left() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
-    create_by_qemu(&path, SECRET, "", "1M", &[]);
+    create(&path, SECRET, 65_536, |_| {});
     let change = |change: KeyChange| {
         block_on(async {
             let image = Image::open(
@@ -298,7 +366,7 @@ fn keys_are_added_and_removed_and_qemu_opens_by_those_that_are_left() {
     assert_eq!(change(add("nine", Some(8), true)).map_err(key), Err(KeyError::NoSuchSlot(8)));
     change(add("six", Some(6), true)).unwrap();
     for secret in [SECRET, "two", "six"] {
-        assert_eq!(raw_by_qemu(&path, secret).len(), 1 << 20, "{secret}");
+        assert_eq!(raw_by_qemu(&path, secret).len(), 2 << 20, "{secret}");
     }
     change(remove(Slots::One(5), false)).unwrap();
     assert_eq!(change(remove(Slots::One(5), false)).map_err(key), Err(KeyError::SlotEmpty(5)));
@@ -306,7 +374,7 @@ fn keys_are_added_and_removed_and_qemu_opens_by_those_that_are_left() {
     let gone = read_file(&path, reading());
     assert!(matches!(gone, Err(Error::Locked { reason: UnlockError::WrongPassphrase, .. })));
     for secret in ["two", "six"] {
-        assert_eq!(raw_by_qemu(&path, secret).len(), 1 << 20, "{secret}");
+        assert_eq!(raw_by_qemu(&path, secret).len(), 2 << 20, "{secret}");
     }
     assert_clean(&path, "six");
 }

@@ -2,6 +2,7 @@
 //! each command has a file of its own.
 
 mod cache;
+mod chain;
 mod cli;
 mod command;
 mod facts;

@@ -12,12 +12,13 @@ use qcow2::{
 };
 
 use crate::cache::Cache;
+use crate::chain;
 use crate::format::Format;
 use crate::open::{self, Access, How, Named, Opened};
 use crate::options::{OptionList, switch};
 use crate::secret::Secrets;
 use crate::settings;
-use crate::target::{Target, file_id};
+use crate::target::Target;
 
 /// QEMU counts disks in sectors of this many bytes.
 pub(crate) const SECTOR_BYTES: u64 = 512;
@@ -144,9 +145,9 @@ impl Below {
         self.0.as_ref().map(Opened::device)
     }
 
-    /// The file, by device and inode.
-    pub(crate) fn id(&self) -> Option<(u64, u64)> {
-        self.0.as_ref()?.place.path().and_then(file_id)
+    /// Its files, by device and inode.
+    pub(crate) async fn ids(&self) -> Vec<(u64, u64)> {
+        chain::ids_of(self.0.as_slice()).await
     }
 }
 

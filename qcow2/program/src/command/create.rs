@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 
 use crate::cache::Cache;
+use crate::chain;
 use crate::format::{self, Format};
 use crate::making::{self, Plan, beside};
 use crate::open::{self, Access, How, Named};
@@ -13,7 +14,6 @@ use crate::output::{print, warn};
 use crate::settings::{self, Purpose};
 use crate::size::Size;
 use crate::stop::Stop;
-use crate::target::file_id;
 
 /// Make a new, empty image
 ///
@@ -77,7 +77,10 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
 }
 
 async fn make(path: &Path, options: &Options, size: u64, list: &OptionList) -> anyhow::Result<()> {
-    let below = list.get("backing_file").and_then(|name| file_id(&beside(path, name)));
+    let below = match list.get("backing_file") {
+        Some(name) => chain::ids(&beside(path, name)).await,
+        None => Vec::new(),
+    };
     let plan = Plan {
         path,
         format: options.format,
@@ -86,7 +89,7 @@ async fn make(path: &Path, options: &Options, size: u64, list: &OptionList) -> a
         access: &options.access,
         cache: Cache::PAGES,
     };
-    plan.make(below.as_slice()).await?.keep().await
+    plan.make(&below).await?.keep().await
 }
 
 /// Puts what the letters say into the list, looks at the image below, and finds the size.

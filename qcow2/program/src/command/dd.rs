@@ -7,6 +7,7 @@ use block::ByteRange;
 use qcow2::{ConvertOptions, ConvertTarget};
 
 use crate::cache::Cache;
+use crate::chain;
 use crate::format::Format;
 use crate::making::Plan;
 use crate::open::{self, Access, How, Named, Opened};
@@ -16,7 +17,7 @@ use crate::place::Place;
 use crate::size::Size;
 use crate::splice::Splice;
 use crate::stop::Stop;
-use crate::target::{Target, file_id};
+use crate::target::Target;
 
 /// Copy a range of an image into a new one, counted in blocks
 ///
@@ -122,8 +123,8 @@ async fn copy(input: &Opened, operands: &Operands, options: &Options) -> anyhow:
         access: &options.access,
         cache: Cache::DIRECT,
     };
-    let source = input.place.path().and_then(file_id);
-    let made = plan.make(source.as_slice()).await;
+    let sources = chain::ids_of(std::slice::from_ref(input)).await;
+    let made = plan.make(&sources).await;
     let made =
         made.with_context(|| format!("{}: error while creating output image", path.display()))?;
     let (output, files) = made.open(None, &options.access, Cache::DIRECT).await?;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use block::ByteRange;
-use qcow2::{Image, MapExtent};
+use qcow2::MapExtent;
 
+use crate::chain;
 use crate::format::Format;
-use crate::making::beside;
 use crate::open::{self, Access, How, Named, Opened};
 use crate::output::{Output, print};
 use crate::size::Size;
@@ -202,14 +202,9 @@ async fn of_disk(opened: &Opened, range: ByteRange) -> anyhow::Result<Vec<Entry>
 /// The layers of a chain: as they are on the host, and as they are named, seen from here.
 async fn names(top: &Path) -> Vec<(PathBuf, String)> {
     let mut names = vec![(top.to_owned(), top.display().to_string())];
-    let mut path = top.to_owned();
-    // The chain is open, so it is finite and its names lead somewhere.
-    for _ in 0..qcow2::MAX_CHAIN_DEPTH {
-        let Ok(seen) = Image::inspect(&path).await else { break };
-        let Some(backing) = seen.info.backing else { break };
-        path = beside(&path, &backing.name);
-        if let Ok(resolved) = path.canonicalize() {
-            names.push((resolved, path.display().to_string()));
+    for file in chain::files(top).await {
+        if let Ok(resolved) = file.canonicalize() {
+            names.push((resolved, file.display().to_string()));
         }
     }
     names

@@ -78,10 +78,29 @@ fn a_target_that_is_read_or_is_no_file_is_left_alone() {
 }
 
 #[test]
+fn no_layer_below_a_source_is_written() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "base", "1M"]).good();
+    place.qemu_img(&["create", "-f", "qcow2", "-b", "base", "-F", "qcow2", "mid"]).good();
+    place.qemu_img(&["create", "-f", "qcow2", "-b", "mid", "-F", "qcow2", "top"]).good();
+    let before = place.read("base");
+    for line in [
+        &["convert", "-U", "-O", "qcow2", "top", "base"][..],
+        &["convert", "-U", "-n", "-O", "qcow2", "top", "base"],
+        &["convert", "-O", "qcow2", "-B", "mid", "-F", "qcow2", "top", "base"],
+        &["dd", "-U", "if=top", "of=base"],
+        &["create", "-f", "qcow2", "-b", "top", "-F", "qcow2", "base"],
+    ] {
+        let answer = place.qcow2(line);
+        assert_eq!(answer.code, 1, "{line:?}: {answer:?}");
+        assert!(answer.err.contains("images that are read"), "{line:?}: {answer:?}");
+        assert_eq!(place.read("base"), before, "{line:?}");
+    }
+}
+
+#[test]
 fn what_could_not_be_finished_is_not_left_behind() {
     let place = Place::new();
-    place.qemu_img(&["create", "-f", "qcow2", "a.qcow2", "1G"]).good();
-    // The header asks for clusters of 4 EiB.
     place
         .qcow2(&["create", "-f", "qcow2", "-o", "cluster_size=3", "x", "1M"])
         .bad(1, "power of two");

@@ -9,6 +9,7 @@ use qcow2::{ConvertTarget, Image};
 
 use super::Options;
 use crate::cache::Cache;
+use crate::chain;
 use crate::format::Format;
 use crate::making::{Below, Plan};
 use crate::open::{self, How, Named, Opened};
@@ -42,11 +43,7 @@ impl Output {
                 existing(options, list, name, sources).await?
             }
             (false, Ok(Place::File(path))) => {
-                let ids: Vec<_> = sources
-                    .iter()
-                    .filter_map(|source| source.place.path())
-                    .filter_map(file_id)
-                    .collect();
+                let ids = chain::ids_of(sources).await;
                 made(options, list, &path, &ids, size_bytes).await?
             }
             (false, Err(error)) => return Err(error),
@@ -104,8 +101,8 @@ async fn existing(
     let format = (!options.target_image_opts).then_some(options.output_format);
     let named = Named::parse(name, format, options.target_image_opts)?;
     if let Some(path) = named.place.path() {
-        let reads = |source: &Opened| source.place.path().and_then(file_id) == file_id(path);
-        let is_source = file_id(path).is_some() && sources.iter().any(reads);
+        let reads = chain::ids_of(sources).await;
+        let is_source = file_id(path).is_some_and(|id| reads.contains(&id));
         ensure!(!is_source, "{name}: it is one of the images that are read");
     } else {
         let plain = options.output_format == Format::Raw && options.options.is_empty();
@@ -133,7 +130,7 @@ async fn made(
     // Below the target is what the user names: it is opened before anything is made.
     let below = Below::open(path, list, &options.access).await?;
     let cache = options.cache.unwrap_or(Cache::DIRECT);
-    let ids: Vec<_> = sources.iter().copied().chain(below.id()).collect();
+    let ids = [sources.to_vec(), below.ids().await].concat();
     let plan = Plan { path, format, size_bytes, options: list, access: &options.access, cache };
     let cannot = || format!("{name}: error while converting {format}");
     let made = plan.make(&ids).await.with_context(cannot)?;

@@ -14,10 +14,10 @@ use std::path::Path;
 use block::{ByteRange, HostFile};
 
 use crate::error::{Corruption, Error, Fault, Feature, TableKind};
-use crate::header::{Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
+use crate::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use crate::image::Image;
 use crate::progress::Progress;
-use crate::units::{HostOffset, SECTOR_BYTES};
+use crate::units::{HOST_OFFSET_END, HostCluster, HostOffset, SECTOR_BYTES};
 
 pub use report::{CheckReport, MAX_LISTED_FINDINGS, Refusal};
 
@@ -59,6 +59,24 @@ impl Image {
     ///
     /// A repair that is interrupted leaves an image that can be repaired again.
     ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use qcow2::{CheckOptions, CreateOptions, Image, Repair};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("disk.qcow2");
+    /// # tokio::runtime::Builder::new_current_thread().build()?.block_on(async {
+    /// Image::create(&path, &CreateOptions::new(1 << 30)).await?;
+    /// let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
+    /// let report = Image::check(&path, options, |_| {}).await?;
+    /// for finding in &report.findings {
+    ///     println!("{finding}");
+    /// }
+    /// assert!(report.is_clean());
+    /// # Ok(()) })
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Host`]; [`Error::Corrupt`] and [`Error::Unsupported`] for a file whose header cannot be understood or
     /// that passes the limits of a check. What is wrong behind the header is no error but in the report.
@@ -76,13 +94,22 @@ impl Image {
         let file = HostFile::open(path, host).await?;
         check_file(&file, options.repair, &progress).await
     }
+
+    /// Checks the image in a file that is open already, and that nobody else changes meanwhile.
+    ///
+    /// # Errors
+    /// As [`Image::check`].
+    pub async fn check_on(
+        file: &HostFile,
+        repair: Repair,
+        progress: impl Fn(Progress) + Send + Sync,
+    ) -> Result<CheckReport, Error> {
+        check_file(file, repair, &progress).await
+    }
 }
 
-/// Checks the image in a file that is open, see [`Image::check`].
-///
-/// # Errors
-/// As [`Image::check`].
-pub(crate) async fn check_file(
+/// Checks the image in a file that is open.
+async fn check_file(
     file: &HostFile,
     repair: Repair,
     progress: &(dyn Fn(Progress) + Send + Sync),
@@ -94,10 +121,11 @@ pub(crate) async fn check_file(
     }
 }
 
-/// Makes the refcounts of an image right that was not closed cleanly, and clears its dirty bit.
+/// Makes the refcounts of an image exact that was not closed cleanly, and clears its dirty bit. Before that is done,
+/// no cluster may be called free.
 ///
 /// # Errors
-/// As [`Image::check`], and [`crate::Feature::WritingDirty`] where something stays wrong.
+/// As [`Image::check`], and [`Feature::WritingDirty`] where something stays wrong.
 pub(crate) async fn rebuild_dirty(file: &HostFile) -> Result<(), Error> {
     let report = check_file(file, Repair::All, &|_| {}).await?;
     if report.is_clean() {
@@ -117,20 +145,23 @@ async fn read_header(file: &HostFile) -> Result<Header, Error> {
     Ok(header)
 }
 
-/// What must hold before tables can be walked: lengths within their limits, an L1 table that starts on a cluster.
+/// What must hold before tables can be walked: all that opening asks of a header, but for the refcount table, which can
+/// be made anew, and for the end of the file, behind which tables are found to lie.
 fn check_limits(header: &Header) -> Result<(), Fault> {
-    let refcounts = header.refcount_table_clusters.saturating_mul(header.geometry.bytes());
-    for (table, bytes, limit) in [
-        (TableKind::L1, header.l1_entries * 8, MAX_L1_BYTES),
-        (TableKind::RefcountTable, refcounts, MAX_REFCOUNT_TABLE_BYTES),
-    ] {
-        if bytes > limit {
-            return Err(Fault::Unsupported(Feature::TableTooLarge { table, bytes, limit }));
-        }
+    let geometry = header.geometry;
+    let mut sane = header.clone();
+    sane.move_refcount_table(geometry.host_offset(HostCluster(1)), 1);
+    sane.check(HOST_OFFSET_END)?;
+    let bytes = header.refcount_table_clusters.saturating_mul(geometry.bytes());
+    if bytes > MAX_REFCOUNT_TABLE_BYTES {
+        let (table, limit) = (TableKind::RefcountTable, MAX_REFCOUNT_TABLE_BYTES);
+        return Err(Fault::Unsupported(Feature::TableTooLarge { table, bytes, limit }));
     }
-    if !header.geometry.is_aligned(header.l1_at.0) {
-        let what = Corruption::TablePlace { table: TableKind::L1, value: header.l1_at.0 };
-        return Err(Fault::Corrupt { at: HostOffset(40), what });
+    // Where nothing can be, nobody opens the image, be the table empty or not.
+    let place = header.snapshots_at;
+    if !geometry.is_aligned(place.0) || place.0 >= HOST_OFFSET_END {
+        let what = Corruption::TablePlace { table: TableKind::Snapshots, value: place.0 };
+        return Err(Fault::Corrupt { at: HostOffset(64), what });
     }
     Ok(())
 }

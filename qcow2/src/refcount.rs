@@ -50,6 +50,15 @@ impl RefcountWidth {
         (value >> self.shift(at)) & self.max()
     }
 
+    /// How many of the first `slots` refcounts of a block are not 0.
+    pub(crate) fn used(self, block: &[u8], slots: u64) -> Used {
+        let mut used = Used::default();
+        for slot in (0..slots).filter(|slot| self.get(block, *slot) != 0) {
+            used = Used { count: used.count + 1, end: slot + 1 };
+        }
+        used
+    }
+
     /// Stores a refcount. Says whether it fits.
     pub(crate) fn set(self, block: &mut [u8], at: u64, value: u64) -> bool {
         if value > self.max() {
@@ -82,6 +91,15 @@ impl RefcountWidth {
         let slot = u32::try_from(at & ((8 >> self.order) - 1)).unwrap_or(0);
         slot << self.order
     }
+}
+
+/// What of a refcount block is in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Used {
+    /// The refcounts that are not 0.
+    pub count: u64,
+    /// The slot behind the last of them.
+    pub end: u64,
 }
 
 /// A refcount block in memory.

@@ -14,5 +14,5 @@ mod walk;
 
 pub(crate) use counts::{Counts, MAX_COUNTS_BYTES, TooScattered};
 pub use finding::{EntryPlace, Finding, Severity};
-pub(crate) use roots::{Piece, Roots, TablePlace};
-pub(crate) use walk::{ActiveClusters, Tally, Visit, Visitor};
+pub(crate) use roots::{Roots, TablePlace};
+pub(crate) use walk::{TableUse, Tally, Visitor};

@@ -2,13 +2,14 @@
 //! that is lost is made anew elsewhere.
 
 use block::{ByteRange, HostFile};
+use bytes::Bytes;
 
 use crate::check::Repair;
-use crate::check::report::CheckReport;
+use crate::check::report::{CheckReport, MAX_LISTED_FINDINGS};
 use crate::error::{Error, Fault, Feature};
 use crate::fields::REFCOUNT_TABLE_RESERVED;
 use crate::header::Header;
-use crate::refcount::RefcountWidth;
+use crate::refcount::{RefcountWidth, Used};
 use crate::tally::{Counts, Finding, MAX_COUNTS_BYTES, Tally, TooScattered};
 use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, SECTOR_BYTES, index};
 
@@ -86,9 +87,13 @@ pub(super) async fn compare(
             max: width.max(),
             outside,
         },
+        used: None,
+        listed: 0,
     };
     let per_block = width.per_block(geometry);
     let mut next = 0;
+    // Hostile tables name one block many times.
+    let mut last = (0, Bytes::new());
     for (number, raw) in (0u64..).zip(&tally.refcount_table).filter(|(_, raw)| **raw != 0) {
         let start = number * per_block;
         if start >= outside.0 {
@@ -100,7 +105,11 @@ pub(super) async fn compare(
         }
         comparison.without_block(next, start).map_err(|_| scattered(file))?;
         next = (start + per_block).min(outside.0);
-        let mut block = file.read(ByteRange::between(at, at + geometry.bytes())).await?.to_vec();
+        if at != last.0 || repair != Repair::None {
+            comparison.used = None;
+            last = (at, file.read(ByteRange::between(at, at + geometry.bytes())).await?);
+        }
+        let mut block = last.1.to_vec();
         let changed = comparison.block(start, next, &mut block).map_err(|_| scattered(file))?;
         write_sectors(file, HostOffset(at), &block, &changed).await?;
     }
@@ -137,6 +146,10 @@ struct Comparison<'a> {
     repair: Repair,
     report: &'a mut CheckReport,
     compared: Compared,
+    /// How much of the block at hand is in use, among so many slots, once that is known.
+    used: Option<(u64, Used)>,
+    /// Leaks of whole blocks that were listed one by one.
+    listed: usize,
 }
 
 impl Comparison<'_> {
@@ -154,6 +167,10 @@ impl Comparison<'_> {
         let tally = self.tally;
         let mut counted = tally.counts.between(HostCluster(start), HostCluster(end)).peekable();
         let mut changed = Vec::new();
+        if counted.peek().is_none() && self.repair == Repair::None {
+            self.all_leaked(start, end, block);
+            return Ok(changed);
+        }
         for cluster in (start..end).map(HostCluster) {
             let slot = cluster.0 - start;
             let refcount = self.width.get(block, slot);
@@ -170,6 +187,31 @@ impl Comparison<'_> {
             }
         }
         Ok(changed)
+    }
+
+    /// A block for clusters that nothing references. Hostile images have very many of them, most often the same.
+    fn all_leaked(&mut self, start: u64, end: u64, block: &[u8]) {
+        let slots = end - start;
+        let used = match self.used {
+            Some((known, used)) if known == slots => used,
+            _ => self.width.used(block, slots),
+        };
+        self.used = Some((slots, used));
+        let listed = self.listed < MAX_LISTED_FINDINGS && used.count > 0;
+        let mut counted = 0;
+        for slot in (0..slots).filter(|_| listed) {
+            let refcount = self.width.get(block, slot);
+            if refcount != 0 && self.listed < MAX_LISTED_FINDINGS {
+                let at = self.geometry.host_offset(HostCluster(start + slot));
+                self.report.add(Finding::Leaked { at, refcount, references: 0 }, 1);
+                self.listed += 1;
+                counted += 1;
+            }
+        }
+        self.report.leaks += used.count - counted;
+        if used.count > 0 {
+            self.compared.end = HostCluster(start + used.end);
+        }
     }
 
     /// Judges a cluster that is counted or used, and says what its refcount is to be.

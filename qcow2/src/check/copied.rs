@@ -44,19 +44,25 @@ pub(super) async fn check_copied(
     };
     let geometry = header.geometry;
     l1_table(file, header, examined, fix).await?;
-    let tables = std::mem::take(&mut examined.tally.active_tables);
+    let tables = std::mem::take(&mut examined.tally.tables);
+    let mut active = tables.iter().filter(|table| table.active > 0 && table.holds_something);
     let per_batch = BATCH_TABLES.min(index((BATCH_BYTES / geometry.bytes()).max(1)));
-    for batch in tables.chunks(per_batch) {
+    loop {
+        let batch: Vec<_> = active.by_ref().take(per_batch).collect();
+        if batch.is_empty() {
+            break;
+        }
         let range = |at: u64| ByteRange::between(at, at + geometry.bytes());
-        let reads = batch.iter().map(|(at, _)| file.read(range(at.0)));
-        for ((at, times), bytes) in batch.iter().zip(try_join_all(reads).await?) {
-            let mut table = L2Table { at: *at, times: *times, geometry, entries, examined, fix };
+        let reads = batch.iter().map(|table| file.read(range(table.at.0)));
+        for (table, bytes) in batch.iter().zip(try_join_all(reads).await?) {
+            let (at, times) = (table.at, u64::from(table.active));
+            let mut table = L2Table { at, times, geometry, entries, examined, fix };
             let mut bytes = bytes.to_vec();
             let changed = table.check(&mut bytes);
-            write_sectors(file, *at, &bytes, &changed).await?;
+            write_sectors(file, at, &bytes, &changed).await?;
         }
     }
-    examined.tally.active_tables = tables;
+    examined.tally.tables = tables;
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use crate::check::report::CheckReport;
 use crate::error::Error;
 use crate::header::Header;
 use crate::progress::Progress;
+use crate::snapshots::read_snapshots;
 use crate::tally::{EntryPlace, Finding, Tally, Visitor};
 
 /// The most entries with reserved space that is no cluster that one repair puts right.
@@ -64,6 +65,14 @@ pub(super) async fn examine(
     let compared = compare(file, header, &tally, Repair::None, &mut report).await?;
     let overlaps = Overlaps::find(&mut tally, header.geometry, &compared, &mut report);
     let overlaps = overlaps.map_err(|_| scattered(file))?;
+    if !tally.incomplete {
+        let table = read_snapshots(file, header).await?;
+        for (snapshot, entry) in (0u64..).zip(&table.entries) {
+            if header.version >= 3 && entry.disk_bytes.is_none() {
+                report.add(Finding::ShortSnapshot { snapshot }, 1);
+            }
+        }
+    }
     report.image_end_bytes = compared.end.0 << header.geometry.bits();
     report.total_clusters = header.geometry.clusters(header.size_bytes);
     report.allocated_clusters = tally.active.allocated;

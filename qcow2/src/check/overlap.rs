@@ -4,7 +4,7 @@
 use crate::check::compare::Compared;
 use crate::check::report::CheckReport;
 use crate::error::TableKind;
-use crate::tally::{Counts, Finding, Tally, TooScattered};
+use crate::tally::{Counts, Finding, TableUse, Tally, TooScattered};
 use crate::units::{ClusterGeometry, HostCluster, Run};
 
 /// The clusters of metadata that are used for something else, too.
@@ -24,9 +24,17 @@ impl Overlaps {
         let mut found = Self::default();
         let mut metadata = std::mem::take(&mut tally.metadata);
         metadata.sort_by_key(|(run, ..)| run.start);
+        let mut others = metadata.into_iter().peekable();
+        let mut tables = tally.tables.iter().map(|table| piece_of(*table, geometry)).peekable();
+        // Both come in the order of the file.
+        let mut pieces = std::iter::from_fn(|| match (others.peek(), tables.peek()) {
+            (Some((other, ..)), Some((table, ..))) if other.start <= table.start => others.next(),
+            (Some(_), None) => others.next(),
+            _ => tables.next(),
+        })
+        .peekable();
         // Pieces of metadata that begin no later than the cluster at hand and end behind it.
         let mut open: Vec<(Run, TableKind, u64)> = Vec::new();
-        let mut pieces = metadata.iter().copied().peekable();
         let mut at = HostCluster(0);
         loop {
             if open.is_empty() {
@@ -79,4 +87,11 @@ impl Overlaps {
         }
         Ok(())
     }
+}
+
+/// The clusters of an L2 table.
+fn piece_of(table: TableUse, geometry: ClusterGeometry) -> (Run, TableKind, u64) {
+    let start = geometry.host_cluster(table.at);
+    let end = geometry.clusters(table.at.0 + geometry.bytes());
+    (Run { start, count: end - start.0 }, TableKind::L2, table.all)
 }

@@ -2,6 +2,7 @@
 //! references are is known to the walk that counts them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::refcount::RefcountWidth;
 use crate::units::{HostCluster, Run, index};
@@ -94,11 +95,12 @@ impl Counts {
         let chunks = start.0 / CHUNK_CLUSTERS..end.0.div_ceil(CHUNK_CLUSTERS);
         // An empty range must not reach the map with its ends crossed.
         let chunks = chunks.start..chunks.end.max(chunks.start);
-        self.chunks
-            .range(chunks)
-            .flat_map(|(at, chunk)| chunk.iter().map(move |(slot, count)| (at, slot, count)))
-            .map(|(at, slot, count)| (HostCluster(at * CHUNK_CLUSTERS + slot), count))
-            .filter(move |(cluster, _)| (start..end).contains(cluster))
+        self.chunks.range(chunks).flat_map(move |(at, chunk)| {
+            let first = at * CHUNK_CLUSTERS;
+            let slots = start.0.saturating_sub(first)..end.0.saturating_sub(first);
+            let slots = slots.start.min(CHUNK_CLUSTERS)..slots.end.min(CHUNK_CLUSTERS);
+            chunk.between(slots).map(move |(slot, count)| (HostCluster(first + slot), count))
+        })
     }
 
     /// All clusters whose count is not 0, in order, with their counts.
@@ -110,7 +112,7 @@ impl Counts {
     pub(crate) fn end(&self) -> HostCluster {
         let last = self.chunks.iter().next_back();
         let end = last.and_then(|(at, chunk)| {
-            chunk.iter().last().map(|(slot, _)| at * CHUNK_CLUSTERS + slot + 1)
+            chunk.between(0..CHUNK_CLUSTERS).last().map(|(slot, _)| at * CHUNK_CLUSTERS + slot + 1)
         });
         HostCluster(end.unwrap_or(0))
     }
@@ -180,13 +182,15 @@ impl Chunk {
         }
     }
 
-    fn iter(&self) -> Box<dyn Iterator<Item = (u64, u64)> + '_> {
+    /// The slots of a range that are not 0, with their counts.
+    fn between(&self, slots: Range<u64>) -> Box<dyn Iterator<Item = (u64, u64)> + '_> {
         match self {
             Self::Few(counts) => {
-                Box::new(counts.iter().map(|(slot, count)| (u64::from(*slot), *count)))
+                let counts = counts.iter().map(|(slot, count)| (u64::from(*slot), *count));
+                Box::new(counts.filter(move |(slot, _)| slots.contains(slot)))
             }
             Self::Packed { width, bytes } => {
-                let counts = (0..CHUNK_CLUSTERS).map(|slot| (slot, width.get(bytes, slot)));
+                let counts = slots.map(|slot| (slot, width.get(bytes, slot)));
                 Box::new(counts.filter(|(_, count)| *count != 0))
             }
         }

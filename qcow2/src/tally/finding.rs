@@ -173,6 +173,12 @@ pub enum Finding {
         /// The entries of its L1 table.
         entries: u64,
     },
+    /// An entry of the snapshot table does not tell the size of its disk, as version 3 demands.
+    #[error("snapshot {snapshot} (from 0) does not tell the size of its disk")]
+    ShortSnapshot {
+        /// The position in the snapshot table, from 0.
+        snapshot: u64,
+    },
     /// A table that leads to others breaks its format: what it refers to is not known.
     #[error("the {table} table at {at} cannot be read: {what}")]
     Unreadable {

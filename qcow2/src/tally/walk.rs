@@ -26,13 +26,14 @@ const BATCH_TABLES: usize = 64;
 const BATCH_BYTES: u64 = 8 << 20;
 /// L2 tables that start inside a cluster overlap others, so that few clusters could hold very many of them. What more
 /// of them refer to is not followed.
-const MAX_UNALIGNED_TABLES: u64 = 256;
+const MAX_UNALIGNED_TABLES: u64 = 32;
 /// L2 tables full of zeros are rare unless somebody put them into holes: after so many, holes are asked for first.
 const ZERO_TABLES: u64 = 64;
 /// The least of the file that is asked for holes at once, in bytes.
 const HOLES_BYTES: u64 = 1 << 30;
-/// What remembering a table takes, about, in bytes.
-const TABLE_MEMORY_BYTES: u64 = 48;
+/// What remembering an L2 table, and another piece of metadata, takes at most, about, in bytes.
+const TABLE_MEMORY_BYTES: u64 = 64;
+const PIECE_MEMORY_BYTES: u64 = 32;
 
 /// Takes what a walk finds.
 pub(crate) trait Visitor: Send {
@@ -62,17 +63,30 @@ pub(crate) struct ActiveClusters {
     pub compressed: u64,
 }
 
+/// An L2 table and who points at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TableUse {
+    /// Where it starts.
+    pub at: HostOffset,
+    /// How many entries of L1 tables point at it; snapshots have such tables, too.
+    pub all: u64,
+    /// How many entries of the active L1 table do.
+    pub active: u32,
+    /// It was read and has entries.
+    pub holds_something: bool,
+}
+
 /// Every reference of an image.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     /// How often every cluster is referenced.
     pub counts: Counts,
-    /// The clusters of all metadata, and how many references from tables of tables they have.
+    /// The clusters of all metadata but L2 tables, and how many references to it they have.
     pub metadata: Vec<(Run, TableKind, u64)>,
+    /// The L2 tables, in the order of the file.
+    pub tables: Vec<TableUse>,
     /// How the clusters of the active disk lie.
     pub active: ActiveClusters,
-    /// Active L2 tables that hold something, in the order of the file, and how many entries point at each.
-    pub active_tables: Vec<(HostOffset, u64)>,
     /// The refcount table, as read.
     pub refcount_table: Vec<u64>,
     /// Whether the refcount table leads to blocks that cannot be used as they are.
@@ -159,7 +173,7 @@ impl From<TooScattered> for Stop {
 #[derive(Clone, Copy, Default)]
 struct Users {
     all: u64,
-    active: u64,
+    active: u32,
 }
 
 struct Walk<'a> {
@@ -198,10 +212,11 @@ impl Walk<'_> {
     ) -> Result<(), TooScattered> {
         if let Some(run) = self.clusters(at, len, entry, times) {
             self.tally.counts.add(run, times)?;
-            self.tally.metadata.push((run, kind, times));
-            self.check_memory()?;
+            if kind != TableKind::L2 {
+                self.tally.metadata.push((run, kind, times));
+            }
         }
-        Ok(())
+        self.check_memory()
     }
 
     /// The clusters of a range, unless it lies behind the file by a cluster or more.
@@ -220,8 +235,9 @@ impl Walk<'_> {
     }
 
     fn check_memory(&self) -> Result<(), TooScattered> {
-        let tables = (self.tables.len() + self.tally.metadata.len()) as u64 * TABLE_MEMORY_BYTES;
-        if tables + self.tally.counts.bytes() > MAX_COUNTS_BYTES {
+        let tables = self.tables.len() as u64 * TABLE_MEMORY_BYTES;
+        let pieces = self.tally.metadata.len() as u64 * PIECE_MEMORY_BYTES;
+        if tables + pieces + self.tally.counts.bytes() > MAX_COUNTS_BYTES {
             return Err(TooScattered);
         }
         Ok(())
@@ -262,7 +278,7 @@ impl Walk<'_> {
             self.refer(TableKind::L2, host, self.geometry.bytes(), entry, times)?;
             let users = self.tables.entry(host).or_default();
             users.all = users.all.saturating_add(times);
-            users.active += if table == TableKind::L1 { times } else { 0 };
+            users.active += u32::from(table == TableKind::L1);
         }
         Ok(())
     }
@@ -388,61 +404,72 @@ impl Walk<'_> {
     }
 
     async fn l2_tables(&mut self) -> Result<(), Stop> {
-        let tables = std::mem::take(&mut self.tables);
-        let per_batch = BATCH_TABLES.min(index((BATCH_BYTES / self.geometry.bytes()).max(1)));
+        let found = std::mem::take(&mut self.tables);
+        let mut tables = Vec::with_capacity(found.len());
+        tables.extend(found.into_iter().map(|(at, Users { all, active })| TableUse {
+            at: HostOffset(at),
+            all,
+            active,
+            holds_something: false,
+        }));
+        let (len, total) = (self.geometry.bytes(), tables.len() as u64);
+        let per_batch = BATCH_TABLES.min(index((BATCH_BYTES / len).max(1)));
         let (mut zero_tables, mut unaligned, mut holes) = (0u64, 0u64, Holes::default());
         let mut batch = Vec::new();
-        let total = tables.len() as u64;
-        let mut left = total;
-        let mut tables = tables.into_iter().peekable();
-        while let Some((at, users)) = tables.next() {
-            left -= 1;
-            let mut wanted = at < self.file_bytes;
-            if wanted && !self.geometry.is_aligned(at) {
+        for number in 0..tables.len() {
+            let Some(table) = tables.get(number).copied() else { break };
+            let mut wanted = table.at.0 < self.file_bytes;
+            if wanted && !self.geometry.is_aligned(table.at.0) {
                 unaligned += 1;
-                wanted = unaligned <= MAX_UNALIGNED_TABLES;
-                if !wanted {
-                    let what = Feature::UnalignedTables { limit: MAX_UNALIGNED_TABLES };
-                    let (table, at) = (TableKind::L2, HostOffset(at));
-                    self.visit.fault(Finding::BeyondLimits { table, at, what }, users.all);
-                    self.tally.incomplete = true;
-                }
+                wanted = self.follows(unaligned, table);
             }
             if wanted && zero_tables >= ZERO_TABLES {
-                wanted = holes.has_data(self.file, at, self.geometry.bytes()).await?;
+                wanted = holes.has_data(self.file, table.at.0, len).await?;
             }
             if wanted {
-                batch.push((at, users));
+                batch.push(number);
             }
-            if batch.len() >= per_batch || tables.peek().is_none() {
-                zero_tables += self.l2_batch(&std::mem::take(&mut batch)).await?;
-                let len = self.geometry.bytes();
-                self.visit.progress((total - left) * len, total * len);
+            if batch.len() >= per_batch || number + 1 == tables.len() {
+                zero_tables += self.l2_batch(&std::mem::take(&mut batch), &mut tables).await?;
+                self.visit.progress((number as u64 + 1) * len, total * len);
             }
         }
+        self.tally.tables = tables;
         Ok(())
     }
 
+    /// Whether a table that starts inside of a cluster is followed.
+    fn follows(&mut self, unaligned: u64, table: TableUse) -> bool {
+        if unaligned <= MAX_UNALIGNED_TABLES {
+            return true;
+        }
+        let what = Feature::UnalignedTables { limit: MAX_UNALIGNED_TABLES };
+        let finding = Finding::BeyondLimits { table: TableKind::L2, at: table.at, what };
+        self.visit.fault(finding, table.all);
+        self.tally.incomplete = true;
+        false
+    }
+
     /// Reads and counts some tables. Says how many of them hold nothing.
-    async fn l2_batch(&mut self, batch: &[(u64, Users)]) -> Result<u64, Stop> {
+    async fn l2_batch(&mut self, batch: &[usize], tables: &mut [TableUse]) -> Result<u64, Stop> {
         let len = self.geometry.bytes();
-        let reads = batch.iter().map(|(at, _)| self.file.read(ByteRange::between(*at, at + len)));
-        let tables = try_join_all(reads).await?;
+        let places = batch.iter().filter_map(|number| tables.get(*number)).map(|table| table.at.0);
+        let reads = places.map(|at| self.file.read(ByteRange::between(at, at + len)));
+        let read = try_join_all(reads).await?;
         let mut zero_tables = 0;
-        for ((at, users), bytes) in batch.iter().zip(&tables) {
-            if is_zero(bytes) {
+        for (number, bytes) in batch.iter().zip(&read) {
+            let Some(table) = tables.get_mut(*number) else { continue };
+            table.holds_something = !is_zero(bytes);
+            if table.holds_something {
+                self.l2_table(*table, bytes)?;
+            } else {
                 zero_tables += 1;
-                continue;
-            }
-            self.l2_table(*at, *users, bytes)?;
-            if users.active > 0 {
-                self.tally.active_tables.push((HostOffset(*at), users.active));
             }
         }
         Ok(zero_tables)
     }
 
-    fn l2_table(&mut self, table: u64, users: Users, bytes: &[u8]) -> Result<(), TooScattered> {
+    fn l2_table(&mut self, table: TableUse, bytes: &[u8]) -> Result<(), TooScattered> {
         let mut next = None;
         let step = self.entries.bytes();
         for (place, bytes) in (0u64..).zip(bytes.chunks_exact(index(step))) {
@@ -450,30 +477,30 @@ impl Walk<'_> {
             if raw == 0 && bitmap == 0 {
                 continue;
             }
-            let at = HostOffset(table + place * step);
+            let at = HostOffset(table.at.0 + place * step);
             let entry = EntryPlace { table: TableKind::L2, at, index: place };
-            self.check_reserved(raw, entry, users.all);
+            self.check_reserved(raw, entry, table.all);
             match self.entries.kind(raw) {
-                EntryKind::Compressed => self.compressed(raw, bitmap, entry, users)?,
+                EntryKind::Compressed => self.compressed(raw, bitmap, entry, table)?,
                 EntryKind::Hosted(host) => {
-                    self.check_hosted(raw, bitmap, entry, users.all);
-                    self.tally.active.allocated += users.active;
+                    self.check_hosted(raw, bitmap, entry, table.all);
+                    self.tally.active.allocated += u64::from(table.active);
                     if next.is_some_and(|next| next != host) {
-                        self.tally.active.fragmented += users.active;
+                        self.tally.active.fragmented += u64::from(table.active);
                     }
                     next = Some(host + self.geometry.bytes());
                     if !self.roots.external_data {
-                        self.data(host, self.geometry.bytes(), entry, users.all)?;
+                        self.data(host, self.geometry.bytes(), entry, table.all)?;
                     }
                 }
                 EntryKind::Absent if bitmap & ALL_ALLOCATED != 0 => {
                     let finding = Finding::SubclustersWithoutCluster { entry, raw, bitmap };
-                    self.visit.fault(finding, users.all);
+                    self.visit.fault(finding, table.all);
                 }
                 EntryKind::Absent | EntryKind::Zero => {}
             }
         }
-        self.flush(users.all)
+        self.flush(table.all)
     }
 
     fn check_reserved(&mut self, raw: u64, entry: EntryPlace, times: u64) {
@@ -507,24 +534,24 @@ impl Walk<'_> {
         raw: u64,
         bitmap: u64,
         entry: EntryPlace,
-        users: Users,
+        table: TableUse,
     ) -> Result<(), TooScattered> {
         if raw & COPIED != 0 {
-            self.visit.fault(Finding::CompressedCopied { entry, raw }, users.all);
+            self.visit.fault(Finding::CompressedCopied { entry, raw }, table.all);
         }
         if self.roots.external_data {
-            self.visit.fault(Finding::CompressedExternal { entry, raw }, users.all);
+            self.visit.fault(Finding::CompressedExternal { entry, raw }, table.all);
             return Ok(());
         }
         if bitmap != 0 {
-            self.visit.fault(Finding::CompressedSubclusters { entry, raw, bitmap }, users.all);
+            self.visit.fault(Finding::CompressedSubclusters { entry, raw, bitmap }, table.all);
             return Ok(());
         }
-        self.tally.active.allocated += users.active;
-        self.tally.active.compressed += users.active;
-        self.tally.active.fragmented += users.active;
+        self.tally.active.allocated += u64::from(table.active);
+        self.tally.active.compressed += u64::from(table.active);
+        self.tally.active.fragmented += u64::from(table.active);
         let (at, len) = fields::compressed(raw, self.geometry);
-        self.data(at, len, entry, users.all)
+        self.data(at, len, entry, table.all)
     }
 
     /// Counts guest data, together with what follows it in the file.
@@ -563,19 +590,25 @@ impl Walk<'_> {
         for piece in range.pieces(PIECE_BYTES) {
             table.extend(from_big_endian(&self.file.read(piece).await?));
         }
+        // Blocks do not move it: what lies behind is none.
+        let end = self.tally.end(self.geometry, self.file_bytes);
         for (number, raw) in (0u64..).zip(&table).filter(|(_, raw)| **raw != 0) {
             let at = HostOffset(place.at.0 + number * 8);
             let entry = EntryPlace { table: TableKind::RefcountTable, at, index: number };
-            self.refcount_block(*raw, entry)?;
+            self.refcount_block(*raw, entry, end)?;
         }
         self.tally.refcount_table = table;
         Ok(())
     }
 
-    fn refcount_block(&mut self, raw: u64, entry: EntryPlace) -> Result<(), TooScattered> {
+    fn refcount_block(
+        &mut self,
+        raw: u64,
+        entry: EntryPlace,
+        end: HostCluster,
+    ) -> Result<(), TooScattered> {
         let at = HostOffset(raw);
         let cluster = self.geometry.host_cluster(at);
-        let end = self.tally.end(self.geometry, self.file_bytes);
         let len = self.geometry.bytes();
         let finding = if raw & REFCOUNT_TABLE_RESERVED != 0 {
             Finding::ReservedBits { entry, raw }

@@ -4,15 +4,16 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use qcow2::{CheckOptions, CheckReport, Finding, Image, Repair};
+use qcow2::{CheckOptions, CheckReport, Error, Finding, Image, Repair};
 use serde_json::Value;
 
 use crate::common::{block_on, qemu_create, qemu_img, qemu_io};
+use crate::memory::rounds;
 
 const SECRET: [&str; 2] = ["--object", "secret,id=key,data=passphrase"];
 
 /// What the tests damage, by name.
-const KINDS: [&str; 10] = [
+pub(crate) const KINDS: [&str; 10] = [
     "plain",
     "small",
     "narrow",
@@ -26,7 +27,7 @@ const KINDS: [&str; 10] = [
 ];
 
 /// Makes an image of a kind with all that is special of it.
-fn make(dir: &Path, kind: &str) -> PathBuf {
+pub(crate) fn make(dir: &Path, kind: &str) -> PathBuf {
     let path = dir.join(format!("{kind}.qcow2"));
     let data_file = format!("data_file={}", dir.join("data.raw").display());
     let options = match kind {
@@ -71,29 +72,29 @@ fn make(dir: &Path, kind: &str) -> PathBuf {
 }
 
 /// An image in memory, with the places of its entries.
-struct Layout {
-    bytes: Vec<u8>,
-    cluster: u64,
+pub(crate) struct Layout {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) cluster: u64,
 }
 
 impl Layout {
-    fn of(path: &Path) -> Self {
+    pub(crate) fn of(path: &Path) -> Self {
         let bytes = std::fs::read(path).unwrap();
         let mut layout = Self { bytes, cluster: 0 };
         layout.cluster = 1 << layout.u32(20);
         layout
     }
 
-    fn u32(&self, at: u64) -> u32 {
+    pub(crate) fn u32(&self, at: u64) -> u32 {
         let at = usize::try_from(at).unwrap();
         self.bytes.get(at..at + 4).map_or(0, |b| u32::from_be_bytes(b.try_into().unwrap()))
     }
 
-    fn u64(&self, at: u64) -> u64 {
+    pub(crate) fn u64(&self, at: u64) -> u64 {
         u64::from(self.u32(at)) << 32 | u64::from(self.u32(at + 4))
     }
 
-    fn put(&mut self, at: u64, value: u64) {
+    pub(crate) fn put(&mut self, at: u64, value: u64) {
         let at = usize::try_from(at).unwrap();
         if self.bytes.len() < at + 8 {
             self.bytes.resize(at + 8, 0);
@@ -102,31 +103,31 @@ impl Layout {
     }
 
     /// The places of all entries of a table that are not 0.
-    fn entries(&self, at: u64, bytes: u64, step: u64) -> Vec<u64> {
+    pub(crate) fn entries(&self, at: u64, bytes: u64, step: u64) -> Vec<u64> {
         (0..bytes / step).map(|slot| at + slot * step).filter(|at| self.u64(*at) != 0).collect()
     }
 
-    fn l1(&self) -> Vec<u64> {
+    pub(crate) fn l1(&self) -> Vec<u64> {
         self.entries(self.u64(40), u64::from(self.u32(36)) * 8, 8)
     }
 
-    fn l2(&self) -> Vec<u64> {
+    pub(crate) fn l2(&self) -> Vec<u64> {
         let step = if self.u32(4) == 3 && self.u64(72) & 16 != 0 { 16 } else { 8 };
         let tables = self.l1().into_iter().map(|at| self.u64(at) & 0x00ff_ffff_ffff_fe00);
         tables.flat_map(|at| self.entries(at, self.cluster, step)).collect()
     }
 
-    fn refcount_table(&self) -> Vec<u64> {
+    pub(crate) fn refcount_table(&self) -> Vec<u64> {
         self.entries(self.u64(48), u64::from(self.u32(56)) * self.cluster, 8)
     }
 
-    fn refcount_words(&self) -> Vec<u64> {
+    pub(crate) fn refcount_words(&self) -> Vec<u64> {
         let blocks = self.refcount_table().into_iter().map(|at| self.u64(at));
         blocks.flat_map(|at| self.entries(at, self.cluster, 8)).collect()
     }
 
     /// The L1 tables of the snapshots.
-    fn snapshot_l1(&self) -> Vec<u64> {
+    pub(crate) fn snapshot_l1(&self) -> Vec<u64> {
         let mut at = self.u64(64);
         let mut found = Vec::new();
         for _ in 0..self.u32(60) {
@@ -139,7 +140,7 @@ impl Layout {
 }
 
 /// What `qemu-img check` says: exit code and JSON.
-fn qemu_check(path: &Path, repair: Option<&str>) -> (i32, Value) {
+pub(crate) fn qemu_check(path: &Path, repair: Option<&str>) -> (i32, Value) {
     let mut command = Command::new("qemu-img");
     command.args(["check", "-f", "qcow2", "--output=json"]);
     if let Some(repair) = repair {
@@ -150,12 +151,16 @@ fn qemu_check(path: &Path, repair: Option<&str>) -> (i32, Value) {
     (output.status.code().unwrap_or(-1), json)
 }
 
-fn check(path: &Path, repair: Repair) -> CheckReport {
-    let options = CheckOptions { repair, ..CheckOptions::default() };
-    block_on(Image::check(path, options, |_| {})).unwrap()
+pub(crate) fn check(path: &Path, repair: Repair) -> CheckReport {
+    try_check(path, repair).unwrap()
 }
 
-fn field(json: &Value, name: &str) -> u64 {
+pub(crate) fn try_check(path: &Path, repair: Repair) -> Result<CheckReport, Error> {
+    let options = CheckOptions { repair, ..CheckOptions::default() };
+    block_on(Image::check(path, options, |_| {}))
+}
+
+pub(crate) fn field(json: &Value, name: &str) -> u64 {
     json.get(name).and_then(Value::as_u64).unwrap_or(0)
 }
 
@@ -271,11 +276,6 @@ fn targets(layout: &Layout) -> Vec<(&'static str, u64)> {
     found
 }
 
-/// How many times more the tests do than they do by default.
-fn rounds() -> usize {
-    std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
-}
-
 /// Damages entries of all tables of an image, one at a time, in all ways that there are (by default, a part of them).
 fn damage_and_judge(kind: &str) {
     let dir = tempfile::tempdir().unwrap();
@@ -290,7 +290,7 @@ fn damage_and_judge(kind: &str) {
         all.extend(real.map(|(damage, value)| (table, at, damage, value)));
     }
     let (mut repaired, mut not) = (0, 0);
-    let step = (5 / rounds()).max(1);
+    let step = usize::try_from(5 / rounds(1)).unwrap().max(1);
     for (table, at, damage, value) in all.into_iter().step_by(step) {
         let what = format!("{kind}: {table} entry at {at:#x} {damage}");
         let mut damaged = Layout { bytes: layout.bytes.clone(), cluster: layout.cluster };
@@ -331,7 +331,7 @@ fn damage_is_found_and_repaired_with_compression_subclusters_and_bitmaps() {
 }
 
 /// The disk as QEMU reads it, where it can.
-fn read_by_qemu(path: &Path) -> Option<Vec<u8>> {
+pub(crate) fn read_by_qemu(path: &Path) -> Option<Vec<u8>> {
     let raw = path.with_extension("raw");
     let output = Command::new("qemu-img")
         .args(["convert", "-f", "qcow2", "-O", "raw"])

@@ -9,7 +9,7 @@ use block::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use crate::codec::{Compression, compress};
+use crate::codec::{CAN_COMPRESS, Compression, compress};
 use crate::core::Core;
 use crate::error::{Error, Feature};
 use crate::image::{Image, Inner};
@@ -66,7 +66,8 @@ impl Image {
     ///
     /// # Errors
     /// As [`block::BlockDevice::write`]; [`DeviceError::NotSupported`] for parts of clusters;
-    /// [`Error::Unsupported`] for images that are encrypted or have a data file of their own.
+    /// [`Error::Unsupported`] for images that are encrypted or have a data file of their own, and in a build without
+    /// the feature `compression`.
     pub async fn write_compressed(&self, offset: u64, data: Bytes) -> Result<(), Error> {
         self.inner.write_compressed(offset, data, None).await
     }
@@ -87,6 +88,10 @@ impl Inner {
         if !self.is_whole(range) {
             let what = "compressed writes of parts of clusters";
             return Err(Error::Request(DeviceError::NotSupported { what }));
+        }
+        if !CAN_COMPRESS {
+            let feature = Feature::CompressionLeftOut;
+            return Err(Error::Unsupported { file: self.path.clone(), feature });
         }
         let live = self.live()?;
         if live.data.is_some() || live.cipher.is_some() {

@@ -314,12 +314,6 @@ pub enum Feature {
     /// A compression other than deflate.
     #[error("compression type {0}")]
     CompressionType(u8),
-    /// L2 entries with subclusters.
-    #[error("extended L2 entries")]
-    ExtendedL2,
-    /// A compressed cluster.
-    #[error("compressed clusters")]
-    CompressedClusters,
     /// Writing compressed clusters where guest data is encrypted or lies in a data file.
     #[error("compressed writes to an image that is encrypted or has a data file")]
     CompressedWrites,
@@ -334,6 +328,9 @@ pub enum Feature {
     /// Incompatible feature bits of which nothing but a name (if that) is known.
     #[error("incompatible features {0}")]
     Unknown(String),
+    /// A compressed cluster, in a build without compression.
+    #[error("compressed clusters, which this build leaves out (its feature `compression` is off)")]
+    CompressionLeftOut,
     /// A VMDK backing file, in a build without VMDK.
     #[error("backing files in VMDK, which this build leaves out (its feature `vmdk` is off)")]
     VmdkLeftOut,

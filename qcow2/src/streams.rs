@@ -9,9 +9,9 @@ use block::{BufferPool, ByteRange, on_cpu};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use crate::codec::decompress;
+use crate::codec::{CAN_COMPRESS, decompress};
 use crate::entry::Stream;
-use crate::error::{Error, Fault};
+use crate::error::{Error, Fault, Feature};
 use crate::image::{Inner, Live};
 use crate::units::{HostOffset, Run, index};
 
@@ -94,6 +94,9 @@ impl Inner {
         stream: Stream,
         range: ByteRange,
     ) -> Result<Bytes, Error> {
+        if !CAN_COMPRESS {
+            return Err(self.fault(Fault::Unsupported(Feature::CompressionLeftOut)));
+        }
         let cluster_bytes = self.cluster_bytes();
         let within = index(range.start() & (cluster_bytes - 1));
         let part = within..within + index(range.len());

@@ -120,8 +120,14 @@ impl Contexts {
                 context.insert((level, new))
             }
         };
-        let status = deflate.compress(cluster, stream, FlushCompress::Finish).ok()?;
-        (status == Status::StreamEnd).then(|| usize::try_from(deflate.total_out()).ok())?
+        let status = deflate.compress(cluster, stream, FlushCompress::Finish);
+        if let Ok(Status::StreamEnd) = status {
+            return usize::try_from(deflate.total_out()).ok();
+        }
+        // A reset after a stream that did not fit leaves zlib-rs less and less room for what waits to be put out, until
+        // it panics.
+        self.deflate = None;
+        None
     }
 
     fn zstd(&mut self, level: u8, cluster: &[u8], stream: &mut [u8]) -> Option<usize> {

@@ -28,6 +28,18 @@ fn text(len: usize, seed: u64) -> Vec<u8> {
     out
 }
 
+/// Bytes that do not shrink.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    };
+    (0..len).map(|_| next()).collect()
+}
+
 fn round_trip(kind: Compression, level: u8, cluster: &[u8]) -> Option<usize> {
     let stream = compress(kind, level, cluster)?;
     assert!(stream.len() < cluster.len());
@@ -72,21 +84,27 @@ fn every_cluster_size_and_level_comes_back() {
 
 #[test]
 fn what_does_not_shrink_is_no_stream() {
-    let mut state = 1_u64;
-    let noise: Vec<u8> = (0..65536)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()[3]
-        })
-        .collect();
+    let noise = noise(65536, 1);
     for kind in KINDS {
         assert_eq!(compress(kind, 6, &noise), None);
         assert_eq!(compress(kind, 6, &noise[..512]), None);
         assert_eq!(compress(kind, 6, &[]), None);
         // The context is as good as new after a cluster that did not fit.
         assert!(round_trip(kind, 6, &text(65536, 9)).is_some());
+    }
+}
+
+#[test]
+fn clusters_that_do_not_shrink_leave_nothing_behind_for_the_next() {
+    for size in [4096, 16 << 10, 65536] {
+        // Each stops at another place of the stream, with something that waits to be put out.
+        for n in 0..200u64 {
+            let mut cluster = noise(size, n);
+            let half = size * usize::try_from(n % 50).unwrap() / 100;
+            cluster[..half].fill(0);
+            let _ = compress(Compression::Deflate, 6, &cluster);
+            assert!(round_trip(Compression::Deflate, 6, &text(size, n)).is_some());
+        }
     }
 }
 

@@ -257,7 +257,9 @@ impl Core {
         let fixed = |write: &MetaWrite| self.fixed.overlaps(Run::one(cluster(write)));
         let first = plan.first.iter().find(|write| !table(write) && !refcounts(write));
         let link = plan.link.iter().find(|write| write.at.0 != 0 && !refcounts(write));
-        let last = plan.last.iter().find(|write| !table(write) && !fixed(write));
+        // What links refcounts comes last where they may stay behind.
+        let links = |write: &MetaWrite| self.header.is_dirty() && refcounts(write);
+        let last = plan.last.iter().find(|write| !table(write) && !fixed(write) && !links(write));
         let Some(write) = first.or(link).or(last) else { return Ok(()) };
         let what = Corruption::OverlapsMetadata { table: TableKind::L1, host: write.at };
         Err(Fault::Corrupt { at: write.at, what })

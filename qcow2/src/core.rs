@@ -5,6 +5,7 @@ use std::collections::HashSet;
 
 use block::ByteRange;
 
+use crate::cache::{L2_TABLES, REFCOUNT_BLOCKS};
 use crate::error::Fault;
 use crate::free::FreeRuns;
 use crate::header::Header;
@@ -12,14 +13,7 @@ use crate::mapping::{Extent, Mapping, Step, Table};
 use crate::overlap::{RunSet, Tables};
 use crate::refcount::{BlockState, Refcounts};
 use crate::streams::ImageId;
-use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
-
-/// The memory for L2 tables that are not dirty, in bytes: maps 512 GiB with 64 KiB clusters.
-const L2_CACHE_BYTES: u64 = 64 << 20;
-/// The memory for refcount blocks that are not dirty, in bytes.
-const REFCOUNT_CACHE_BYTES: u64 = 16 << 20;
-/// At least this many tables of each kind stay in memory, whatever their size.
-const MIN_CACHED_TABLES: u64 = 32;
+use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run};
 
 /// The state of an image.
 #[derive(Debug)]
@@ -156,25 +150,10 @@ impl Core {
         }
     }
 
-    /// Forgets tables where there are too many. Whether so many of them wait to be written that only a flush helps.
-    pub(crate) fn is_full(&mut self) -> bool {
-        let (tables, blocks) = (self.l2_cache_tables(), self.refcount_cache_blocks());
-        if self.map.loaded_tables() > tables {
-            // More than one, so that this is not done at every turn.
-            self.map.evict(tables - tables / 8);
-        }
-        if self.refs.loaded_blocks() > blocks {
-            self.refs.evict(blocks - blocks / 8);
-        }
-        (self.map.loaded_tables() > tables && self.map.dirty_tables() > tables / 2)
-            || (self.refs.loaded_blocks() > blocks && self.refs.dirty_blocks() > blocks / 2)
-    }
-
-    fn l2_cache_tables(&self) -> usize {
-        index((L2_CACHE_BYTES / self.geometry.bytes()).clamp(MIN_CACHED_TABLES, 16384))
-    }
-
-    fn refcount_cache_blocks(&self) -> usize {
-        index((REFCOUNT_CACHE_BYTES / self.geometry.bytes()).clamp(MIN_CACHED_TABLES, 16384))
+    /// Whether so much of what all images keep in memory waits to be written here that only a flush helps.
+    pub(crate) fn is_full(&self) -> bool {
+        (L2_TABLES.is_over() && self.map.dirty_bytes() > L2_TABLES.dirty_bytes())
+            || (REFCOUNT_BLOCKS.is_over()
+                && self.refs.dirty_bytes() > REFCOUNT_BLOCKS.dirty_bytes())
     }
 }

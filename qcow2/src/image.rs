@@ -10,6 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
 use crate::bitmap::Bitmaps;
+use crate::cache;
 use crate::cipher::Cipher;
 use crate::core::Core;
 use crate::error::{Error, Fault, Feature};
@@ -88,12 +89,14 @@ impl Image {
         info: crate::info::Facts,
     ) -> Self {
         let bitmaps = Bitmaps::new(matches!(core.header.bitmaps(), Ok(Some(_))));
+        let core = Arc::new(Mutex::new(core));
+        cache::register(&core);
         Self {
             inner: Arc::new(Inner {
                 path: live.file.path().to_owned(),
                 limits: RwLock::new(limits),
                 info,
-                core: Arc::new(Mutex::new(core)),
+                core,
                 guests: RangeLock::new(),
                 loads: RangeLock::new(),
                 flush_gate: Arc::new(AsyncMutex::new(())),
@@ -205,6 +208,7 @@ impl Inner {
         mut ask: impl FnMut(&mut Core) -> Result<Step<T>, Fault>,
     ) -> Result<T, Error> {
         loop {
+            cache::make_room();
             if self.core.lock().is_full() {
                 self.flush(live).await?;
             }

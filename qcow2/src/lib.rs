@@ -28,6 +28,7 @@ mod alloc;
 mod amend;
 mod backing;
 mod bitmap;
+mod cache;
 mod change;
 mod check;
 mod cipher;
@@ -84,6 +85,7 @@ pub use bitmap::{
     MAX_BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS,
     MIN_BITMAP_GRANULARITY_BITS,
 };
+pub use cache::{CacheUsage, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES, cache_usage};
 pub use change::ChangeError;
 pub use check::{CheckOptions, CheckReport, MAX_LISTED_FINDINGS, Refusal, Repair};
 pub use codec::Compression;

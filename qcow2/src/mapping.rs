@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use block::ByteRange;
 
+use crate::cache::{Age, L2_TABLES, Share};
 use crate::entry::{Cluster, EntryFormat, Hosted, L1Entry, L2Entry, Stream, Sub};
 use crate::error::{Corruption, Fault};
 use crate::refcount::{MetaWrite, big_endian, entry_writes, join, write_units};
@@ -94,7 +95,7 @@ struct L2Table {
     fresh: bool,
     /// Plans that will change it.
     pins: u32,
-    used: u64,
+    age: Age,
 }
 
 impl L2Table {
@@ -119,7 +120,7 @@ pub(crate) struct Mapping {
     l1: Vec<u64>,
     dirty_l1: BTreeSet<u64>,
     tables: HashMap<u64, L2Table>,
-    clock: u64,
+    share: Share,
     zero_marks: u64,
 }
 
@@ -133,7 +134,7 @@ impl Mapping {
             l1,
             dirty_l1: BTreeSet::new(),
             tables: HashMap::new(),
-            clock: 0,
+            share: Share::new(&L2_TABLES, format.geometry.bytes()),
             zero_marks: 0,
         }
     }
@@ -228,9 +229,8 @@ impl Mapping {
 
     /// The state of a table that is in memory or nowhere, or the order to load it.
     pub(crate) fn load_state(&mut self, l1: u64) -> Result<Step<TableState>, Fault> {
-        self.clock += 1;
         if let Some(table) = self.tables.get_mut(&l1) {
-            table.used = self.clock;
+            table.age.touch();
             let (owned, shared) = (TableState::Owned(table.at), TableState::Shared(table.at));
             return Ok(Step::Ready(if table.exclusive { owned } else { shared }));
         }
@@ -253,6 +253,7 @@ impl Mapping {
     /// An L1 entry points at no table any more, and its table, which was in memory, is forgotten. Gives its place.
     pub(crate) fn forget_table(&mut self, l1: u64) -> Option<HostOffset> {
         let at = self.tables.remove(&l1)?.at;
+        self.share.set(self.tables.len());
         if let Some(entry) = self.l1.get_mut(index(l1)) {
             *entry = L1Entry::Absent.encode();
             self.dirty_l1.insert(l1);
@@ -357,8 +358,6 @@ impl Mapping {
             return Err(Fault::Corrupt { at, what: Corruption::Truncated { what: "an L2 table" } });
         }
         let L1Entry::Table(hosted) = self.l1_entry(l1)? else { return Ok(()) };
-        self.clock += 1;
-        let used = self.clock;
         self.tables.entry(l1).or_insert(L2Table {
             at,
             exclusive: hosted.exclusive,
@@ -367,14 +366,14 @@ impl Mapping {
             writing: None,
             fresh: false,
             pins: 0,
-            used,
+            age: Age::loaded(),
         });
+        self.share.set(self.tables.len());
         Ok(())
     }
 
     /// Gives an L1 entry a table of its own at `at`: empty, or a copy of the shared one that is in memory.
     pub(crate) fn insert_new(&mut self, l1: u64, at: HostOffset) {
-        self.clock += 1;
         let empty = || vec![0; index(self.geometry.bytes() / 8)];
         let (mut entries, pins) =
             self.tables.remove(&l1).map_or_else(|| (empty(), 0), |old| (old.entries, old.pins));
@@ -401,9 +400,10 @@ impl Mapping {
             writing: None,
             fresh: true,
             pins,
-            used: self.clock,
+            age: Age::loaded(),
         };
         self.tables.insert(l1, table);
+        self.share.set(self.tables.len());
         if let Some(entry) = self.l1.get_mut(index(l1)) {
             *entry = L1Entry::Table(Hosted::exclusive(at)).encode();
             self.dirty_l1.insert(l1);
@@ -429,14 +429,10 @@ impl Mapping {
         !self.dirty_l1.is_empty() || self.tables.values().any(|table| table.dirty.is_some())
     }
 
-    /// The tables that may not be forgotten.
-    pub(crate) fn dirty_tables(&self) -> usize {
-        self.tables.values().filter(|table| !table.is_clean()).count()
-    }
-
-    /// The tables in memory.
-    pub(crate) fn loaded_tables(&self) -> usize {
-        self.tables.len()
+    /// The bytes of tables that may not be forgotten.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        let dirty = self.tables.values().filter(|table| !table.is_clean()).count() as u64;
+        dirty * self.geometry.bytes()
     }
 
     /// Takes what must be written: tables that nothing on disk points at yet first, then, after a sync, changes of
@@ -487,21 +483,17 @@ impl Mapping {
         self.dirty_l1.append(&mut captured.l1);
     }
 
-    /// Forgets clean tables, oldest first, down to `keep`.
-    pub(crate) fn evict(&mut self, keep: usize) {
-        let excess = self.tables.len().saturating_sub(keep);
-        if excess == 0 {
-            return;
-        }
-        let mut clean: Vec<_> = self
-            .tables
-            .iter()
-            .filter(|(_, table)| table.is_clean())
-            .map(|(l1, table)| (table.used, *l1))
-            .collect();
-        clean.sort_unstable();
-        for (_, l1) in clean.into_iter().take(excess) {
+    /// The tables that may be forgotten, with their ranks.
+    pub(crate) fn oldest(&mut self) -> Vec<(u64, u64)> {
+        let clean = self.tables.iter_mut().filter(|(_, table)| table.is_clean());
+        clean.filter_map(|(l1, table)| Some((table.age.rank()?, *l1))).collect()
+    }
+
+    /// Forgets a table, if it may be forgotten.
+    pub(crate) fn forget(&mut self, l1: u64) {
+        if self.tables.get(&l1).is_some_and(L2Table::is_clean) {
             self.tables.remove(&l1);
+            self.share.set(self.tables.len());
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
+use crate::cache::{Age, REFCOUNT_BLOCKS, Share};
 use crate::entry;
 use crate::error::Fault;
 use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, TABLE_WRITE_BYTES, index};
@@ -111,7 +112,7 @@ struct Block {
     dirty: Option<Range<usize>>,
     /// What a flush is writing now.
     writing: Option<Range<usize>>,
-    used: u64,
+    age: Age,
 }
 
 /// Whether the refcounts of a region can be read.
@@ -152,7 +153,7 @@ pub(crate) struct Refcounts {
     moved_from: Vec<Run>,
     dirty_entries: BTreeSet<u64>,
     blocks: HashMap<u64, Block>,
-    clock: u64,
+    share: Share,
 }
 
 impl Refcounts {
@@ -170,7 +171,7 @@ impl Refcounts {
             moved_from: Vec::new(),
             dirty_entries: BTreeSet::new(),
             blocks: HashMap::new(),
-            clock: 0,
+            share: Share::new(&REFCOUNT_BLOCKS, geometry.bytes()),
         }
     }
 
@@ -223,23 +224,24 @@ impl Refcounts {
     /// Puts a block that was read from `host` into memory, unless it is there.
     pub(crate) fn insert_loaded(&mut self, at: u64, host: HostOffset, mut bytes: Vec<u8>) {
         bytes.resize(index(self.geometry.bytes()), 0);
-        let used = self.tick();
         self.blocks.entry(at).or_insert(Block {
             at: host,
             bytes,
             dirty: None,
             writing: None,
-            used,
+            age: Age::loaded(),
         });
+        self.share.set(self.blocks.len());
     }
 
     /// Makes block `at` in cluster `host`, where there is none. All its refcounts are 0.
     pub(crate) fn insert_new(&mut self, at: u64, host: HostCluster) {
         let host = self.geometry.host_offset(host);
-        let used = self.tick();
         let bytes = vec![0; index(self.geometry.bytes())];
         let dirty = Some(0..bytes.len());
-        self.blocks.insert(at, Block { at: host, bytes, dirty, writing: None, used });
+        let age = Age::loaded();
+        self.blocks.insert(at, Block { at: host, bytes, dirty, writing: None, age });
+        self.share.set(self.blocks.len());
         if let Some(entry) = self.table.get_mut(index(at)) {
             *entry = host.0;
             self.dirty_entries.insert(at);
@@ -263,9 +265,8 @@ impl Refcounts {
     pub(crate) fn get(&mut self, cluster: HostCluster) -> Result<Option<u64>, Fault> {
         let at = self.block_of(cluster);
         let slot = cluster.0 % self.per_block();
-        let now = self.tick();
         if let Some(block) = self.blocks.get_mut(&at) {
-            block.used = now;
+            block.age.touch();
             return Ok(Some(self.width.get(&block.bytes, slot)));
         }
         Ok(match self.state(at)? {
@@ -284,9 +285,8 @@ impl Refcounts {
     pub(crate) fn set(&mut self, cluster: HostCluster, value: u64) -> bool {
         let at = self.block_of(cluster);
         let slot = cluster.0 % self.per_block();
-        let now = self.tick();
         let Some(block) = self.blocks.get_mut(&at) else { return false };
-        block.used = now;
+        block.age.touch();
         if !self.width.set(&mut block.bytes, slot, value) {
             return false;
         }
@@ -308,8 +308,9 @@ impl Refcounts {
     }
 
     /// The bytes of blocks that may not be forgotten.
-    pub(crate) fn dirty_blocks(&self) -> usize {
-        self.blocks.values().filter(|block| !block.is_clean()).count()
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        let dirty = self.blocks.values().filter(|block| !block.is_clean()).count() as u64;
+        dirty * self.geometry.bytes()
     }
 
     /// Takes what must be written: blocks (and a table that moved) first, then, after a sync, what links them: entries
@@ -360,32 +361,18 @@ impl Refcounts {
         self.moved_from.append(&mut captured.left);
     }
 
-    /// Forgets clean blocks, oldest first, down to `keep`.
-    pub(crate) fn evict(&mut self, keep: usize) {
-        let excess = self.blocks.len().saturating_sub(keep);
-        if excess == 0 {
-            return;
-        }
-        let mut clean: Vec<_> = self
-            .blocks
-            .iter()
-            .filter(|(_, block)| block.is_clean())
-            .map(|(at, block)| (block.used, *at))
-            .collect();
-        clean.sort_unstable();
-        for (_, at) in clean.into_iter().take(excess) {
+    /// The blocks that may be forgotten, with their ranks.
+    pub(crate) fn oldest(&mut self) -> Vec<(u64, u64)> {
+        let clean = self.blocks.iter_mut().filter(|(_, block)| block.is_clean());
+        clean.filter_map(|(at, block)| Some((block.age.rank()?, *at))).collect()
+    }
+
+    /// Forgets a block, if it may be forgotten.
+    pub(crate) fn forget(&mut self, at: u64) {
+        if self.blocks.get(&at).is_some_and(Block::is_clean) {
             self.blocks.remove(&at);
+            self.share.set(self.blocks.len());
         }
-    }
-
-    /// The blocks in memory.
-    pub(crate) fn loaded_blocks(&self) -> usize {
-        self.blocks.len()
-    }
-
-    fn tick(&mut self) -> u64 {
-        self.clock += 1;
-        self.clock
     }
 }
 

@@ -168,3 +168,35 @@ fn space_that_was_freed_is_used_again() {
         check(&storage.snapshot()).assert_clean("reused");
     });
 }
+
+#[test]
+fn tables_of_many_images_share_one_bounded_cache() {
+    // Clusters of 16 KiB: 512 tables, one for each 32 MiB, are 8 MiB an image, and 40 MiB together.
+    let shape = Shape { size_bytes: 16 << 30, ..Shape::new(16384) };
+    block_on(async {
+        let (mut images, mut most) = (Vec::new(), 0);
+        for n in 0..5 {
+            let storage = shape.create().await;
+            let image = shape.open(&storage).await.unwrap();
+            for at in (0..shape.size_bytes).step_by(32 << 20) {
+                image.write(at, pattern(at + n, 512).into(), Durability::Deferred).await.unwrap();
+                most = most.max(qcow2::cache_usage().l2_bytes);
+            }
+            images.push(image);
+        }
+        for (n, image) in images.iter().enumerate() {
+            for at in (0..shape.size_bytes).step_by(96 << 20) {
+                let now = read(image, at, 512).await;
+                assert!(now == pattern(at + n as u64, 512), "image {n} at {at}");
+                most = most.max(qcow2::cache_usage().l2_bytes);
+            }
+        }
+        let limit = qcow2::L2_CACHE_BYTES;
+        assert!(most > limit / 2, "{most}: there is something to bound");
+        // What is changed and not flushed comes on top, a sixteenth an image.
+        assert!(most < limit + limit * 5 / 16 + MIB, "{most} of {limit}");
+        for image in images {
+            image.close().await.unwrap();
+        }
+    });
+}

@@ -60,6 +60,9 @@ impl Core {
                 Step::Grow(to) => return Ok(Step::Grow(to)),
             }
         }
+        if let Some(table) = self.next_to_look_at() {
+            return Ok(Step::Load(table));
+        }
         loop {
             let Some(layout) = (match self.layout(count)? {
                 Step::Ready(layout) => layout,
@@ -70,6 +73,23 @@ impl Core {
             };
             return Ok(Step::Ready(self.append(&layout)));
         }
+    }
+
+    /// The next refcount block that may know of holes which earlier sessions have left: one for each time that the file
+    /// grew. What is found in it is known once it is loaded.
+    fn next_to_look_at(&mut self) -> Option<Table> {
+        if !std::mem::take(&mut self.may_look) {
+            return None;
+        }
+        while self.looked_at < self.refs.table_entries() {
+            let block = self.looked_at;
+            self.looked_at += 1;
+            if let Ok(BlockState::Unloaded(at)) = self.refs.state(block) {
+                let table = Table::Refcounts { block, at };
+                return self.check_table(table).is_ok().then_some(table);
+            }
+        }
+        None
     }
 
     /// Takes a run that is said to be free. `None`: some of it was not, and is no longer said to be.
@@ -170,6 +190,7 @@ impl Core {
     }
 
     fn append(&mut self, layout: &Layout) -> (Run, bool) {
+        self.may_look = true;
         let table_start = layout.start + layout.blocks.len() as u64;
         if layout.table > 0 {
             let to = Run { start: HostCluster(table_start), count: layout.table };

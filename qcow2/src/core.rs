@@ -29,6 +29,10 @@ pub(crate) struct Core {
     pub(crate) refs: Refcounts,
     /// Clusters with refcount 0 that may be taken.
     pub(crate) free: FreeRuns,
+    /// The refcount blocks before this one were looked through for holes, or are not needed for that.
+    pub(crate) looked_at: u64,
+    /// The file has grown since the last look.
+    pub(crate) may_look: bool,
     /// The cluster behind the last that is used: where the file grows. 0 until [`Core::find_end`] has found it.
     pub(crate) end: u64,
     /// Clusters from here on were never written: they read as zeros.
@@ -85,6 +89,8 @@ impl Core {
             map,
             refs,
             free: FreeRuns::default(),
+            looked_at: 0,
+            may_look: false,
             end: 0,
             virgin_floor: clusters,
             capacity_bytes: file_bytes,

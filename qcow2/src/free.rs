@@ -1,7 +1,7 @@
 //! The set of host clusters that are known to be free, as runs. Whether a cluster may be put here is decided by
 //! whoever knows the refcounts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::units::{HostCluster, Run};
 
@@ -11,7 +11,10 @@ const MAX_RUNS: usize = 1 << 16;
 /// Free clusters, as disjoint runs that do not touch.
 #[derive(Debug, Default)]
 pub(crate) struct FreeRuns {
+    /// Length by start.
     runs: BTreeMap<u64, u64>,
+    /// The same as length and start.
+    by_len: BTreeSet<(u64, u64)>,
 }
 
 impl FreeRuns {
@@ -25,17 +28,27 @@ impl FreeRuns {
             end = end.max(before + len);
         }
         while let Some((next, len)) = self.runs.range(start..=end).next().map(|(s, l)| (*s, *l)) {
-            self.runs.remove(&next);
+            self.take(next, len);
             end = end.max(next + len);
         }
         if self.runs.len() < MAX_RUNS {
-            self.runs.insert(start, end - start);
+            self.put(start, end - start);
         }
     }
 
-    /// The first run with at least `count` clusters, cut to `count`. It stays in the set.
+    fn put(&mut self, start: u64, len: u64) {
+        self.runs.insert(start, len);
+        self.by_len.insert((len, start));
+    }
+
+    fn take(&mut self, start: u64, len: u64) {
+        self.runs.remove(&start);
+        self.by_len.remove(&(len, start));
+    }
+
+    /// The start of the shortest run with at least `count` clusters, and the first of those. It stays in the set.
     pub(crate) fn find(&self, count: u64) -> Option<Run> {
-        let (start, _) = self.runs.iter().find(|(_, len)| **len >= count)?;
+        let (_, start) = self.by_len.range((count, 0)..).next()?;
         Some(Run { start: HostCluster(*start), count })
     }
 
@@ -45,12 +58,12 @@ impl FreeRuns {
         loop {
             let found = self.runs.range(..end).next_back().map(|(s, l)| (*s, s + l));
             let Some((from, to)) = found.filter(|(_, to)| *to > start) else { return };
-            self.runs.remove(&from);
+            self.take(from, to - from);
             if to > end {
-                self.runs.insert(end, to - end);
+                self.put(end, to - end);
             }
             if from < start {
-                self.runs.insert(from, start - from);
+                self.put(from, start - from);
             }
         }
     }
@@ -61,7 +74,7 @@ impl FreeRuns {
         if start + len != end {
             return None;
         }
-        self.runs.remove(&start);
+        self.take(start, len);
         Some(Run { start: HostCluster(start), count: len })
     }
 
@@ -109,6 +122,11 @@ mod tests {
                 }
                 let runs: Vec<_> = free.runs.iter().flat_map(|(s, l)| *s..s + l).collect();
                 prop_assert_eq!(runs, model.iter().copied().collect::<Vec<_>>());
+                let by_len: BTreeSet<_> = free.runs.iter().map(|(start, len)| (*len, *start)).collect();
+                prop_assert_eq!(&free.by_len, &by_len);
+                let longest = by_len.last().map_or(0, |(len, _)| *len);
+                prop_assert_eq!(free.find(longest + 1), None);
+                prop_assert_eq!(free.find(longest.max(1)).is_some(), longest > 0);
             }
         }
     }

@@ -33,10 +33,14 @@ struct Walk<'a> {
     streams: HashSet<u64>,
     /// Snapshots may share clusters.
     shared: bool,
+    /// The bytes of an L2 entry.
+    entry: u64,
+    /// The bits of a refcount.
+    width: u64,
     found: Findings,
 }
 
-/// Checks a version 3 image with 16 bit refcounts, with or without internal snapshots.
+/// Checks an image with its data inside, with or without internal snapshots.
 pub(crate) fn check(bytes: &[u8]) -> Findings {
     let mut walk = Walk {
         bytes,
@@ -44,12 +48,18 @@ pub(crate) fn check(bytes: &[u8]) -> Findings {
         used: HashMap::new(),
         streams: HashSet::new(),
         shared: false,
+        entry: 8,
+        width: 16,
         found: Findings::default(),
     };
     walk.cluster = 1 << walk.u32(20);
     let (l1_at, l1_len) = (walk.u64(40), u64::from(walk.u32(36)));
     let (table_at, table_len) = (walk.u64(48), u64::from(walk.u32(56)) * walk.cluster);
-    assert_eq!(walk.u32(96), 4, "this checker knows 16 bit refcounts");
+    let is_old = walk.u32(4) == 2;
+    if !is_old {
+        walk.width = 1 << walk.u32(96);
+        walk.entry = if walk.u64(72) & 16 == 0 { 8 } else { 16 };
+    }
     walk.take(0, walk.cluster, "header");
     walk.take(l1_at, l1_len * 8, "L1 table");
     walk.take(table_at, table_len, "refcount table");
@@ -62,7 +72,9 @@ pub(crate) fn check(bytes: &[u8]) -> Findings {
     let mut copied = Vec::new();
     walk.tree(l1_at, l1_len, &mut copied);
     walk.snapshots(snapshots);
-    walk.bitmaps();
+    if !is_old {
+        walk.bitmaps();
+    }
     walk.compare(&blocks, &copied);
     walk.found
 }
@@ -78,8 +90,11 @@ impl Walk<'_> {
             }
             self.take(table, self.cluster, "L2 table");
             copied.push((table, entry >> 63));
-            for slot in 0..self.cluster / 8 {
-                let entry = self.u64(table + slot * 8);
+            for slot in 0..self.cluster / self.entry {
+                let entry = self.u64(table + slot * self.entry);
+                if self.entry == 16 {
+                    self.subclusters(entry, self.u64(table + slot * 16 + 8));
+                }
                 let host = entry & 0x00ff_ffff_ffff_fe00;
                 if entry >> 62 & 1 == 1 {
                     self.take_stream(entry);
@@ -89,6 +104,18 @@ impl Walk<'_> {
                     copied.push((host, entry >> 63));
                 }
             }
+        }
+    }
+
+    /// A subcluster is data or zeros, not both, and data only where there is a cluster.
+    fn subclusters(&mut self, entry: u64, bitmap: u64) {
+        let (alloc, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
+        let host = entry & 0x00ff_ffff_ffff_fe00;
+        let compressed = entry >> 62 & 1 == 1;
+        let wrong =
+            if compressed { bitmap != 0 } else { host == 0 && alloc != 0 || entry & 1 != 0 };
+        if wrong || alloc & zero != 0 {
+            self.found.errors.push(format!("entry {entry:#x} with bitmap {bitmap:#x}"));
         }
     }
 
@@ -186,26 +213,35 @@ impl Walk<'_> {
         }
     }
 
+    /// The refcounts of a block.
+    fn per_block(&self) -> u64 {
+        self.cluster * 8 / self.width
+    }
+
     fn count(&self, blocks: &[u64], cluster: u64) -> u64 {
-        let per_block = self.cluster / 2;
-        let block = blocks.get(usize::try_from(cluster / per_block).unwrap()).copied().unwrap_or(0);
+        let block = usize::try_from(cluster / self.per_block()).unwrap();
+        let block = blocks.get(block).copied().unwrap_or(0);
         if block == 0 {
             return 0;
         }
-        let at = usize::try_from(block + cluster % per_block * 2).unwrap();
-        self.bytes
-            .get(at..at + 2)
-            .map_or(0, |b| u64::from(u16::from_be_bytes(b.try_into().unwrap())))
+        let bit = cluster % self.per_block() * self.width;
+        let at = usize::try_from(block + bit / 8).unwrap();
+        if self.width < 8 {
+            let byte = u64::from(self.bytes.get(at).copied().unwrap_or(0));
+            return byte >> (bit % 8) & ((1 << self.width) - 1);
+        }
+        let bytes = self.bytes.get(at..at + usize::try_from(self.width / 8).unwrap());
+        bytes.unwrap_or_default().iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
     }
 
     fn compare(&mut self, blocks: &[u64], copied: &[(u64, u64)]) {
-        let counted = blocks.len() as u64 * (self.cluster / 2);
+        let counted = blocks.len() as u64 * self.per_block();
         for cluster in self.used.keys().filter(|cluster| **cluster >= counted) {
             self.found.errors.push(format!("cluster {cluster} lies behind all refcounts"));
         }
         for (block, _) in blocks.iter().enumerate().filter(|(_, at)| **at != 0) {
-            let first = block as u64 * (self.cluster / 2);
-            for cluster in first..first + self.cluster / 2 {
+            let first = block as u64 * self.per_block();
+            for cluster in first..first + self.per_block() {
                 let (count, used) =
                     (self.count(blocks, cluster), self.used.get(&cluster).copied().unwrap_or(0));
                 if count < used {

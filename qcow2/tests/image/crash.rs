@@ -156,6 +156,31 @@ fn clusters_of_64_kib_survive_every_power_cut() {
 }
 
 #[test]
+fn version_2_survives_every_power_cut() {
+    let shape = Shape { size_bytes: 100 << 10, ..Shape::new(512) }.old();
+    survives_every_cut(&shape, 2, 24, 3);
+    let shape = Shape { size_bytes: 300 << 10, ..Shape::new(4096) }.old().over_data();
+    survives_every_cut(&shape, 2, 24, 3);
+}
+
+#[test]
+fn subclusters_survive_every_power_cut() {
+    let shape = Shape { size_bytes: 300 << 10, ..Shape::new(16384) }.extended();
+    survives_every_cut(&shape, 3, 24, 3);
+    survives_every_cut(&shape.over_data(), 3, 24, 3);
+    let shape = Shape { size_bytes: (700 << 10) + 512, ..Shape::new(65536) }.extended();
+    survives_every_cut(&shape.over_data(), 2, 20, 3);
+}
+
+#[test]
+fn narrow_and_wide_refcounts_survive_every_power_cut() {
+    for bits in [1, 4, 64] {
+        let shape = Shape { size_bytes: 100 << 10, ..Shape::new(512) }.refcount_bits(bits);
+        survives_every_cut(&shape.over_data(), 2, 20, 3);
+    }
+}
+
+#[test]
 fn qemu_finds_leaks_at_most_after_power_cuts() {
     let shape = Shape { size_bytes: 300 << 10, ..Shape::new(512) };
     let acts: Vec<_> = (0..12)

@@ -84,3 +84,16 @@ fn six_tasks_in_clusters_of_64_kib_survive_power_cuts() {
 fn six_tasks_in_clusters_of_64_kib_over_a_backing_file_survive_power_cuts() {
     survives(&over_stamps(Shape { size_bytes: (900 << 10) + 512, ..Shape::new(65536) }), 4, 60);
 }
+
+#[test]
+fn six_tasks_in_subclusters_survive_power_cuts() {
+    let shape = Shape { size_bytes: 300 << 10, ..Shape::new(16384) }.extended();
+    survives(&shape, 4, 100);
+    survives(&over_stamps(shape), 4, 100);
+}
+
+#[test]
+fn six_tasks_in_version_2_survive_power_cuts() {
+    survives(&Shape { size_bytes: 100 << 10, ..Shape::new(512) }.old(), 3, 100);
+    survives(&over_stamps(Shape { size_bytes: 200 << 10, ..Shape::new(4096) }.old()), 3, 100);
+}

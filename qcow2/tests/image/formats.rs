@@ -233,3 +233,38 @@ fn compressed_clusters_show_in_the_map_and_go_with_all_that_they_touched() {
         assert!(raw_of(&path) == model);
     });
 }
+
+#[test]
+fn images_with_their_data_elsewhere_live_in_every_shape() {
+    for (n, options) in [
+        "cluster_size=64k",
+        "cluster_size=4k,data_file_raw=on",
+        "cluster_size=64k,extended_l2=on",
+        "cluster_size=64k,extended_l2=on,data_file_raw=on",
+        "cluster_size=512,preallocation=metadata",
+    ]
+    .iter()
+    .enumerate()
+    {
+        for size in [3_000_320u64, 1 << 20] {
+            let dir = tempfile::tempdir().unwrap();
+            let (path, data) = (dir.path().join("disk.qcow2"), dir.path().join("disk.data"));
+            let all = format!("{options},data_file={}", data.display());
+            qemu_create(&path, &all, &size.to_string(), None);
+            qemu_io(&path, &["write -P 7 0 100k", "write -P 8 500k 70k", "write -z 520k 20k"]);
+            let mut model = vec![0; usize::try_from(size).unwrap()];
+            part_mut(&mut model, range(0, 100 << 10)).fill(7);
+            part_mut(&mut model, range(500 << 10, 70 << 10)).fill(8);
+            part_mut(&mut model, range(520 << 10, 20 << 10)).fill(0);
+            let mut random = Random(n as u64 + 900);
+            for turn in 0..3 {
+                lives_once(&path, &mut model, &mut random, &format!("{options}, turn {turn}"));
+                if options.contains("raw") {
+                    let mut raw = std::fs::read(&data).unwrap();
+                    raw.resize(model.len(), 0);
+                    assert!(raw == model, "{options}: the data file reads like the disk");
+                }
+            }
+        }
+    }
+}

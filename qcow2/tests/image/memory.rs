@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::{BlockDevice, ByteRange, Durability, HostFile, MemoryDevice, MemoryStorage, ZeroMode};
 use proptest::prelude::*;
-use qcow2::{BackingFormat, CreateOptions, Error, Image, OpenOptions};
+use qcow2::{BackingFormat, CreateOptions, Error, Image, OpenOptions, Version};
 
 use crate::common::{pattern, range};
 
@@ -18,6 +18,9 @@ pub(crate) struct Shape {
     pub(crate) backing: Option<Vec<u8>>,
     /// What the storage demands of offsets.
     pub(crate) align: u16,
+    pub(crate) version: Version,
+    pub(crate) extended_l2: bool,
+    pub(crate) refcount_bits: u32,
 }
 
 impl Shape {
@@ -28,7 +31,15 @@ impl Shape {
             4096 => 5 << 20,
             _ => 3 << 20,
         } + 512;
-        Self { cluster_bytes, size_bytes, backing: None, align: 512 }
+        Self {
+            cluster_bytes,
+            size_bytes,
+            backing: None,
+            align: 512,
+            version: Version::V3,
+            extended_l2: false,
+            refcount_bits: 16,
+        }
     }
 
     /// The same over a disk that ends before this one does.
@@ -39,6 +50,21 @@ impl Shape {
 
     pub(crate) fn aligned(self, align: u16) -> Self {
         Self { align, ..self }
+    }
+
+    /// The same in version 2 of the format.
+    pub(crate) fn old(self) -> Self {
+        Self { version: Version::V2, ..self }
+    }
+
+    /// The same with subclusters.
+    pub(crate) fn extended(self) -> Self {
+        Self { extended_l2: true, ..self }
+    }
+
+    /// The same with refcounts of another width.
+    pub(crate) fn refcount_bits(self, refcount_bits: u32) -> Self {
+        Self { refcount_bits, ..self }
     }
 
     /// What a new image reads like.
@@ -55,7 +81,11 @@ impl Shape {
     /// An empty image.
     pub(crate) async fn create(&self) -> MemoryStorage {
         let storage = MemoryStorage::with_alignment(self.align);
-        let mut options = CreateOptions::new(self.size_bytes).cluster_bytes(self.cluster_bytes);
+        let mut options = CreateOptions::new(self.size_bytes)
+            .cluster_bytes(self.cluster_bytes)
+            .version(self.version)
+            .extended_l2(self.extended_l2)
+            .refcount_bits(self.refcount_bits);
         if self.backing.is_some() {
             options = options.backing("below", BackingFormat::Raw);
         }
@@ -128,7 +158,7 @@ impl Act {
             Self::WriteBytes { at, len, .. } => (at, len, 1),
             Self::Flush | Self::Reopen => (0, 0, 1),
         };
-        let at = at % (size / unit) * unit;
+        let at = at % size.div_ceil(unit) * unit;
         ByteRange::between(at, (at + len * unit).min(size))
     }
 

@@ -75,7 +75,7 @@ async fn extents_tell_the_truth(image: &Image, model: &[u8]) {
 
 fn imitates_a_vector(shape: Shape, cases: u32) {
     let config = Config { cases: rounds(cases), failure_persistence: None, ..Config::default() };
-    let sectors = shape.size_bytes / 512;
+    let sectors = shape.size_bytes.div_ceil(512);
     let seen = Cell::new(0usize);
     let mut runner = TestRunner::new(config);
     let acts = proptest::collection::vec(any_act(sectors, true), 1..60);
@@ -132,4 +132,38 @@ fn clusters_of_2_mib_imitate_a_vector() {
 #[test]
 fn clusters_of_2_mib_over_a_backing_file_imitate_a_vector() {
     imitates_a_vector(Shape { size_bytes: (7 << 20) + 512, ..Shape::new(2 << 20) }.over_data(), 8);
+}
+
+#[test]
+fn version_2_imitates_a_vector() {
+    imitates_a_vector(Shape::new(512).old(), 25);
+    imitates_a_vector(Shape::new(4096).old().over_data(), 25);
+    imitates_a_vector(Shape::new(65536).old().over_data(), 15);
+}
+
+#[test]
+fn subclusters_imitate_a_vector() {
+    imitates_a_vector(Shape::new(16384).extended(), 30);
+    imitates_a_vector(Shape::new(16384).extended().over_data(), 30);
+    imitates_a_vector(Shape::new(65536).extended().over_data().aligned(4096), 30);
+    let large = Shape { size_bytes: (7 << 20) + 512, ..Shape::new(2 << 20) };
+    imitates_a_vector(large.extended().over_data(), 8);
+}
+
+#[test]
+fn refcounts_of_every_width_imitate_a_vector() {
+    for bits in [1, 2, 4, 8, 32, 64] {
+        imitates_a_vector(Shape::new(512).refcount_bits(bits), 12);
+        imitates_a_vector(Shape::new(4096).refcount_bits(bits).over_data(), 8);
+    }
+}
+
+#[test]
+fn disks_that_end_inside_a_sector_imitate_a_vector() {
+    for size_bytes in [1, 511, 513, 70_000, 300_001, 2_097_151] {
+        imitates_a_vector(Shape { size_bytes, ..Shape::new(512) }.over_data(), 8);
+        imitates_a_vector(Shape { size_bytes, ..Shape::new(65536) }, 8);
+        imitates_a_vector(Shape { size_bytes, ..Shape::new(65536) }.extended().over_data(), 8);
+        imitates_a_vector(Shape { size_bytes, ..Shape::new(4096) }.old().over_data(), 8);
+    }
 }

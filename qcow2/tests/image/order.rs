@@ -52,8 +52,9 @@ fn writers_in_one_new_cluster_lose_nothing() {
 #[test]
 fn zeros_discards_writes_reads_and_flushes_at_once_lose_nothing() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).build().unwrap();
-    let shapes = [512, 4096, 65536].map(Shape::new);
-    for shape in shapes.into_iter().flat_map(|shape| [shape.clone(), over_stamps(shape)]) {
+    let plain = [512, 4096, 65536].map(Shape::new).into_iter();
+    let shapes = plain.chain([Shape::new(16384).extended(), Shape::new(4096).old()]);
+    for shape in shapes.flat_map(|shape| [shape.clone(), over_stamps(shape)]) {
         let storage = block_on(shape.create());
         let mut crowd = Crowd::new(&shape, &storage, 16, u64::from(shape.cluster_bytes));
         // Slow operations, which finish in any order, on one thread; then fast ones on many.

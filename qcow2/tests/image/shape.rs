@@ -18,7 +18,7 @@ fn writes(storage: &MemoryStorage) -> Vec<(u64, usize)> {
 }
 
 fn huge(size_bytes: u64, backing: Option<Vec<u8>>) -> Shape {
-    Shape { cluster_bytes: 65536, size_bytes, backing, align: 512 }
+    Shape { size_bytes, backing, ..Shape::new(65536) }
 }
 
 #[test]
@@ -198,5 +198,30 @@ fn tables_of_many_images_share_one_bounded_cache() {
         for image in images {
             image.close().await.unwrap();
         }
+    });
+}
+
+#[test]
+fn holes_of_earlier_sessions_are_used_again() {
+    // A refcount block of 512 bytes counts 128 KiB.
+    let shape = Shape { size_bytes: 4 * MIB, ..Shape::new(512) };
+    block_on(async {
+        let storage = shape.create().await;
+        let image = shape.open(&storage).await.unwrap();
+        image.write(0, pattern(1, 2 << 20).into(), Durability::Deferred).await.unwrap();
+        image.discard(range(0, MIB), Durability::Deferred).await.unwrap();
+        image.close().await.unwrap();
+        let before = storage.snapshot().len();
+        let image = shape.open(&storage).await.unwrap();
+        for at in (2 * MIB..3 * MIB).step_by(4096) {
+            image.write(at, pattern(at, 4096).into(), Durability::Deferred).await.unwrap();
+        }
+        image.close().await.unwrap();
+        let grown = storage.snapshot().len() - before;
+        assert!(
+            grown < 512 << 10,
+            "grown by {grown} bytes for 1 MiB of data beside 1 MiB of holes"
+        );
+        check(&storage.snapshot()).assert_clean("holes used");
     });
 }

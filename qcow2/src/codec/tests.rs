@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::Corruption;
 
 const KINDS: [Compression; 2] = [Compression::Deflate, Compression::Zstd];
 

@@ -93,7 +93,7 @@ pub(crate) struct Cluster {
 
 /// A compressed cluster: bytes of the image file that need not be aligned to anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Stream {
+pub struct Stream {
     /// Where it starts.
     pub at: HostOffset,
     /// Its bytes, up to the end of the last sector that it touches; the stream itself may end before.

@@ -813,9 +813,18 @@ impl From<Error> for DeviceError {
 }
 
 /// What the pure core answers when it cannot go on: an [`Error`] that does not know its file yet.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fault {
-    Corrupt { at: HostOffset, what: Corruption },
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The image breaks its format.
+    #[error("corrupt at {at}: {what}")]
+    Corrupt {
+        /// The offset in the file.
+        at: HostOffset,
+        /// The rule that is broken.
+        what: Corruption,
+    },
+    /// The image asks for what is not supported.
+    #[error("what is not supported: {0}")]
     Unsupported(Feature),
 }
 

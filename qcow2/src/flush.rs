@@ -8,7 +8,7 @@ use crate::units::{HostOffset, Run};
 
 /// The writes of one flush, in three stages with a sync behind each that is not empty.
 #[derive(Debug, Default)]
-pub(crate) struct FlushPlan {
+pub struct FlushPlan {
     /// Refcount blocks, new L2 tables, a refcount table that moved: nothing on disk points there yet, or it only
     /// counts higher. Data is made durable by the same sync.
     pub first: Vec<MetaWrite>,
@@ -20,7 +20,7 @@ pub(crate) struct FlushPlan {
 
 /// What a flush took out of the core, to be confirmed or given back.
 #[derive(Debug, Default)]
-pub(crate) struct Captured {
+pub struct Captured {
     map: CapturedMapping,
     refs: CapturedRefcounts,
     dropped: Vec<Run>,

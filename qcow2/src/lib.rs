@@ -1,8 +1,13 @@
 //! QCOW2 images: a pure core that knows where things lie, and a thin driver that moves bytes. The format alone lives
 //! here; host files are `block`'s, chains of backups and protocols are other crates'.
 //!
-//! Version 3 images with standard clusters of 512 bytes to 2 MiB, over backing files in QCOW2 or raw format. What an
-//! image needs beyond that is refused by name ([`Feature`]).
+//! Versions 2 and 3 with all that the format has: every cluster size and refcount width, subclusters, compression (the
+//! feature `compression`, on unless switched off), external data files, LUKS (feature `luks`), internal snapshots,
+//! persistent bitmaps, over backing files in QCOW2, raw or VMDK (feature `vmdk`). What is not known is refused by name
+//! ([`Feature`]).
+//!
+//! [`Image`] is a disk; [`Image::check`] judges and mends one; [`convert()`], [`compare()`], [`commit`], [`rebase`] and
+//! [`merge`] move whole disks. [`sans_io`] is the core alone, for programs with I/O of their own.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -20,6 +25,43 @@
 //! let segments = image.read(ByteRange::between((1 << 30) - 1, (1 << 30) + 6)).await?;
 //! assert_eq!(segments.to_vec(), b"\0hello\0");
 //! image.close().await?;
+//! # Ok(()) })
+//! # }
+//! ```
+//!
+//! How it is stored, points in time inside the file, what changed since, a smaller copy, and a judgement:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::sync::Arc;
+//!
+//! use block::{BlockDevice, ByteRange, Durability};
+//! use qcow2::{CheckOptions, Compression, ConvertOptions, ConvertTarget, CreateOptions, Image, OpenOptions};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let (path, small) = (dir.path().join("disk.qcow2"), dir.path().join("small.qcow2"));
+//! # tokio::runtime::Builder::new_current_thread().build()?.block_on(async {
+//! Image::create(&path, &CreateOptions::new(1 << 30)).await?;
+//! let image = Image::open(&path, OpenOptions::writing()).await?;
+//! image.write(0, vec![1; 1 << 20].into(), Durability::Deferred).await?;
+//! assert_eq!(image.map(ByteRange::between(0, 1 << 30)).await?.len(), 2); // Data, then nothing.
+//!
+//! image.create_snapshot("before").await?;
+//! image.add_bitmap("since", 65536, true).await?;
+//! image.write(1 << 20, vec![2; 65536].into(), Durability::Deferred).await?;
+//! let changed = image.dirty_extents("since", ByteRange::between(0, 1 << 30)).await?;
+//! assert!(changed.iter().any(|extent| extent.dirty && extent.range.start() == 1 << 20));
+//! image.close().await?;
+//!
+//! let source: Arc<dyn BlockDevice> = Arc::new(Image::open(&path, OpenOptions::reading()).await?);
+//! Image::create(&small, &CreateOptions::new(1 << 30).compression(Compression::Zstd)).await?;
+//! let target = Image::open(&small, OpenOptions::writing()).await?;
+//! let into = ConvertTarget::Compressed { image: target.clone(), level: None };
+//! qcow2::convert(source, &into, &ConvertOptions::default(), |_| {}).await?;
+//! target.close().await?;
+//!
+//! let report = Image::check(&small, CheckOptions::default(), |_| {}).await?;
+//! assert!(report.is_clean());
 //! # Ok(()) })
 //! # }
 //! ```
@@ -66,6 +108,7 @@ mod read;
 mod refcount;
 mod republish;
 mod resize;
+pub mod sans_io;
 mod snapshot;
 mod snapshots;
 mod streams;

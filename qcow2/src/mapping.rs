@@ -14,7 +14,7 @@ use crate::units::{ClusterGeometry, GuestOffset, HostOffset, index};
 
 /// What a question to the core needs: its answer, or something of the driver first.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Step<T> {
+pub enum Step<T> {
     /// The answer.
     Ready(T),
     /// Load this table, then ask again.
@@ -25,16 +25,26 @@ pub(crate) enum Step<T> {
 
 /// A table on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Table {
-    /// The L2 table of this L1 entry.
-    L2 { l1: u64, at: HostOffset },
-    /// This refcount block.
-    Refcounts { block: u64, at: HostOffset },
+pub enum Table {
+    /// An L2 table.
+    L2 {
+        /// The L1 entry that names it.
+        l1: u64,
+        /// Where it lies.
+        at: HostOffset,
+    },
+    /// A refcount block.
+    Refcounts {
+        /// Its number.
+        block: u64,
+        /// Where it lies.
+        at: HostOffset,
+    },
 }
 
 impl Table {
     /// Where it lies.
-    pub(crate) const fn at(self) -> HostOffset {
+    pub const fn at(self) -> HostOffset {
         match self {
             Self::L2 { at, .. } | Self::Refcounts { at, .. } => at,
         }
@@ -43,7 +53,7 @@ impl Table {
 
 /// How a run of guest bytes is stored in this file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub enum Place {
     /// Not here: the backing file answers.
     Unallocated {
         /// Where its place in a host cluster is that is kept for it.
@@ -67,8 +77,10 @@ pub(crate) enum Place {
 
 /// A run of guest bytes that are stored alike, and contiguously.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Extent {
+pub struct Extent {
+    /// The bytes of the disk.
     pub range: ByteRange,
+    /// How they are stored.
     pub place: Place,
 }
 

@@ -11,7 +11,7 @@ use crate::units::{GuestOffset, HostCluster, HostOffset, Run, index};
 
 /// Where bytes around those of a request come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fill {
+pub enum Fill {
     /// Zeros.
     Zero,
     /// The backing file, and zeros behind its end.
@@ -24,16 +24,26 @@ pub(crate) enum Fill {
 
 /// One piece of I/O of a write.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Move {
+pub enum Move {
     /// Guest bytes of the request go straight to `host`.
-    Payload { guest: ByteRange, host: HostOffset },
+    Payload {
+        /// Which.
+        guest: ByteRange,
+        /// Where to.
+        host: HostOffset,
+    },
     /// Guest bytes of the request and what lies around them go to `host`.
-    Patch { area: Area, host: HostOffset },
+    Patch {
+        /// Which.
+        area: Area,
+        /// Where to.
+        host: HostOffset,
+    },
 }
 
 /// A part of one guest cluster that is written at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Area {
+pub struct Area {
     /// The part.
     pub range: ByteRange,
     /// What the request says of it; may be empty.
@@ -53,16 +63,18 @@ pub(crate) struct Link {
 
 /// What a plan holds until it is published or undone.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Reservation {
-    pub l1: u64,
-    pub fresh: Option<Run>,
-    pub links: Vec<Link>,
+pub struct Reservation {
+    pub(crate) l1: u64,
+    pub(crate) fresh: Option<Run>,
+    pub(crate) links: Vec<Link>,
 }
 
 /// A planned write.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct WritePlan {
+pub struct WritePlan {
+    /// What to write, in any order.
     pub moves: Vec<Move>,
+    /// What to publish or undo afterwards.
     pub reservation: Reservation,
 }
 

@@ -128,8 +128,10 @@ pub(crate) enum BlockState {
 
 /// A range of the file with its new content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct MetaWrite {
+pub struct MetaWrite {
+    /// Where it starts.
     pub at: HostOffset,
+    /// What is there from now on.
     pub bytes: Vec<u8>,
 }
 

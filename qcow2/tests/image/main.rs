@@ -28,6 +28,7 @@ mod memory;
 mod model;
 mod order;
 mod repairing;
+mod sans_io;
 mod shape;
 mod snapshot_crash;
 mod snapshots;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the programs that the tests and benchmarks judge against. Does nothing where all of them are there.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
 # One line a program: the command that must exist, and the Debian package that has it.
 peers="
@@ -18,20 +19,63 @@ qemu-io qemu-utils
 qemu-nbd qemu-utils
 "
 
-export PATH="$PATH:/usr/sbin:/sbin"
-missing=""
-while read -r command package; do
-    [ -n "$command" ] || continue
-    command -v "$command" >/dev/null || missing="$missing $package"
-done <<<"$peers"
-[ -n "$missing" ] || exit 0
+# Readers of QCOW2 in Python, with all that they need; they get an environment of their own beside what cargo builds.
+readers="
+dissect.hypervisor==3.21
+dissect.cstruct==4.7
+dissect.util==3.24
+defusedxml==0.7.1
+backports.zstd==1.8.0;python_version<'3.14'
+"
 
-packages=$(tr ' ' '\n' <<<"$missing" | sort -u | tr '\n' ' ')
-if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "missing programs; install them with: apt-get install -y $packages" >&2
-    exit 1
-fi
-export DEBIAN_FRONTEND=noninteractive
-apt-get update -q
-# shellcheck disable=SC2086 # A list of package names.
-apt-get install -yq --no-install-recommends $packages
+export PATH="$PATH:/usr/sbin:/sbin"
+
+install_packages() {
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "missing programs; install them with: apt-get install -y $*" >&2
+        return 1
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -q
+    apt-get install -yq --no-install-recommends "$@"
+}
+
+install_programs() {
+    local missing=""
+    while read -r command package; do
+        [ -n "$command" ] || continue
+        command -v "$command" >/dev/null || missing="$missing $package"
+    done <<<"$peers"
+    [ -n "$missing" ] || return 0
+    # shellcheck disable=SC2046 # A list of package names.
+    install_packages $(tr ' ' '\n' <<<"$missing" | sort -u)
+}
+
+# Debian's python3 has no way to make an environment before its package of that name is there; any other may not either.
+make_environment() {
+    rm -rf "$1"
+    python3 -m venv "$1" >/dev/null 2>&1 && return 0
+    rm -rf "$1"
+    if python3 -m virtualenv --version >/dev/null 2>&1; then
+        python3 -m virtualenv -q "$1"
+        return
+    fi
+    install_packages python3-venv && python3 -m venv "$1"
+}
+
+install_readers() {
+    local folder="${CARGO_TARGET_DIR:-target}/peers"
+    # What is in there, from when it was complete; a new list or a broken interpreter makes it anew.
+    if printf '%s' "$readers" | cmp -s - "$folder/readers" &&
+        "$folder/bin/python3" -c 'import dissect.hypervisor.disk.qcow2' 2>/dev/null; then
+        return 0
+    fi
+    make_environment "$folder"
+    printf '%s' "$readers" >"$folder/requirements.txt"
+    "$folder/bin/python3" -m pip install -q --disable-pip-version-check --no-deps \
+        -r "$folder/requirements.txt"
+    mv "$folder/requirements.txt" "$folder/readers"
+}
+
+install_programs
+install_readers

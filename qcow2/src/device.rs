@@ -7,6 +7,7 @@ use bytes::Bytes;
 use crate::error::Error;
 use crate::image::Image;
 use crate::read::LayerExtent;
+use crate::write::Reach;
 
 #[async_trait]
 impl BlockDevice for Image {
@@ -48,7 +49,7 @@ impl BlockDevice for Image {
     ) -> Result<(), DeviceError> {
         self.inner.limits().check_write(range)?;
         if !range.is_empty() {
-            self.inner.write_zeroes(range, mode).await?;
+            self.inner.write_zeroes(range, mode, Reach::Disk).await?;
         }
         self.settle(durability).await
     }
@@ -60,7 +61,7 @@ impl BlockDevice for Image {
         }
         limits.check_read(range)?;
         if !range.is_empty() {
-            self.inner.discard(range).await?;
+            self.inner.discard(range, Reach::Disk).await?;
         }
         self.settle(durability).await
     }

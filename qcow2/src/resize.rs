@@ -11,10 +11,11 @@ use crate::core::Core;
 use crate::create::Preallocation;
 use crate::entry::{Cluster, Hosted, L2Entry};
 use crate::error::{Error, Fault};
-use crate::header::{BITMAPS, largest_disk_bytes};
+use crate::header::largest_disk_bytes;
 use crate::image::{Image, Inner};
 use crate::mapping::{Step, TableState};
 use crate::units::{GuestOffset, HostOffset, Run, index};
+use crate::write::Reach;
 
 /// How to change the size of a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,6 +43,9 @@ impl Drop for Reserved<'_> {
 impl Image {
     /// Changes the size of the disk, durably. A new area reads as zeros, whatever a backing file holds there.
     ///
+    /// Bitmaps change with it: a new area is not dirty in them, and what lies behind a smaller disk is cut off. They
+    /// are stored with the new size by the write that switches to it.
+    ///
     /// After a crash the disk has its old size or its new one; where it was to shrink, what is behind the new end may
     /// read as zeros already. Requests go on meanwhile, and see the new size from its switch on.
     ///
@@ -55,6 +59,7 @@ impl Image {
         }
         let live = inner.live()?;
         inner.check_resize(size_bytes, options)?;
+        inner.check_bitmaps_for(&live, size_bytes).await?;
         inner.before_change(&live).await?;
         let old_bytes = inner.limits().size_bytes;
         if size_bytes < old_bytes {
@@ -89,8 +94,6 @@ impl Inner {
             ChangeError::Shrinks { from_bytes, to_bytes: size_bytes }
         } else if header.snapshots > 0 && header.version < 3 {
             ChangeError::SnapshotsInVersion2
-        } else if header.autoclear & BITMAPS != 0 {
-            ChangeError::Bitmaps
         } else if prepared && size_bytes < from_bytes {
             ChangeError::PreallocationWithoutGrowth
         } else if prepared && over {
@@ -165,12 +168,14 @@ impl Inner {
             return Ok(());
         }
         match mode {
-            Preallocation::Full => self.write_zeros_as_data(area, true).await?,
+            Preallocation::Full => self.write_zeros_as_data(area, true, Reach::Tables).await?,
             _ if self.info.raw_data => self.map_raw_data(area).await?,
-            Preallocation::Off => self.write_zeroes(area, ZeroMode::default()).await?,
+            Preallocation::Off => {
+                self.write_zeroes(area, ZeroMode::default(), Reach::Tables).await?;
+            }
             Preallocation::Metadata | Preallocation::Falloc => {
                 let mode = ZeroMode { keep_allocated: true, fast_only: false };
-                self.write_zeroes(area, mode).await?;
+                self.write_zeroes(area, mode, Reach::Tables).await?;
             }
         }
         Ok(())
@@ -181,17 +186,9 @@ impl Inner {
         for piece in area.pieces(self.info.l2_coverage) {
             let _guard = self.guests.lock_exclusive(self.widen(piece)).await;
             let live = self.live()?;
+            self.record_change(&live, piece).await?;
             self.step(&live, |core| core.map_raw(piece)).await?;
         }
-        Ok(())
-    }
-
-    async fn switch_size(self: &Arc<Self>, size_bytes: u64) -> Result<(), Error> {
-        let (live, quiet) = self.quiet().await?;
-        let mut header = self.core.lock().header.clone();
-        header.size_bytes = size_bytes;
-        self.switch_quietly(&live, &quiet, header).await?;
-        self.set_size(size_bytes);
         Ok(())
     }
 
@@ -200,11 +197,13 @@ impl Inner {
         let edge = area.start().next_multiple_of(self.cluster_bytes()).min(area.end());
         let rest = ByteRange::between(area.start(), edge);
         if !rest.is_empty() {
-            self.write_zeroes(rest, ZeroMode::default()).await?;
+            self.write_zeroes(rest, ZeroMode::default(), Reach::Tables).await?;
         }
-        let whole = ByteRange::between(edge, area.end());
+        // The rest of the last cluster was never part of the disk. A raw data file has nothing there.
+        let last = area.end().next_multiple_of(self.cluster_bytes());
+        let whole = ByteRange::between(edge, if self.info.raw_data { area.end() } else { last });
         if !whole.is_empty() {
-            self.discard(whole).await?;
+            self.discard(whole, Reach::Tables).await?;
         }
         let live = self.live()?;
         self.flush(&live).await

@@ -82,10 +82,10 @@ impl Image {
     /// [`Error::Snapshot`], also for an image with dirty bitmaps, which would not tell of the change. Otherwise as
     /// [`Image::create_snapshot`].
     pub async fn apply_snapshot(&self, id_or_name: &str) -> Result<(), Error> {
-        if self.inner.core.lock().header.has_bitmaps() {
-            return Err(self.refused(SnapshotError::Bitmaps));
-        }
         let make = |present: &Present| {
+            if present.header.has_bitmaps() {
+                return Err(self.refused(SnapshotError::Bitmaps));
+            }
             self.check_internal_data(&present.header)?;
             let mut state = present.unchanged();
             let at = self.find(&state.snapshots, id_or_name)?;

@@ -20,6 +20,15 @@ use crate::units::index;
 /// The longest single write of zeros as data, in bytes.
 const ZEROS_BYTES: u64 = 2 << 20;
 
+/// How far a change may reach, once it has its lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// To the end of the disk as it is then: requests, which a disk that shrank meanwhile refuses.
+    Disk,
+    /// As far as the tables map, like changes of the image itself.
+    Tables,
+}
+
 /// What every host operation of a planned write holds: the lock on its clusters, and the clusters that it reserved.
 /// The last one to let go gives back what was not published, and only then the lock.
 struct Ticket {
@@ -55,7 +64,7 @@ impl Inner {
         self.before_change(&live).await?;
         let coverage = self.info.l2_coverage;
         for piece in range.pieces(coverage) {
-            self.write_piece(piece, &slice_of(&data, at, piece), false).await?;
+            self.write_piece(piece, &slice_of(&data, at, piece), false, Reach::Disk).await?;
         }
         Ok(())
     }
@@ -66,8 +75,9 @@ impl Inner {
         range: ByteRange,
         data: &Bytes,
         allocate: bool,
+        reach: Reach,
     ) -> Result<(), Error> {
-        if self.write_in_place(range, data).await? {
+        if self.write_in_place(range, data, reach).await? {
             return Ok(());
         }
         // Raw data reads like the disk, whatever entries say.
@@ -78,7 +88,7 @@ impl Inner {
             .collect();
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
-        self.check_inside(range)?;
+        self.check_inside(range, reach)?;
         self.record_change(&live, range).await?;
         let plan = self.change(&live, |core| core.plan_write(range, &zeros)).await?;
         let ticket = Arc::new(Ticket {
@@ -93,7 +103,12 @@ impl Inner {
     }
 
     /// Overwrites what is there, if all of it is; `false` if metadata has to change.
-    async fn write_in_place(&self, range: ByteRange, data: &Bytes) -> Result<bool, Error> {
+    async fn write_in_place(
+        &self,
+        range: ByteRange,
+        data: &Bytes,
+        reach: Reach,
+    ) -> Result<bool, Error> {
         if !self.core.lock().is_in_place(range) {
             return Ok(false);
         }
@@ -106,7 +121,7 @@ impl Inner {
             self.guests.lock_shared(wide).await
         };
         let live = self.live()?;
-        self.check_inside(range)?;
+        self.check_inside(range, reach)?;
         self.record_change(&live, range).await?;
         // Another request may have changed the mapping before the lock was ours.
         let plan = self.change(&live, |core| core.plan_in_place(range)).await?;
@@ -210,7 +225,12 @@ impl Inner {
     }
 
     /// Makes a range of the disk read as zeros.
-    pub(crate) async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Error> {
+    pub(crate) async fn write_zeroes(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+        reach: Reach,
+    ) -> Result<(), Error> {
         let (head, middle, tail) = self.whole_subclusters(range);
         let how = if mode.keep_allocated { Clear::AllocatedZeroes } else { Clear::Zeroes };
         let live = self.live()?;
@@ -226,46 +246,51 @@ impl Inner {
         }
         self.before_change(&live).await?;
         for part in [head, tail] {
-            self.write_zeros_as_data(part, mode.keep_allocated).await?;
+            self.write_zeros_as_data(part, mode.keep_allocated, reach).await?;
         }
-        self.clear(middle, how).await
+        self.clear(middle, how, reach).await
     }
 
     /// Gives up the content of a range of the disk: whole subclusters are dropped, parts of them stay.
-    pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), Error> {
+    pub(crate) async fn discard(&self, range: ByteRange, reach: Reach) -> Result<(), Error> {
         let (_, middle, _) = self.whole_subclusters(range);
         let live = self.live()?;
         self.before_change(&live).await?;
-        self.clear(middle, Clear::Discard).await
+        self.clear(middle, Clear::Discard, reach).await
     }
 
     /// Makes this layer say nothing about any of the disk, so that what lies below shows, and gives its space back.
     pub(crate) async fn forget_all(&self) -> Result<(), Error> {
         let live = self.live()?;
         self.before_change(&live).await?;
-        self.clear(ByteRange::between(0, self.limits().size_bytes), Clear::Reveal).await
+        let all = ByteRange::between(0, self.limits().size_bytes);
+        self.clear(all, Clear::Reveal, Reach::Tables).await
     }
 
-    /// Refuses a range that a disk that became smaller while a request waited does not even map. The lock on the range
-    /// must be held. What is mapped behind the end of the disk is the state of a virtual machine.
-    fn check_inside(&self, range: ByteRange) -> Result<(), Error> {
-        let (size_bytes, mapped_bytes) = {
+    /// Refuses a range that leaves the disk, which may have become smaller while a request waited. The lock on the range
+    /// must be held.
+    pub(crate) fn check_inside(&self, range: ByteRange, reach: Reach) -> Result<(), Error> {
+        let (size_bytes, end) = {
             let core = self.core.lock();
-            let l1_entries = core.header.l1_entries;
-            (core.size_bytes, l1_entries.saturating_mul(self.info.l2_coverage))
+            let mapped_bytes = core.header.l1_entries.saturating_mul(self.info.l2_coverage);
+            let end = match reach {
+                Reach::Disk => core.size_bytes,
+                Reach::Tables => mapped_bytes.max(core.size_bytes),
+            };
+            (core.size_bytes, end)
         };
-        if range.end() > size_bytes.max(mapped_bytes) {
+        if range.end() > end {
             return Err(Error::Request(block::DeviceError::WritePastEnd { range, size_bytes }));
         }
         Ok(())
     }
 
     /// Clears whole subclusters, table by table: who waits for one of them does not wait for a whole disk.
-    async fn clear(&self, range: ByteRange, how: Clear) -> Result<(), Error> {
+    async fn clear(&self, range: ByteRange, how: Clear, reach: Reach) -> Result<(), Error> {
         for piece in range.pieces(self.info.l2_coverage) {
             let guard = self.guests.lock_exclusive(self.widen(piece)).await;
             let live = self.live()?;
-            self.check_inside(piece)?;
+            self.check_inside(piece, reach)?;
             self.record_change(&live, piece).await?;
             if self.info.raw_data && live.cipher.is_none() {
                 // The data file must read like the disk; what entries say is right already: what is mapped stays
@@ -277,7 +302,7 @@ impl Inner {
             let rest = self.change(&live, |core| core.clear(piece, how)).await?;
             drop(guard);
             for part in rest {
-                self.write_zeros_as_data(part, how == Clear::AllocatedZeroes).await?;
+                self.write_zeros_as_data(part, how == Clear::AllocatedZeroes, reach).await?;
             }
         }
         Ok(())
@@ -287,6 +312,7 @@ impl Inner {
         &self,
         range: ByteRange,
         allocate: bool,
+        reach: Reach,
     ) -> Result<(), Error> {
         let mut zeros = Bytes::new();
         for piece in range.pieces(ZEROS_BYTES) {
@@ -295,7 +321,8 @@ impl Inner {
             }
             // Clusters and tables are whole multiples of a piece, or the other way round.
             for piece in piece.pieces(self.info.l2_coverage) {
-                self.write_piece(piece, &zeros.slice(..index(piece.len())), allocate).await?;
+                let zeros = zeros.slice(..index(piece.len()));
+                self.write_piece(piece, &zeros, allocate, reach).await?;
             }
         }
         Ok(())

@@ -41,8 +41,8 @@ pub enum BitmapError {
         /// The granularity asked for.
         bytes: u64,
     },
-    /// Too many bits for the disk.
-    #[error("{bytes} bytes of bits (at most {MAX_BITMAP_BYTES}): use a larger granularity")]
+    /// Too many bits for the disk, or none because it is empty.
+    #[error("{bytes} bytes of bits (1 to {MAX_BITMAP_BYTES}): use another granularity")]
     TooLarge {
         /// The bytes of bits that it would have.
         bytes: u64,
@@ -84,14 +84,7 @@ impl Image {
         let inner = &self.inner;
         let live = inner.live()?;
         let _turn = inner.bitmaps.turn().await;
-        inner.load_bitmaps(&live).await?;
-        let count = inner.bitmaps.with(|list| list.as_ref().map_or(0, Vec::len));
-        for number in 0..count {
-            match inner.load_bits(&live, number).await {
-                Err(error @ Error::Corrupt { .. }) => inner.give_up_bitmap(number, &error),
-                loaded => loaded?,
-            }
-        }
+        inner.load_all_bits(&live).await?;
         Ok(inner.bitmaps.with(|list| list.iter().flatten().map(BitmapInfo::of).collect()))
     }
 
@@ -118,7 +111,7 @@ impl Image {
         }
         let size_bytes = inner.limits().size_bytes;
         let bytes = bitmap_bytes(size_bytes, bits);
-        if bytes > MAX_BITMAP_BYTES {
+        if bytes == 0 || bytes > MAX_BITMAP_BYTES {
             return Err(refused(BitmapError::TooLarge { bytes }));
         }
         if inner.core.lock().header.version < 3 {
@@ -315,7 +308,7 @@ impl Inner {
                 return Err(self.bitmap_error(name, reason));
             }
         };
-        self.store_bitmaps(&live, &turn, changed.removed.as_slice()).await?;
+        self.store_bitmaps(&live, &turn, changed.removed.as_slice(), None).await?;
         undo.forget();
         Ok(())
     }

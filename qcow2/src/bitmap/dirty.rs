@@ -181,6 +181,18 @@ impl DirtyMap {
         extents
     }
 
+    /// The same for a disk of another size: what is behind its end is cut off, what is new is not dirty.
+    pub(crate) fn resized(&self, size_bytes: u64) -> Self {
+        let mut map = Self::new(size_bytes, self.granularity_bits);
+        let end = map.bits();
+        let mut at = 0;
+        while let Some(run) = self.next_run(at).filter(|run| run.start < end) {
+            at = run.end;
+            map.set_bits(run);
+        }
+        map
+    }
+
     fn contains(&self, bit: u64) -> bool {
         let slot = index(bit % CHUNK_BITS);
         self.chunks.get(&(bit / CHUNK_BITS)).is_some_and(|chunk| chunk.contains(slot))
@@ -411,6 +423,22 @@ mod tests {
                 again.absorb(first, &bytes);
             }
             prop_assert!(bits_of(&again) == model);
+        }
+
+        #[test]
+        fn a_resized_map_keeps_what_fits_and_nothing_else(
+            ranges in prop::collection::vec(any_range(), 0..20),
+            bits in 9u32..14,
+            size in 1u64..SIZE * 2,
+        ) {
+            let map = map_of(&ranges, bits).resized(size);
+            let mut model = model_of(&ranges, bits);
+            model.resize(index(size.div_ceil(1 << bits)), false);
+            prop_assert_eq!(map.size_bytes(), size);
+            prop_assert!(bits_of(&map) == model);
+            let back = map.resized(SIZE);
+            model.resize(index(SIZE.div_ceil(1 << bits)), false);
+            prop_assert!(bits_of(&back) == model);
         }
 
         #[test]

@@ -125,6 +125,19 @@ impl Inner {
         Ok(())
     }
 
+    /// Reads all bits of all bitmaps that can be read.
+    pub(super) async fn load_all_bits(&self, live: &Live) -> Result<(), Error> {
+        self.load_bitmaps(live).await?;
+        let count = self.bitmaps.with(|list| list.as_ref().map_or(0, Vec::len));
+        for number in 0..count {
+            match self.load_bits(live, number).await {
+                Err(error @ Error::Corrupt { .. }) => self.give_up_bitmap(number, &error),
+                loaded => loaded?,
+            }
+        }
+        Ok(())
+    }
+
     /// A bitmap whose table or bits break the format means nothing any more.
     pub(super) fn give_up_bitmap(&self, number: usize, error: &Error) {
         tracing::warn!(image = %self.path.display(), %error, "a bitmap is lost");

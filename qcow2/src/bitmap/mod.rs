@@ -5,6 +5,7 @@ mod api;
 pub(crate) mod codec;
 mod dirty;
 mod load;
+mod resize;
 mod store;
 mod track;
 

@@ -104,11 +104,12 @@ impl Inner {
             return Ok(());
         }
         let turn = self.bitmaps.turn().await;
-        self.store_bitmaps(live, &turn, &[]).await
+        self.store_bitmaps(live, &turn, &[], None).await
     }
 
     /// Stores the list as it is in memory: new clusters for what changed, a new directory, the header, and then the
-    /// old ones are free, with those of the bitmaps in `removed`. The disk must be quiet.
+    /// old ones are free, with those of the bitmaps in `removed`. The write of the header that switches gives the disk
+    /// its new size, where there is one, for which the list was made. The disk must be quiet.
     ///
     /// # Errors
     /// What the host fails at. Up to the switch of the header nothing has happened; failing there poisons the image.
@@ -117,6 +118,7 @@ impl Inner {
         live: &Live,
         turn: &Turn,
         removed: &[DirectoryEntry],
+        size_bytes: Option<u64>,
     ) -> Result<(), Error> {
         let fresh = Arc::new(Fresh {
             core: Arc::clone(&self.core),
@@ -146,7 +148,7 @@ impl Inner {
         let extension = self.write_directory(live, &fresh, &entries).await?;
         // What the header is about to name, and its refcounts.
         self.flush(live).await?;
-        let old = self.switch_bitmaps(live, extension).await?;
+        let old = self.switch_bitmaps(live, extension, size_bytes).await?;
         fresh.runs.lock().clear();
         gone.extend(stored.into_iter().flatten().flat_map(|stored| stored.gone));
         let geometry = self.core.lock().geometry;
@@ -177,11 +179,11 @@ impl Inner {
     ) -> Result<Option<Stored>, Error> {
         let look = self.bitmaps.with_one(number, |bitmap| {
             let changed = bitmap.is_consistent && !bitmap.touched.is_empty();
-            changed.then(|| (bitmap.entry.clone(), bitmap.is_whole, bitmap.left))
+            let size_bytes = bitmap.map.size_bytes();
+            changed.then(|| (bitmap.entry.clone(), bitmap.is_whole, bitmap.left, size_bytes))
         });
-        let Some((entry, is_whole, left)) = look.flatten() else { return Ok(None) };
+        let Some((entry, is_whole, left, size_bytes)) = look.flatten() else { return Ok(None) };
         let geometry = self.core.lock().geometry;
-        let size_bytes = self.core.lock().size_bytes;
         let needed = table_entries(geometry, size_bytes, entry.granularity_bits);
         let old_at = entry.table_at;
         let mut table = if old_at.0 == 0 {
@@ -240,17 +242,13 @@ impl Inner {
         old: Option<(BitmapCluster, HostOffset)>,
     ) -> Result<Bits, Error> {
         let geometry = self.core.lock().geometry;
-        let size_bytes = self.core.lock().size_bytes;
         let mut bytes = vec![0; index(geometry.bytes())];
         let per_cluster = geometry.bytes() * 8;
         let first = slot * per_cluster;
-        let granularity_bits = self
-            .bitmaps
-            .with_one(number, |bitmap| {
-                bitmap.map.pack(first, &mut bytes);
-                bitmap.entry.granularity_bits
-            })
-            .unwrap_or(0);
+        let all_bytes = self.bitmaps.with_one(number, |bitmap| {
+            bitmap.map.pack(first, &mut bytes);
+            bitmap_bytes(bitmap.map.size_bytes(), bitmap.entry.granularity_bits)
+        });
         match old {
             Some((BitmapCluster::Ones, _)) => return Ok(Bits::Ones),
             Some((BitmapCluster::Stored(at), entry_at)) => {
@@ -260,8 +258,7 @@ impl Inner {
             Some((BitmapCluster::Zeros, _)) | None => {}
         }
         // Bits behind the end of the disk must be clear, so that a cluster that has such is never all set.
-        let used =
-            bitmap_bytes(size_bytes, granularity_bits).saturating_sub(slot * geometry.bytes());
+        let used = all_bytes.unwrap_or(0).saturating_sub(slot * geometry.bytes());
         Ok(if bytes.iter().all(|byte| *byte == 0) {
             Bits::Zeros
         } else if used >= geometry.bytes() && bytes.iter().all(|byte| *byte == u8::MAX) {
@@ -358,18 +355,23 @@ impl Inner {
         runs
     }
 
-    /// Makes the header name another directory, or none. Gives the one that it named.
+    /// Makes the header name another directory, or none, and another size of the disk. Gives the directory that it
+    /// named.
     async fn switch_bitmaps(
         &self,
         live: &Live,
         extension: Option<BitmapsExtension>,
+        size_bytes: Option<u64>,
     ) -> Result<Option<BitmapsExtension>, Error> {
         let _gate = Arc::clone(&self.flush_gate).lock_owned().await;
         self.live_while_closing()?;
         let before = self.core.lock().header.clone();
         let old = before.bitmaps().map_err(|fault| self.fault(fault))?;
         let mut new = before.clone();
-        new.set_bitmaps(extension);
+        if old.is_some() || extension.is_some() {
+            new.set_bitmaps(extension);
+        }
+        new.size_bytes = size_bytes.unwrap_or(new.size_bytes);
         let mut switching = Switching(Some(self));
         let switched = switch_header(&live.file, &before, &mut new).await;
         if !matches!(switched, Ok(()) | Err(Error::Host(_))) {
@@ -380,7 +382,12 @@ impl Inner {
             Error::Host(_) => self.poison(error),
             refused => refused,
         })?;
-        self.core.lock().header = new;
+        {
+            let mut core = self.core.lock();
+            core.size_bytes = new.size_bytes;
+            self.set_size(new.size_bytes);
+            core.header = new;
+        }
         switching.0 = None;
         Ok(old)
     }

@@ -12,7 +12,7 @@ use super::codec::DirectoryEntry;
 use super::dirty::DirtyMap;
 use crate::error::Error;
 use crate::image::{Inner, Live};
-use crate::units::ClusterGeometry;
+use crate::units::{ClusterGeometry, HostOffset};
 
 /// All bitmaps of an open image.
 #[derive(Default)]
@@ -41,7 +41,7 @@ pub(super) struct LiveBitmap {
     /// Where `map` may differ from the disk, in units of what one cluster of bits covers.
     pub touched: DirtyMap,
     /// A table on disk that was given up, with all its clusters: where it starts, and its entries.
-    pub left: Option<(crate::units::HostOffset, u32)>,
+    pub left: Option<(HostOffset, u32)>,
 }
 
 impl LiveBitmap {
@@ -66,6 +66,19 @@ impl LiveBitmap {
     pub(super) fn replace(&mut self, map: DirtyMap, size_bytes: u64) {
         self.map = map;
         self.is_whole = true;
+        self.touched.set(ByteRange::between(0, size_bytes));
+    }
+
+    /// Fits it, whole as it is in memory, to a disk of another size. All of it goes to new clusters.
+    pub(super) fn resize(&mut self, size_bytes: u64, geometry: ClusterGeometry) {
+        if self.entry.table_at.0 != 0 {
+            self.left = Some((self.entry.table_at, self.entry.table_entries));
+        }
+        self.entry.table_at = HostOffset(0);
+        self.entry.table_entries = 0;
+        self.map = self.map.resized(size_bytes);
+        self.touched =
+            DirtyMap::new(size_bytes, coverage_bits(self.entry.granularity_bits, geometry));
         self.touched.set(ByteRange::between(0, size_bytes));
     }
 
@@ -153,7 +166,9 @@ impl Inner {
         if !self.bitmaps.active.load(Ordering::Acquire) {
             return Ok(());
         }
-        while !self.bitmaps.note(range) {
+        // Behind the end nothing changes that a bitmap tells of.
+        let range = range.intersection(ByteRange::between(0, self.limits().size_bytes));
+        while !range.is_empty() && !self.bitmaps.note(range) {
             let turn = self.bitmaps.turn().await;
             self.load_bitmaps(live).await?;
             self.mark_bitmaps(live, &turn).await?;

@@ -39,7 +39,7 @@ pub(crate) async fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
 }
 
 /// The same as QEMU tells it over NBD.
-fn dirty_by_qemu(path: &Path, name: &str) -> Vec<(u64, u64)> {
+pub(crate) fn dirty_by_qemu(path: &Path, name: &str) -> Vec<(u64, u64)> {
     let context = format!("--map=qemu:dirty-bitmap:{name}");
     let path = path.to_str().unwrap();
     let output = Command::new("nbdinfo")

@@ -29,6 +29,7 @@ mod model;
 mod order;
 mod repairing;
 mod sans_io;
+mod resizing;
 mod shape;
 mod snapshot_crash;
 mod snapshots;

@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use crate::storage::{Op, Outcome, StorageFacts};
-use crate::{BUFFER_ALIGN_BYTES, Buffer, ByteRange, Create, HostError, HostOp, OpenOptions};
+use crate::{BUFFER_ALIGN_BYTES, Buffer, ByteRange, Create, HostError, HostOp, OpenOptions, Root};
 
 /// What `O_DIRECT` is assumed to demand where the kernel does not tell.
 const ASSUMED_ALIGN_BYTES: u32 = 4096;
@@ -27,10 +27,19 @@ pub(crate) struct Descriptor {
 }
 
 impl Descriptor {
-    /// Opens a regular file or a block device. Makes system calls that can block.
-    pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Self, HostError> {
+    /// Opens a regular file or a block device, or below `root` a regular file that is there. Makes system calls that
+    /// can block.
+    pub(crate) fn open(
+        root: Option<&Root>,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<Self, HostError> {
         let failed = |op| move |source| HostError::whole(path, op, source);
-        let file = open_file(path, options).map_err(failed(HostOp::Open))?;
+        let file = match root {
+            Some(root) => root.open_file(path, options.read_only),
+            None => open_file(path, options),
+        };
+        let file = file.map_err(failed(HostOp::Open))?;
         if options.lock {
             crate::lock::lock(&file, options.read_only).map_err(failed(HostOp::Lock))?;
         }

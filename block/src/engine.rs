@@ -11,7 +11,7 @@ use crate::descriptor::Descriptor;
 use crate::patience::{is_conflict, wait_for_lock};
 use crate::storage::Storage;
 use crate::uring::{URING_THREADS, UringEngine};
-use crate::{Create, HostError, HostOp, OpenOptions};
+use crate::{Create, HostError, HostOp, OpenOptions, Root};
 
 /// The environment variable that forces an engine: `blocking` or `uring`.
 pub const ENGINE_VARIABLE: &str = "SENDENSE_IO";
@@ -100,16 +100,19 @@ impl Engine {
     /// Opens and, where that is wanted, locks; waits a little for a lock that another program may be about to release.
     pub(crate) async fn open(
         &self,
+        root: Option<&Root>,
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Arc<dyn Storage>, HostError> {
-        let (owned, wanted) = (path.to_owned(), options.clone());
-        let opened = self.pool.call(move || Descriptor::open(&owned, &wanted)).await;
+        let attempt = || {
+            let (root, path, options) = (root.cloned(), path.to_owned(), options.clone());
+            move || Descriptor::open(root.as_ref(), &path, &options)
+        };
+        let opened = self.pool.call(attempt()).await;
         let failed = |source| Err(HostError::whole(path, HostOp::Open, source));
         let descriptor = match opened.unwrap_or_else(failed) {
             Err(refused) if is_conflict(&refused) && options.create != Create::New => {
-                let (owned, wanted) = (path.to_owned(), options.clone());
-                wait_for_lock(refused, move || Descriptor::open(&owned, &wanted)).await?
+                wait_for_lock(refused, attempt()).await?
             }
             opened => opened?,
         };
@@ -152,7 +155,7 @@ mod tests {
         let (holder, path) = held.into_parts();
         let engine = Engine::blocking(1);
         let options = OpenOptions::writing();
-        let mut opening = std::pin::pin!(engine.open(&path, &options));
+        let mut opening = std::pin::pin!(engine.open(None, &path, &options));
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         assert!(opening.as_mut().poll(&mut context).is_pending());
         // The one thread takes things in order: the first try has been refused when this is done.

@@ -17,7 +17,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use self::bounce::Locks;
 use crate::buffer::{Buffer, BufferPool, ZEROS_BYTES, zeros};
 use crate::storage::{Effect, Hold, Keep, Lengths, Op, Outcome, Request, Storage, StorageFacts};
-use crate::{ByteRange, Engine, HostError, HostOp, RangeLock};
+use crate::{ByteRange, Engine, HostError, HostOp, RangeLock, Root};
 
 /// The unit, in bytes, in which ranges are punched and zeroed on the host; the edges are written.
 const HOLE_BYTES: u64 = 4096;
@@ -118,7 +118,21 @@ impl HostFile {
         path: &Path,
         options: OpenOptions,
     ) -> Result<Self, HostError> {
-        let storage = engine.open(path, &options).await?;
+        let storage = engine.open(None, path, &options).await?;
+        Self::from_storage(path, storage)
+    }
+
+    /// Opens a regular file below a folder, which no link and nobody who swaps folders meanwhile leads away from. Of
+    /// the options, `create` does not count: the file must be there.
+    ///
+    /// # Errors
+    /// As [`HostFile::open`], also where the path leaves the folder or names no regular file.
+    pub async fn open_beneath(
+        root: &Root,
+        path: &Path,
+        options: OpenOptions,
+    ) -> Result<Self, HostError> {
+        let storage = Engine::shared().open(Some(root), path, &options).await?;
         Self::from_storage(path, storage)
     }
 

@@ -31,6 +31,7 @@
 //! # }
 //! ```
 
+mod beneath;
 mod blocking;
 mod buffer;
 mod cpu;
@@ -50,6 +51,7 @@ mod raw;
 mod storage;
 mod uring;
 
+pub use beneath::Root;
 pub use blocking::{BLOCKING_THREADS, ENGINE_SLOTS};
 pub use buffer::{
     BUFFER_ALIGN_BYTES, Buffer, BufferPool, RETAINED_POOL_BYTES, SHARED_POOL_BYTES, is_zero,

@@ -430,7 +430,7 @@ mod tests {
     fn flight(op: Op) -> Flight {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let options = OpenOptions { lock: false, ..OpenOptions::writing() };
-        let mut descriptor = Descriptor::open(file.path(), &options).expect("open");
+        let mut descriptor = Descriptor::open(None, file.path(), &options).expect("open");
         descriptor.facts.offset_align = 512;
         let (op, finish) = Request::new(op, None).0.into_parts();
         Flight { op, finish, descriptor: Arc::new(descriptor), done: 0 }

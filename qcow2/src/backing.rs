@@ -4,7 +4,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use block::HostFile;
+use block::{HostFile, HostOp, Root};
 
 use crate::create::BackingFormat;
 use crate::error::{Error, Feature, ReferenceError};
@@ -27,15 +27,15 @@ pub enum References {
 /// The way that led to a layer: what it may refer to, and what it may not come back to.
 #[derive(Clone, Debug)]
 pub(crate) struct Trail {
-    /// Where all references have to stay, resolved.
-    root: Option<PathBuf>,
+    /// Where all references have to stay.
+    root: Option<Root>,
     /// The files above, by device and inode.
     seen: Vec<(u64, u64)>,
     depth: usize,
 }
 
 /// A backing file that may be opened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Found {
     pub path: PathBuf,
     pub format: BackingFormat,
@@ -43,30 +43,41 @@ pub(crate) struct Found {
 }
 
 /// A file that may be opened, and what it was when that was decided.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub path: PathBuf,
-    /// Device and inode, where references are confined.
-    id: Option<(u64, u64)>,
+    /// Where references are confined: to what, and the device and inode of the file.
+    confined: Option<(Root, (u64, u64))>,
 }
 
 impl Place {
-    /// Refuses a file that is not the one that was allowed: somebody has put another in its place since.
-    pub(crate) fn confirm(&self, file: &HostFile) -> Result<(), Error> {
-        let Some(allowed) = self.id else { return Ok(()) };
-        let same_path = std::fs::canonicalize(&self.path).is_ok_and(|path| path == self.path);
-        if file.id() == Some(allowed) && same_path {
-            return Ok(());
+    /// Opens the file. Where references are confined it is the one that was allowed, whatever somebody has put in the
+    /// place of it or of a folder on the way since.
+    ///
+    /// # Errors
+    /// [`ReferenceError::Replaced`], [`Error::Host`].
+    pub(crate) async fn open(&self, options: block::OpenOptions) -> Result<HostFile, Error> {
+        let Some((root, allowed)) = &self.confined else {
+            return Ok(HostFile::open(&self.path, options).await?);
+        };
+        let replaced = || {
+            let name = self.path.display().to_string();
+            let reason = ReferenceError::Replaced;
+            Error::Reference { file: self.path.clone(), name, reason }
+        };
+        match HostFile::open_beneath(root, &self.path, options).await {
+            Ok(file) if file.id() == Some(*allowed) => Ok(file),
+            Ok(_) => Err(replaced()),
+            Err(error) if error.op == HostOp::Open && leads_away(&error.source) => Err(replaced()),
+            Err(error) => Err(error.into()),
         }
-        let name = self.path.display().to_string();
-        Err(Error::Reference { file: self.path.clone(), name, reason: ReferenceError::Replaced })
     }
 }
 
 impl Found {
-    /// As [`Place::confirm`].
-    pub(crate) fn confirm(&self, file: &HostFile) -> Result<(), Error> {
-        self.place.confirm(file)
+    /// As [`Place::open`].
+    pub(crate) async fn open(&self, options: block::OpenOptions) -> Result<HostFile, Error> {
+        self.place.open(options).await
     }
 }
 
@@ -75,10 +86,13 @@ impl Trail {
     pub(crate) fn start(path: &Path, references: &References) -> Result<Self, Error> {
         let root = match references {
             References::Any => None,
-            References::Under(root) => Some(resolve(root)?),
-            References::Confined => Some(resolve(folder(path))?),
+            References::Under(root) => Some(root.as_path()),
+            References::Confined => Some(folder(path)),
         };
-        Ok(Self { root, seen: Vec::new(), depth: 0 })
+        let open = |path: &Path| {
+            Root::open(path).map_err(|source| Error::Path { path: path.to_owned(), source })
+        };
+        Ok(Self { root: root.map(open).transpose()?, seen: Vec::new(), depth: 0 })
     }
 
     /// The trail behind the layer in `path`, which was opened as the file `id`.
@@ -109,8 +123,8 @@ impl Trail {
 
     /// Refuses a file that is part of the chain already.
     pub(crate) fn check_new(&self, place: &Place) -> Result<(), Error> {
-        let id = match place.id {
-            Some(id) => Some(id),
+        let id = match &place.confined {
+            Some((_, id)) => Some(*id),
             None => std::fs::metadata(&place.path).ok().map(|facts| (facts.dev(), facts.ino())),
         };
         self.clone().beside(&place.path, id).map(drop)
@@ -152,9 +166,10 @@ impl Trail {
             return Err(refused(ReferenceError::Protocol));
         }
         let path = resolve(&folder(file).join(name))?;
-        let Some(root) = &self.root else { return Ok(Place { path, id: None }) };
-        if !path.starts_with(root) {
-            return Err(refused(ReferenceError::Outside { target: path, root: root.clone() }));
+        let Some(root) = &self.root else { return Ok(Place { path, confined: None }) };
+        if !path.starts_with(root.path()) {
+            let root = root.path().to_owned();
+            return Err(refused(ReferenceError::Outside { target: path, root }));
         }
         // Not followed: a resolved path has no link in it, unless somebody has just put one there.
         let facts = std::fs::symlink_metadata(&path);
@@ -162,13 +177,19 @@ impl Trail {
         if !facts.is_file() {
             return Err(refused(ReferenceError::NotRegular));
         }
-        Ok(Place { path, id: Some((facts.dev(), facts.ino())) })
+        Ok(Place { path, confined: Some((root.clone(), (facts.dev(), facts.ino()))) })
     }
 }
 
 /// Whether QEMU would take a name for a protocol: a colon before the first slash.
 fn has_protocol(name: &str) -> bool {
     name.split('/').next().is_some_and(|first| first.contains(':'))
+}
+
+/// Whether opening failed because a link was in the way, something that is no file, or nothing any more.
+fn leads_away(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::NotADirectory | ErrorKind::NotFound)
 }
 
 fn folder(path: &Path) -> &Path {
@@ -203,7 +224,9 @@ mod tests {
         std::fs::write(dir.path().join("secret"), b"").unwrap();
         std::os::unix::fs::symlink("../secret", dir.path().join("sub/link")).unwrap();
         let trail = Trail::start(&top, &References::Confined).unwrap();
-        let ask = |name: &str| trail.resolve(&top, name.as_bytes(), Some(b"raw")).map_err(reason);
+        let ask = |name: &str| {
+            trail.resolve(&top, name.as_bytes(), Some(b"raw")).map(drop).map_err(reason)
+        };
         assert!(ask("top.qcow2").is_ok());
         assert!(matches!(ask("../secret"), Err(ReferenceError::Outside { .. })));
         assert!(matches!(ask("link"), Err(ReferenceError::Outside { .. })));
@@ -211,12 +234,45 @@ mod tests {
         assert_eq!(ask("folder"), Err(ReferenceError::NotRegular));
         assert_eq!(ask("nbd:localhost:10809"), Err(ReferenceError::Protocol));
         assert_eq!(ask("json:{\"driver\":\"raw\"}"), Err(ReferenceError::Protocol));
-        let error = trail.resolve(&top, b"top.qcow2", None).map_err(reason);
+        let error = trail.resolve(&top, b"top.qcow2", None).map(drop).map_err(reason);
         assert_eq!(error, Err(ReferenceError::NoFormat));
-        let error = trail.resolve(&top, b"\xff", Some(b"raw")).map_err(reason);
+        let error = trail.resolve(&top, b"\xff", Some(b"raw")).map(drop).map_err(reason);
         assert_eq!(error, Err(ReferenceError::NotUtf8));
         let wide = Trail::start(&top, &References::Under(dir.path().to_owned())).unwrap();
         assert!(wide.resolve(&top, b"../secret", Some(b"raw")).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_swapped_after_the_check_leads_to_nothing_outside() {
+        let dir = tempfile::tempdir().unwrap();
+        for folder in ["root/sub", "outside"] {
+            std::fs::create_dir_all(dir.path().join(folder)).unwrap();
+            std::fs::write(dir.path().join(folder).join("base"), folder).unwrap();
+        }
+        std::os::unix::fs::symlink("sub/base", dir.path().join("root/link")).unwrap();
+        let top = dir.path().join("root/top.qcow2");
+        let trail = Trail::start(&top, &References::Confined).unwrap();
+        let reading = block::OpenOptions { lock: false, ..block::OpenOptions::reading() };
+        let found = trail.resolve(&top, b"link", Some(b"raw")).unwrap();
+        assert!(found.open(reading.clone()).await.is_ok());
+        std::fs::rename(dir.path().join("root/sub"), dir.path().join("root/old")).unwrap();
+        assert_eq!(
+            found.open(reading.clone()).await.map(drop).map_err(reason),
+            Err(ReferenceError::Replaced)
+        );
+        std::os::unix::fs::symlink("../outside", dir.path().join("root/sub")).unwrap();
+        assert_eq!(
+            found.open(reading.clone()).await.map(drop).map_err(reason),
+            Err(ReferenceError::Replaced)
+        );
+        // Another file inside is not the one that was looked at either.
+        std::fs::remove_file(dir.path().join("root/sub")).unwrap();
+        std::fs::create_dir(dir.path().join("root/sub")).unwrap();
+        std::fs::write(dir.path().join("root/sub/base"), "other").unwrap();
+        assert_eq!(
+            found.open(reading).await.map(drop).map_err(reason),
+            Err(ReferenceError::Replaced)
+        );
     }
 
     #[test]

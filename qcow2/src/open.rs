@@ -195,10 +195,10 @@ pub(crate) fn open_chain(
     trail: Trail,
 ) -> Opening {
     Box::pin(async move {
-        let file = HostFile::open(&path, options.host()).await?;
-        if let Some(place) = place {
-            place.confirm(&file)?;
-        }
+        let file = match place {
+            Some(place) => place.open(options.host()).await?,
+            None => HostFile::open(&path, options.host()).await?,
+        };
         let mut trail = trail.enter(&path, file.id())?;
         let header = read_header(&file).await?;
         let data = open_data(&path, &header, &options, &trail).await?;
@@ -248,8 +248,7 @@ async fn open_raw(
     options: &OpenOptions,
     trail: &Trail,
 ) -> Result<Arc<dyn BlockDevice>, Error> {
-    let file = HostFile::open(&found.path, options.host()).await?;
-    found.confirm(&file)?;
+    let file = found.open(options.host()).await?;
     trail.clone().enter(&found.path, file.id())?;
     Ok(RawDevice::new(file))
 }
@@ -308,9 +307,7 @@ async fn open_data(
             let place = trail.place(path, name)?;
             // Before it is opened: our own lock on the image would refuse it with a less clear reason.
             trail.check_new(&place)?;
-            let file = HostFile::open(&place.path, options.host()).await?;
-            place.confirm(&file)?;
-            file
+            place.open(options.host()).await?
         }
     };
     trail.clone().beside(file.path(), file.id())?;

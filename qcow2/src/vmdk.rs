@@ -86,8 +86,7 @@ impl Vmdk {
             let extent = std::path::absolute(extent)
                 .map_err(|source| Error::Path { path: extent.clone(), source })?;
             let place = trail.place(path, extent.as_os_str().as_encoded_bytes())?;
-            let file = HostFile::open(&place.path, host.clone()).await?;
-            place.confirm(&file)?;
+            let file = place.open(host.clone()).await?;
             check_extent(path, &file).await?;
             files.push(file);
         }

@@ -79,7 +79,10 @@ impl Chain {
             if format != BackingFormat::Qcow2 {
                 return Ok(Self { layers });
             }
-            let file = HostFile::open(&path, host.clone()).await?;
+            let file = match layers.last().and_then(|layer| layer.found.as_ref()) {
+                Some(found) => found.open(host.clone()).await?,
+                None => HostFile::open(&path, host.clone()).await?,
+            };
             trail = trail.enter(&path, file.id())?;
             let header = read_header(&file).await?;
             if let Some(layer) = layers.last_mut() {
@@ -136,7 +139,13 @@ impl Chain {
         for (number, layer) in above.iter().enumerate().rev() {
             let options = if number == 0 && writes.top { &writing } else { &reading };
             let below = Some(stack.top());
-            let image = Image::open_with_backing(&layer.path, below, options.clone()).await?;
+            let image = match &layer.found {
+                Some(found) => {
+                    let file = found.open(options.host()).await?;
+                    Image::open_on(file, below, options.clone()).await?
+                }
+                None => Image::open_with_backing(&layer.path, below, options.clone()).await?,
+            };
             stack.layers.insert(0, image);
         }
         Ok(stack)
@@ -153,8 +162,11 @@ async fn open_base(
             let image = open_chain(path, found.clone(), options.clone(), trail).await?;
             Ok((Arc::new(image.clone()), Some(image)))
         }
-        (BackingFormat::Raw, _) if !options.read_only => {
-            let file = HostFile::open(&path, options.host()).await.map_err(Error::Host)?;
+        (BackingFormat::Raw, found) if !options.read_only => {
+            let file = match found {
+                Some(found) => found.open(options.host()).await?,
+                None => HostFile::open(&path, options.host()).await.map_err(Error::Host)?,
+            };
             Ok((RawDevice::new(file), None))
         }
         (BackingFormat::Raw | BackingFormat::Vmdk, Some(found)) if options.read_only => {

@@ -1,6 +1,7 @@
 //! Checking an image and repairing it, exact to the cluster. The counting is `tally`'s; here counts are compared with
 //! what the image says, and what the image says is corrected.
 
+mod bitmaps;
 mod compare;
 mod copied;
 mod examine;
@@ -30,7 +31,8 @@ pub enum Repair {
     /// Refcounts that are too high become what they ought to be, and COPIED flags that this makes wrong. Nothing else.
     Leaks,
     /// All that can be repaired without guessing at data: refcounts, COPIED flags, reserved space that is no cluster,
-    /// a refcount table that is lost. Where the image is clean then, its dirty and corrupt bits go.
+    /// a refcount table that is lost. Bitmaps that cannot be read are removed or become inconsistent: all of them where
+    /// their directory is broken. Where the image is clean then, its dirty and corrupt bits go.
     All,
 }
 

@@ -3,6 +3,7 @@
 
 use block::{ByteRange, HostFile};
 
+use crate::check::bitmaps::mend_bitmaps;
 use crate::check::compare::{compare, write_sectors};
 use crate::check::copied::{Fix, check_copied};
 use crate::check::examine::{self, Examined, examine};
@@ -30,6 +31,10 @@ pub(super) async fn repair(
     progress: Watch<'_>,
 ) -> Result<CheckReport, Error> {
     let mut examined = examine(file, &header, progress).await?;
+    let mut done = CheckReport::default();
+    if repair == Repair::All && mend_bitmaps(file, &mut header, &mut done).await? {
+        examined = examine(file, &header, progress).await?;
+    }
     let refusal = if examined.tally.incomplete {
         Some(Refusal::Incomplete)
     } else if examined.compared.needs_rebuild && repair != Repair::All {
@@ -40,9 +45,9 @@ pub(super) async fn repair(
     if refusal.is_some() {
         check_copied(file, &header, &mut examined, Fix::None).await?;
         examined.report.refused = refusal;
+        take_fixed(done, &mut examined.report);
         return Ok(examined.report);
     }
-    let mut done = CheckReport::default();
     if repair == Repair::All {
         drop_stale_bitmaps(file, &mut header).await?;
         if fix_reserves(file, &header, &examined, &mut done).await? {

@@ -4,7 +4,7 @@
 use block::{ByteRange, HostFile};
 
 use crate::bitmap::codec::{BitmapsExtension, DirectoryEntry, parse_directory};
-use crate::error::{Error, TableKind};
+use crate::error::{Error, Fault, TableKind};
 use crate::header::{BITMAPS, Header};
 use crate::snapshots::read_snapshots;
 use crate::tally::finding::Finding;
@@ -113,7 +113,9 @@ impl Roots {
         {
             let at = HostOffset(0);
             match BitmapsExtension::parse(data, at, header.geometry) {
-                Ok(extension) => roots.read_bitmaps(file, &extension, visit).await?,
+                Ok(extension) => {
+                    roots.read_bitmaps(file, &extension, header.size_bytes, visit).await?
+                }
                 Err(fault) => {
                     let error = fault.of(file.path());
                     roots.cannot_read(TableKind::BitmapDirectory, at, error, visit)?;
@@ -127,6 +129,7 @@ impl Roots {
         &mut self,
         file: &HostFile,
         extension: &BitmapsExtension,
+        size_bytes: u64,
         visit: Visit<'_>,
     ) -> Result<(), Error> {
         let (at, len) = (extension.directory_at, extension.directory_bytes);
@@ -136,6 +139,14 @@ impl Roots {
         let bytes = file.read(inside).await?;
         match parse_directory(&bytes, extension, self.geometry) {
             Ok(entries) => {
+                for entry in &entries {
+                    // Writing such an image is refused.
+                    if let Err(Fault::Corrupt { at, what }) =
+                        entry.check_size(self.geometry, size_bytes)
+                    {
+                        visit.fault(Finding::Unreadable { table: TableKind::Bitmap, at, what }, 1);
+                    }
+                }
                 let place = |entry: &DirectoryEntry| TablePlace {
                     at: entry.table_at,
                     entries: u64::from(entry.table_entries),

@@ -1,6 +1,7 @@
 //! Tests of whole images through the public interface: in memory with faults and power cuts, and on real files with
 //! `qemu-img` as the judge. Tests of single parts stand beside them in the crate.
 
+mod bitmap_faults;
 mod bitmaps;
 mod changes;
 mod check;

@@ -47,6 +47,18 @@ pub(crate) enum Below {
 }
 
 impl Image {
+    /// The QCOW2 image right below this one, where it was opened with one: for questions about layers. Reading this
+    /// image reads it, too.
+    ///
+    /// # Errors
+    /// Where the image is closed.
+    pub fn backing_image(&self) -> Result<Option<Self>, Error> {
+        Ok(match &self.inner.live()?.below {
+            Some(Below::Image(image)) => Some(image.clone()),
+            Some(Below::Raw(_) | Below::Other(_)) | None => None,
+        })
+    }
+
     /// Where the bytes of a range of the disk come from, through all layers: extents in order, without gaps, neighbours
     /// different.
     ///

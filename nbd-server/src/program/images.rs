@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use async_trait::async_trait;
 use block::{BlockDevice, ByteRange, DeviceError, RawDevice};
 use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
-use qcow2::{DirtyExtent, Image, OpenOptions, References};
+use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, References};
 
 use super::options::{AllowReferences, ExportSpec, Format};
 
@@ -66,19 +66,36 @@ pub(super) async fn open(
     Ok(Opened { path: path.clone(), device, sources })
 }
 
-/// The bitmaps of an image that were asked for, each of which must be there and tell every change.
+/// The bitmaps that were asked for, each of which must tell every change: of the image, or else of the first image
+/// below it that has one of that name.
 async fn bitmaps(
     image: &Image,
     spec: &ExportSpec,
 ) -> Result<Vec<(String, Arc<dyn ExtentSource>)>, qcow2::Error> {
     let mut sources: Vec<(String, Arc<dyn ExtentSource>)> = Vec::new();
     for name in &spec.bitmaps {
-        let first = ByteRange::between(0, image.limits().size_bytes.min(1));
-        image.dirty_extents(name, first).await?;
-        let source = Bitmap { image: image.clone(), name: name.clone() };
+        let source = Bitmap { image: image_with(image, name).await?, name: name.clone() };
         sources.push((format!("qemu:dirty-bitmap:{name}"), Arc::new(source)));
     }
     Ok(sources)
+}
+
+/// The uppermost image from `top` down that has a usable bitmap of that name. One that is there and unusable hides
+/// those below it.
+async fn image_with(top: &Image, name: &str) -> Result<Image, qcow2::Error> {
+    let mut layer = top.clone();
+    loop {
+        let first = ByteRange::between(0, layer.limits().size_bytes.min(1));
+        let missing = match layer.dirty_extents(name, first).await {
+            Ok(_) => return Ok(layer),
+            Err(error @ qcow2::Error::Bitmap { reason: BitmapError::Unknown, .. }) => error,
+            Err(error) => return Err(error),
+        };
+        match layer.backing_image()? {
+            Some(below) => layer = below,
+            None => return Err(missing),
+        }
+    }
 }
 
 /// A bitmap of an open image, as it is when a client asks.
@@ -90,7 +107,23 @@ struct Bitmap {
 #[async_trait]
 impl ExtentSource for Bitmap {
     async fn extents(&self, range: ByteRange) -> Result<Vec<FlaggedExtent>, DeviceError> {
-        let extents = self.image.dirty_extents(&self.name, range).await?;
+        // An image below may be smaller: behind its end nothing is dirty.
+        let end = range.end().min(self.image.limits().size_bytes).max(range.start());
+        let known = ByteRange::between(range.start(), end);
+        let mut extents = if known.is_empty() {
+            Vec::new()
+        } else {
+            self.image.dirty_extents(&self.name, known).await?
+        };
+        if extents.last().map_or(range.start(), |last| last.range.end()) == end && end < range.end()
+        {
+            let start = match extents.last() {
+                Some(last) if !last.dirty => extents.pop().map_or(end, |last| last.range.start()),
+                _ => end,
+            };
+            extents
+                .push(DirtyExtent { range: ByteRange::between(start, range.end()), dirty: false });
+        }
         let flagged = |extent: DirtyExtent| FlaggedExtent {
             range: extent.range,
             flags: if extent.dirty { DIRTY } else { 0 },

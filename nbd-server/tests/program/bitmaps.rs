@@ -191,3 +191,37 @@ fn bitmaps_and_snapshots_that_are_not_there_are_refused_by_name() {
         assert!(errors.contains(reason), "{options}: {errors}");
     }
 }
+
+#[test]
+fn a_bitmap_of_an_image_below_is_found_as_qemu_finds_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create(dir);
+    // An image over it that is larger, and has one bitmap of the same name and one of its own.
+    let over = ["-F", "qcow2", "-b", "disk.qcow2", "over.qcow2", "80M"];
+    run(dir, "qemu-img", &[&["create", "-q", "-f", "qcow2"][..], &over].concat());
+    run(dir, "qemu-img", &["bitmap", "--add", "over.qcow2", "off"]);
+    run(dir, "qemu-io", &["-f", "qcow2", "-c", "write -P 2 70M 100k", "over.qcow2"]);
+    let mut export = Running::start(
+        dir,
+        &["--listen=unix:socket", "--export=one=over.qcow2,bitmap=on,bitmap=off"],
+    );
+    export.address();
+    for name in ["on", "off"] {
+        let context = format!("qemu:dirty-bitmap:{name}");
+        let ours = map(dir, &context);
+        assert_eq!(ours.last().map(|part| part[0] + part[1]), Some(80 * MIB));
+        let listed = format!("--map={context}");
+        let peer = ["qemu-nbd", "-r", "-f", "qcow2", "-B", name, "copy.qcow2"];
+        // QEMU may not open what we have open for writing.
+        std::fs::copy(dir.join("over.qcow2"), dir.join("copy.qcow2")).unwrap();
+        let arguments = [&[listed.as_str(), "--", "["][..], &peer, &["]"]].concat();
+        let theirs = run(dir, "nbdinfo", &arguments);
+        let number = |line: &str| -> Vec<u64> {
+            line.split_whitespace().take(3).map(|word| word.parse().unwrap()).collect()
+        };
+        let theirs: Vec<Vec<u64>> = theirs.lines().map(number).collect();
+        assert_eq!(ours, theirs, "{name}");
+    }
+    assert!(export.stop());
+}

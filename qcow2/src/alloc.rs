@@ -97,7 +97,7 @@ impl Core {
         let mut fits = true;
         for cluster in run.clusters() {
             match self.refs.get(cluster)? {
-                Some(0) if !self.is_metadata(Run::one(cluster)) => {}
+                Some(0) if !self.is_taken(Run::one(cluster)) => {}
                 Some(_) => {
                     fits = false;
                     self.free.remove(Run::one(cluster));
@@ -143,7 +143,7 @@ impl Core {
         }
         for cluster in (layout.start..layout.end()).rev() {
             let free = self.refs.get(HostCluster(cluster))? == Some(0);
-            if !free || self.is_metadata(Run::one(HostCluster(cluster))) {
+            if !free || self.is_taken(Run::one(HostCluster(cluster))) {
                 self.end = cluster + 1;
                 return Ok(Step::Ready(None));
             }
@@ -312,8 +312,8 @@ impl Core {
         let last = (first + self.refs.per_block()).min(self.end);
         let mut hole: Option<Run> = None;
         for cluster in (first..last).map(HostCluster) {
-            let unused = matches!(self.refs.get(cluster), Ok(Some(0)))
-                && !self.is_metadata(Run::one(cluster));
+            let unused =
+                matches!(self.refs.get(cluster), Ok(Some(0))) && !self.is_taken(Run::one(cluster));
             hole = match (hole, unused) {
                 (Some(hole), true) => Some(Run { count: hole.count + 1, ..hole }),
                 (None, true) => Some(Run::one(cluster)),

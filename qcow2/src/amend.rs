@@ -3,31 +3,26 @@
 
 use std::path::Path;
 
-use block::{BlockDevice, ByteRange, HostFile};
+use block::HostFile;
 
 use crate::change::ChangeError;
 use crate::create::{BackingName, Version};
 use crate::error::{Error, Fault, Feature};
 use crate::header::{
-    BITMAPS, CRYPT_NONE, DIRTY, Header, LAZY_REFCOUNTS, MAX_BACKING_NAME_BYTES, RAW_EXTERNAL_DATA,
+    BITMAPS, DIRTY, Header, LAZY_REFCOUNTS, MAX_BACKING_NAME_BYTES, RAW_EXTERNAL_DATA,
     feature_names,
 };
 use crate::image::Image;
 use crate::open::parse_header;
-use crate::read::LayerState;
 use crate::refcount::RefcountWidth;
+use crate::republish::{Expand, Present};
 use crate::switch::switch_header;
-use crate::write::Reach;
-
-/// How often zeros are written out anew because somebody else has written zeros meanwhile.
-const DOWNGRADE_ROUNDS: usize = 8;
-/// How much of the disk is looked at at once, in bytes.
-const DOWNGRADE_PIECE_BYTES: u64 = 64 << 30;
 
 /// What an image is to become. What is `None` stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AmendOptions {
-    /// The version of the format. Version 2 takes what version 2 has: zeros over a backing file are written out.
+    /// The version of the format. Version 2 takes what version 2 has: zeros over a backing file are written out, also
+    /// those of snapshots; without one they become unallocated.
     pub version: Option<Version>,
     /// The width of refcounts in bits.
     pub refcount_bits: Option<u32>,
@@ -62,17 +57,7 @@ impl Image {
                 .change_header(|header| options.apply(header).map_err(|what| inner.refuse(what)))
                 .await;
         }
-        for _ in 0..DOWNGRADE_ROUNDS {
-            let marks = inner.core.lock().map.zero_marks();
-            if wanted.version < header.version {
-                self.write_out_zeros().await?;
-            }
-            match self.republish_as(options, marks).await {
-                Err(Error::Change { what: ChangeError::Busy, .. }) => {}
-                done => return done,
-            }
-        }
-        Err(inner.refuse(ChangeError::Busy))
+        self.republish_as(options).await
     }
 
     /// Records another backing file, or none, in an image that nobody has open. Nothing is read of the old one, the new
@@ -106,39 +91,29 @@ impl Image {
         switch_header(file, &old, &mut new).await
     }
 
-    /// Puts a whole new state of the metadata in place. [`ChangeError::Busy`] where zeros came since `marks`.
-    async fn republish_as(&self, options: &AmendOptions, marks: u64) -> Result<(), Error> {
+    /// Puts a whole new state of the metadata in place.
+    async fn republish_as(&self, options: &AmendOptions) -> Result<(), Error> {
         let inner = &self.inner;
         let core = std::sync::Arc::clone(&inner.core);
         inner
             .republish(|present| {
                 let mut state = present.unchanged();
-                options.apply(&mut state.header).map_err(|what| inner.refuse(what))?;
-                let downgraded = state.header.version < present.header.version;
-                if downgraded && core.lock().map.zero_marks() != marks {
-                    return Err(inner.refuse(ChangeError::Busy));
+                let refuse = |what| inner.refuse(what);
+                options.apply(&mut state.header).map_err(refuse)?;
+                if state.header.version < 3 && present.header.version >= 3 {
+                    check_snapshots(present).map_err(refuse)?;
+                    let same = state.header.backing_name == present.header.backing_name;
+                    let below = if same { core.lock().backing_bytes } else { Some(u64::MAX) };
+                    state.expand = Some(Expand {
+                        below_bytes: below.unwrap_or(0),
+                        compression_type: present.header.compression_type(),
+                    });
                 }
                 let order = state.header.refcount_order;
                 state.width = RefcountWidth::new(order).unwrap_or(state.width);
                 Ok(state)
             })
             .await
-    }
-
-    /// Leaves no zero flag in the active tables: version 2 has none.
-    async fn write_out_zeros(&self) -> Result<(), Error> {
-        let inner = &self.inner;
-        // Also what is mapped behind the end of the disk.
-        let mapped = inner.core.lock().header.l1_entries.saturating_mul(inner.info.l2_coverage);
-        for piece in ByteRange::between(0, mapped).pieces(DOWNGRADE_PIECE_BYTES) {
-            for extent in inner.map(piece).await? {
-                if extent.state == LayerState::Zero {
-                    inner.write_zeros_as_data(extent.range, true, Reach::Tables).await?;
-                }
-            }
-        }
-        self.flush().await?;
-        Ok(())
     }
 }
 
@@ -191,10 +166,8 @@ fn downgrade(header: &mut Header) -> Result<(), ChangeError> {
     for (is, what) in [
         (header.has_data_file(), "an external data file"),
         (header.has_extended_l2(), "extended L2 entries"),
-        (header.compression_type() != 0, "a compression type"),
-        (header.crypt_method != CRYPT_NONE, "encryption"),
-        (header.extensions.bitmaps.is_some(), "bitmaps"),
-        (header.snapshots > 0, "snapshots, which may hold zeros that it cannot record,"),
+        // QEMU goes on, and leaves bitmaps behind that nobody may use any more.
+        (header.has_bitmaps(), "bitmaps"),
         (header.has_unknown_fields(), "fields from a later version"),
     ] {
         if is {
@@ -202,11 +175,26 @@ fn downgrade(header: &mut Header) -> Result<(), ChangeError> {
         }
     }
     header.version = 2;
+    // Of clusters that are compressed in a way of version 3 there is none, or expanding finds it.
+    header.set_compression_type(0);
     header.set_incompatible(DIRTY, false);
     header.compatible = 0;
     header.autoclear = 0;
     header.extensions.feature_names = None;
+    // Of no use since somebody wrote without it.
+    header.extensions.bitmaps = None;
     Ok(())
+}
+
+/// In version 2 snapshots are of the size of the disk, and the length of their state has 32 bits.
+fn check_snapshots(present: &Present) -> Result<(), ChangeError> {
+    let size_bytes = present.header.size_bytes;
+    let fits = present.snapshots.entries.iter().all(|entry| {
+        entry.disk_bytes.unwrap_or(size_bytes) == size_bytes
+            && u32::try_from(entry.vm_state_bytes).is_ok()
+    });
+    let what = "snapshots of another size, or with 4 GiB of state and more,";
+    if fits { Ok(()) } else { Err(ChangeError::NotInVersion2 { what }) }
 }
 
 fn set_backing(header: &mut Header, backing: Option<&BackingName>) -> Result<(), ChangeError> {

@@ -42,7 +42,9 @@ pub enum ChangeError {
         name: String,
     },
     /// A bitmap would have too many bits for the disk, or none.
-    #[error("the bitmap {name:?} would have {bytes} bytes of bits (1 to {MAX_BITMAP_BYTES}): remove it first")]
+    #[error(
+        "the bitmap {name:?} would have {bytes} bytes of bits (1 to {MAX_BITMAP_BYTES}): remove it first"
+    )]
     BitmapBytes {
         /// Its name.
         name: String,
@@ -81,9 +83,6 @@ pub enum ChangeError {
         /// The limit.
         limit: usize,
     },
-    /// It was written to meanwhile, in a way that the change cannot carry over.
-    #[error("it was written to meanwhile: try again")]
-    Busy,
 }
 
 impl Inner {

@@ -45,6 +45,9 @@ pub(crate) struct Core {
     pub(crate) fixed: RunSet,
     /// The clusters of L2 tables and refcount blocks. Only for writing: a wrong refcount must not make room of them.
     pub(crate) tables: Tables,
+    /// The clusters of bitmaps, as far as they are known: from when the directory is read, which is before the first
+    /// change of the disk.
+    pub(crate) bitmaps: RunSet,
     /// Clusters of data that two entries call their own.
     pub(crate) used_twice: HashSet<HostCluster>,
     /// References that are gone in memory, and on disk after the next flush: their refcounts may drop then.
@@ -96,6 +99,7 @@ impl Core {
             capacity_bytes: file_bytes,
             fixed,
             tables: Tables::default(),
+            bitmaps: RunSet::default(),
             used_twice: HashSet::new(),
             dropped: Vec::new(),
             ready: Vec::new(),

@@ -133,7 +133,6 @@ pub(crate) struct Mapping {
     dirty_l1: BTreeSet<u64>,
     tables: HashMap<u64, L2Table>,
     share: Share,
-    zero_marks: u64,
 }
 
 impl Mapping {
@@ -147,7 +146,6 @@ impl Mapping {
             dirty_l1: BTreeSet::new(),
             tables: HashMap::new(),
             share: Share::new(&L2_TABLES, format.geometry.bytes()),
-            zero_marks: 0,
         }
     }
 
@@ -252,11 +250,6 @@ impl Mapping {
         })
     }
 
-    /// How often an entry has been set that says zeros: whoever must do without compares.
-    pub(crate) fn zero_marks(&self) -> u64 {
-        self.zero_marks
-    }
-
     /// The L1 table as it is in memory.
     pub(crate) fn l1_bytes(&self) -> Vec<u8> {
         big_endian(&self.l1)
@@ -345,8 +338,6 @@ impl Mapping {
     /// Changes an entry of a table that is in memory.
     pub(crate) fn set_entry(&mut self, l1: u64, l2: u64, entry: L2Entry) {
         let Some(table) = self.tables.get_mut(&l1) else { return };
-        self.zero_marks +=
-            u64::from(matches!(entry, L2Entry::Cluster(cluster) if cluster.zero != 0));
         let words = self.format.words();
         let at = index(l2) * words;
         if let Some(slot) = table.entries.get_mut(at..at + words) {

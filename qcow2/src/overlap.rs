@@ -14,6 +14,9 @@ use crate::units::{HostCluster, HostOffset, Run};
 /// How many clusters that are used twice are remembered: only broken images have any.
 const MAX_SHARED_CLUSTERS: usize = 1 << 16;
 
+/// How many runs of clusters of bitmaps are remembered.
+const MAX_BITMAP_RUNS: usize = 1 << 16;
+
 /// A set of clusters, as runs.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RunSet {
@@ -62,6 +65,11 @@ impl RunSet {
     pub(crate) fn overlaps(&self, run: Run) -> bool {
         let before = self.runs.range(..run.end().0).next_back();
         before.is_some_and(|(_, end)| *end > run.start.0)
+    }
+
+    /// Of how many runs it consists.
+    pub(crate) fn len(&self) -> usize {
+        self.runs.len()
     }
 
     /// The cluster behind the last.
@@ -152,7 +160,7 @@ impl Core {
         }
         let host = self.geometry.host_offset(run.start);
         let table = TableKind::L2;
-        if self.is_metadata(run) {
+        if self.is_taken(run) {
             let what = Corruption::OverlapsMetadata { table, host };
             return Err(Fault::Corrupt { at: entry_at, what });
         }
@@ -216,6 +224,18 @@ impl Core {
     /// Whether a run touches the header, a table of tables, an L2 table or a refcount block.
     pub(crate) fn is_metadata(&self, run: Run) -> bool {
         self.is_fixed(run) || run.clusters().any(|cluster| self.tables.contains(cluster))
+    }
+
+    /// Whether a run touches metadata or bitmaps: a wrong refcount must not make room of it.
+    pub(crate) fn is_taken(&self, run: Run) -> bool {
+        self.is_metadata(run) || self.bitmaps.overlaps(run)
+    }
+
+    /// Remembers clusters of bitmaps, up to [`MAX_BITMAP_RUNS`] runs; what is beyond has its refcounts alone.
+    pub(crate) fn guard_bitmap(&mut self, run: Run) {
+        if self.bitmaps.len() < MAX_BITMAP_RUNS {
+            self.bitmaps.push(run);
+        }
     }
 
     /// Whether a run touches metadata that never moves, or the refcount table.

@@ -5,9 +5,11 @@
 //! clusters that the present state does not reference, so that a crash before the switch leaves the present state as
 //! it was, and one after it the new one. L2 tables are copied only where the COPIED flags in them have to change.
 
+mod expand;
 mod refcounts;
 mod room;
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 
@@ -29,6 +31,7 @@ use crate::snapshots::{SnapshotTable, read_snapshots};
 use crate::switch::write_stages;
 use crate::tally::{Counts, Finding, Roots, TablePlace, Tally};
 use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
+pub(crate) use expand::Expand;
 use refcounts::NewRefcounts;
 use room::{Ledger, Room};
 
@@ -51,6 +54,8 @@ pub(crate) struct NewState {
     pub snapshots: Vec<SnapshotEntry>,
     /// The width of the refcounts.
     pub width: RefcountWidth,
+    /// What becomes of zero flags; `None` keeps them.
+    pub expand: Option<Expand>,
     /// The header to begin with: the present one, or one with another version, other features, other extensions.
     pub header: Header,
 }
@@ -76,6 +81,7 @@ impl Present {
             size_bytes,
             snapshots: self.snapshots.entries.iter().map(sized).collect(),
             width: RefcountWidth::new(self.header.refcount_order).unwrap_or(RefcountWidth::DEFAULT),
+            expand: None,
             header: self.header.clone(),
         }
     }
@@ -139,8 +145,9 @@ impl Inner {
         // The L1 table of the tree was counted as the active one, which gets a new place.
         self.check(ledger.remove(table_run(geometry, state.tree)))?;
         let room = Room::beside(geometry, &old);
+        let copies = HashMap::new();
         let mut work =
-            Work { inner: self, live: &live, quiet: &quiet, hold, geometry, ledger, room };
+            Work { inner: self, live: &live, quiet: &quiet, hold, geometry, ledger, room, copies };
         let stages = match work.build(&present, &state).await {
             Ok(stages) => stages,
             Err(error) => {
@@ -208,7 +215,8 @@ impl Inner {
                 at: entry.l1_at,
                 entries: u64::from(entry.l1_entries),
             };
-            roots.version = state.header.version;
+            // What is still to be expanded follows the rules of the present version.
+            roots.version = state.header.version.max(header.version);
             roots.l1 = state.tree;
             roots.snapshots = state.snapshots.iter().map(place).collect();
             roots.snapshot_table = None;
@@ -238,8 +246,13 @@ impl Inner {
             let header = read_header(&live.file).await?;
             let size_bytes = header.size_bytes;
             let backing_bytes = live.backing.as_ref().map(|backing| backing.limits().size_bytes);
-            let core = load_core(&live.file, header, backing_bytes, true).await?;
-            *self.core.lock() = core;
+            let mut core = load_core(&live.file, header, backing_bytes, true).await?;
+            {
+                let mut present = self.core.lock();
+                // Bitmaps stay where they are.
+                core.bitmaps = std::mem::take(&mut present.bitmaps);
+                *present = core;
+            }
             self.set_size(size_bytes);
             self.step_in_flush(live, Core::find_end).await
         };
@@ -294,6 +307,8 @@ struct Work<'a> {
     geometry: ClusterGeometry,
     ledger: Ledger,
     room: Room,
+    /// Where tables went whose zero flags were expanded, by their place and the L1 entry that they are for.
+    copies: HashMap<(HostCluster, u64), HostCluster>,
 }
 
 impl Work<'_> {
@@ -301,7 +316,11 @@ impl Work<'_> {
     async fn build(&mut self, present: &Present, state: &NewState) -> Result<Stages, Error> {
         let needed = self.geometry.l1_entries(state.size_bytes).max(state.tree.entries).max(1);
         let l1 = self.take(self.geometry.clusters(needed * 8))?;
-        let (snapshots_at, snapshots) = self.snapshots(&state.snapshots).await?;
+        let mut snapshots = state.snapshots.clone();
+        if let Some(expand) = state.expand {
+            self.expand_snapshots(&mut snapshots, expand).await?;
+        }
+        let (snapshots_at, snapshots) = self.snapshots(&snapshots).await?;
         let entries = self.tables(present, state, needed).await?;
         self.write(vec![(self.at(l1), Bytes::from(big_endian(&entries)))]).await?;
         let table = self.refcounts(state.width).await?;
@@ -353,7 +372,18 @@ impl Work<'_> {
             let tables = try_join_all(reads).await?;
             let mut writes = Vec::new();
             for (at, (old, bytes)) in batch.iter().zip(tables) {
-                let Some(bytes) = self.with_flags(&bytes, fields) else { continue };
+                let (old, bytes, expanded) = match state.expand {
+                    Some(expand) => self.expanded(*at as u64, old, bytes, expand).await?,
+                    None => (old, bytes, false),
+                };
+                if let Some(entry) = l1.get_mut(*at) {
+                    *entry = self.at(Run::one(old));
+                }
+                let bytes = match self.with_flags(&bytes, fields) {
+                    Some(flagged) => flagged,
+                    None if expanded => bytes,
+                    None => continue,
+                };
                 let copy = self.take(1)?;
                 self.inner.check(self.ledger.remove(Run::one(old)))?;
                 if let Some(entry) = l1.get_mut(*at) {

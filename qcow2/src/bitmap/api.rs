@@ -7,7 +7,7 @@ use super::codec::{
     DirectoryEntry, MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_GRANULARITY_BITS,
     MAX_BITMAP_NAME_BYTES, MAX_BITMAPS, MIN_BITMAP_GRANULARITY_BITS, bitmap_bytes,
 };
-use super::dirty::{DirtyExtent, DirtyMap};
+use super::dirty::{DirtyExtent, DirtyMap, MAX_BITMAP_MEMORY_BYTES};
 use super::track::LiveBitmap;
 use crate::error::Error;
 use crate::image::{Image, Inner};
@@ -50,6 +50,11 @@ pub enum BitmapError {
     /// The image has as many as it can.
     #[error("the image has {MAX_BITMAPS} bitmaps already, or names of too many bytes")]
     TooMany,
+    /// The bitmaps of this process would take too much memory.
+    #[error(
+        "the bitmaps of this process would take more than {MAX_BITMAP_MEMORY_BYTES} bytes of memory"
+    )]
+    Memory,
     /// Version 2 of the format cannot say whether bitmaps are up to date.
     #[error("images of version 2 cannot keep bitmaps")]
     Version2,
@@ -212,7 +217,12 @@ impl Image {
         self.inner
             .change_bitmaps(target, true, |list, found| {
                 let bitmap = usable(list, found)?;
-                bitmap.map.merge(&map);
+                let mut merged = bitmap.map.clone();
+                merged.merge(&map);
+                if merged.is_over_limit() {
+                    return Err(BitmapError::Memory);
+                }
+                bitmap.map = merged;
                 let mut at = 0;
                 while let Some(run) = map.next_run(at) {
                     at = run.end;

@@ -3,11 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::ByteRange;
 
 use crate::units::index;
 
+/// The most memory that the bitmaps of all open images of this process take, in bytes: all bits of a disk of 64 TiB
+/// with the usual granularity, eight times over.
+///
+/// A bitmap that would pass it when a change is recorded becomes inconsistent, as it says in the file already while
+/// changes are recorded; reading, merging and resizing are refused.
+pub const MAX_BITMAP_MEMORY_BYTES: u64 = 1 << 30;
+
+/// What a chunk takes beside its bits, about, in bytes.
+const CHUNK_OVERHEAD_BYTES: u64 = 64;
 /// The bits of a chunk: as a bitmap it takes 4 KiB.
 const CHUNK_BITS: u64 = 1 << 15;
 const CHUNK_WORDS: usize = 512;
@@ -34,9 +44,59 @@ enum Chunk {
     Bits { set: u32, words: Box<[u64; CHUNK_WORDS]> },
 }
 
+/// The memory of many maps.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    limit_bytes: u64,
+    used_bytes: AtomicU64,
+}
+
+impl Budget {
+    /// So many bytes for all maps together.
+    pub(crate) const fn new(limit_bytes: u64) -> Self {
+        Self { limit_bytes, used_bytes: AtomicU64::new(0) }
+    }
+}
+
+/// The memory of all bitmaps of the process.
+static PROCESS: Budget = Budget::new(MAX_BITMAP_MEMORY_BYTES);
+
+/// What a map has taken of a budget, and gives back when it goes.
+#[derive(Debug)]
+struct Charge {
+    budget: &'static Budget,
+    bytes: u64,
+}
+
+impl Charge {
+    fn change(&mut self, from_bytes: u64, to_bytes: u64) {
+        self.bytes = self.bytes + to_bytes - from_bytes;
+        if to_bytes >= from_bytes {
+            self.budget.used_bytes.fetch_add(to_bytes - from_bytes, Ordering::Relaxed);
+        } else {
+            self.budget.used_bytes.fetch_sub(from_bytes - to_bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Clone for Charge {
+    fn clone(&self) -> Self {
+        let mut charge = Self { budget: self.budget, bytes: 0 };
+        charge.change(0, self.bytes);
+        charge
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.change(self.bytes, 0);
+    }
+}
+
 /// A set of equal parts of a disk.
 #[derive(Clone, Debug)]
 pub(crate) struct DirtyMap {
+    charge: Charge,
     size_bytes: u64,
     granularity_bits: u32,
     /// By number; absent where no bit is set.
@@ -46,7 +106,24 @@ pub(crate) struct DirtyMap {
 impl DirtyMap {
     /// Nothing is dirty of a disk of `size_bytes`, in parts of `1 << granularity_bits` bytes.
     pub(crate) fn new(size_bytes: u64, granularity_bits: u32) -> Self {
-        Self { size_bytes, granularity_bits, chunks: BTreeMap::new() }
+        Self::within(&PROCESS, size_bytes, granularity_bits)
+    }
+
+    /// The same, with memory of `budget`.
+    pub(crate) fn within(budget: &'static Budget, size_bytes: u64, granularity_bits: u32) -> Self {
+        let charge = Charge { budget, bytes: 0 };
+        Self { charge, size_bytes, granularity_bits, chunks: BTreeMap::new() }
+    }
+
+    /// The same without a set bit.
+    pub(crate) fn emptied(&self) -> Self {
+        Self::within(self.charge.budget, self.size_bytes, self.granularity_bits)
+    }
+
+    /// Whether all maps together take more memory than they may: then this one has to go.
+    pub(crate) fn is_over_limit(&self) -> bool {
+        let budget = self.charge.budget;
+        !self.chunks.is_empty() && budget.used_bytes.load(Ordering::Relaxed) > budget.limit_bytes
     }
 
     /// The size of the disk in bytes.
@@ -95,12 +172,14 @@ impl DirtyMap {
         while at < end {
             let (number, from) = (at / CHUNK_BITS, at % CHUNK_BITS);
             let to = (from + (end - at)).min(CHUNK_BITS);
+            let before = self.chunks.get(&number).map_or(0, Chunk::memory_bytes);
+            let chunk = self.chunks.entry(number).or_insert(Chunk::Few(Vec::new()));
             if from == 0 && to == CHUNK_BITS {
-                self.chunks.insert(number, Chunk::Full);
+                *chunk = Chunk::Full;
             } else {
-                let chunk = self.chunks.entry(number).or_insert(Chunk::Few(Vec::new()));
                 chunk.set(index(from)..index(to));
             }
+            self.charge.change(before, chunk.memory_bytes());
             at += to - from;
         }
     }
@@ -183,7 +262,7 @@ impl DirtyMap {
 
     /// The same for a disk of another size: what is behind its end is cut off, what is new is not dirty.
     pub(crate) fn resized(&self, size_bytes: u64) -> Self {
-        let mut map = Self::new(size_bytes, self.granularity_bits);
+        let mut map = Self::within(self.charge.budget, size_bytes, self.granularity_bits);
         let end = map.bits();
         let mut at = 0;
         while let Some(run) = self.next_run(at).filter(|run| run.start < end) {
@@ -227,6 +306,15 @@ impl Chunk {
             Self::Few(bits) => bits.len() as u64,
             Self::Bits { set, .. } => u64::from(*set),
         }
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        CHUNK_OVERHEAD_BYTES
+            + match self {
+                Self::Full => 0,
+                Self::Few(bits) => bits.capacity() as u64 * 2,
+                Self::Bits { words, .. } => words.len() as u64 * 8,
+            }
     }
 
     fn contains(&self, bit: usize) -> bool {
@@ -457,6 +545,32 @@ mod tests {
                 .collect();
             prop_assert!(bits_of(&target) == model_of(&widened, to));
         }
+    }
+
+    #[test]
+    fn memory_is_counted_over_all_maps_and_given_back() {
+        static BUDGET: Budget = Budget::new(20_000);
+        let used = || BUDGET.used_bytes.load(Ordering::Relaxed);
+        let mut map = DirtyMap::within(&BUDGET, SIZE * 100, 9);
+        map.set(ByteRange::between(0, 1));
+        assert!((CHUNK_OVERHEAD_BYTES..200).contains(&used()) && !map.is_over_limit());
+        for bit in (0..CHUNK_BITS).step_by(2) {
+            map.set_bits(bit..bit + 1);
+        }
+        assert_eq!(used(), CHUNK_OVERHEAD_BYTES + 4096);
+        map.set_bits(0..CHUNK_BITS);
+        assert_eq!(used(), CHUNK_OVERHEAD_BYTES);
+        for bit in (0..CHUNK_BITS * 2).step_by(3) {
+            map.set_bits(CHUNK_BITS + bit..CHUNK_BITS + bit + 1);
+        }
+        let other = map.clone();
+        assert!(!map.is_over_limit());
+        let third = other.resized(SIZE * 200);
+        assert!(map.is_over_limit() && third.is_over_limit() && !map.emptied().is_over_limit());
+        drop(other);
+        assert!(!map.is_over_limit());
+        drop((map, third));
+        assert_eq!(used(), 0);
     }
 
     #[test]

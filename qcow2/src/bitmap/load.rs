@@ -3,6 +3,7 @@
 
 use block::ByteRange;
 
+use super::api::BitmapError;
 use super::codec::{BitmapCluster, BitmapsExtension, parse_directory, table_entries};
 use super::dirty::DirtyMap;
 use super::track::{LiveBitmap, coverage_bits};
@@ -11,6 +12,9 @@ use crate::image::{Inner, Live};
 use crate::mapping::from_big_endian;
 use crate::units::{HostOffset, Run};
 
+/// How much of bitmap tables is read at most to know the clusters that they name, in bytes: the tables of a thousand
+/// bitmaps over 32 TiB, with the usual sizes.
+const MAX_GUARD_BYTES: u64 = 64 << 20;
 /// Bits are read in pieces of so many bytes at most.
 const READ_BYTES: u64 = 1 << 20;
 
@@ -35,8 +39,44 @@ impl Inner {
                 found.push(LiveBitmap::on_disk(entry, size_bytes, geometry));
             }
         }
+        if !self.limits().read_only {
+            self.guard_bitmaps(live, extension.as_ref(), &found).await;
+        }
         self.bitmaps.with(|list| *list = Some(found));
         Ok(())
+    }
+
+    /// Notes the clusters of all bitmaps, so that they are not taken for free where refcounts are wrong. What cannot be
+    /// read, or is too much, is left to its refcounts.
+    async fn guard_bitmaps(
+        &self,
+        live: &Live,
+        extension: Option<&BitmapsExtension>,
+        bitmaps: &[LiveBitmap],
+    ) {
+        let geometry = self.core.lock().geometry;
+        if let Some(extension) = extension {
+            let count = geometry.clusters(extension.directory_bytes);
+            let start = geometry.host_cluster(extension.directory_at);
+            self.core.lock().guard_bitmap(Run { start, count });
+        }
+        let mut read_bytes = 0;
+        for LiveBitmap { entry, .. } in bitmaps {
+            let bytes = u64::from(entry.table_entries) * 8;
+            let start = geometry.host_cluster(entry.table_at);
+            self.core.lock().guard_bitmap(Run { start, count: geometry.clusters(bytes) });
+            read_bytes += bytes;
+            if read_bytes > MAX_GUARD_BYTES {
+                continue;
+            }
+            let table = self.read_bitmap_table(live, entry.table_at, entry.table_entries).await;
+            let mut core = self.core.lock();
+            for raw in table.unwrap_or_default() {
+                if let Ok(BitmapCluster::Stored(at)) = BitmapCluster::decode(raw, geometry) {
+                    core.guard_bitmap(Run::one(geometry.host_cluster(at)));
+                }
+            }
+        }
     }
 
     async fn read_directory(
@@ -117,6 +157,11 @@ impl Inner {
                     map.absorb(first, &self.read_bits(live, at, entry_at).await?);
                 }
             }
+            if map.is_over_limit() {
+                let name = String::from_utf8_lossy(&entry.name).into_owned();
+                let (file, reason) = (self.path.clone(), BitmapError::Memory);
+                return Err(Error::Bitmap { file, name, reason });
+            }
         }
         self.bitmaps.with_one(number, |bitmap| {
             bitmap.map.merge(&map);
@@ -141,7 +186,7 @@ impl Inner {
     /// A bitmap whose table or bits break the format means nothing any more.
     pub(super) fn give_up_bitmap(&self, number: usize, error: &Error) {
         tracing::warn!(image = %self.path.display(), %error, "a bitmap is lost");
-        self.bitmaps.with_one(number, |bitmap| bitmap.is_consistent = false);
+        self.bitmaps.with_one(number, LiveBitmap::give_up);
     }
 
     /// The range of the file that a structure of bitmaps takes, which must lie in the file and apart from other

@@ -14,5 +14,5 @@ pub use codec::{
     MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_GRANULARITY_BITS,
     MAX_BITMAP_NAME_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS, MIN_BITMAP_GRANULARITY_BITS,
 };
-pub use dirty::DirtyExtent;
+pub use dirty::{DirtyExtent, MAX_BITMAP_MEMORY_BYTES};
 pub(crate) use track::Bitmaps;

@@ -16,12 +16,16 @@ impl Inner {
     ///
     /// # Errors
     /// [`ChangeError::InconsistentBitmap`], [`ChangeError::BitmapBytes`]; what reading bitmaps fails at.
-    pub(crate) async fn check_bitmaps_for(&self, live: &Live, size_bytes: u64) -> Result<(), Error> {
+    pub(crate) async fn check_bitmaps_for(
+        &self,
+        live: &Live,
+        size_bytes: u64,
+    ) -> Result<(), Error> {
         let _turn = self.bitmaps.turn().await;
         self.load_all_bits(live).await?;
-        let refused = self.bitmaps.with(|list| {
-            list.iter().flatten().find_map(|bitmap| refusal_of(bitmap, size_bytes))
-        });
+        let refused = self
+            .bitmaps
+            .with(|list| list.iter().flatten().find_map(|bitmap| refusal_of(bitmap, size_bytes)));
         refused.map_or(Ok(()), |what| Err(self.refuse(what)))
     }
 

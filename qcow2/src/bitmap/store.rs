@@ -149,7 +149,7 @@ impl Inner {
         // What the header is about to name, and its refcounts.
         self.flush(live).await?;
         let old = self.switch_bitmaps(live, extension, size_bytes).await?;
-        fresh.runs.lock().clear();
+        let kept = std::mem::take(&mut *fresh.runs.lock());
         gone.extend(stored.into_iter().flatten().flat_map(|stored| stored.gone));
         let geometry = self.core.lock().geometry;
         gone.extend(old.map(|old| Run {
@@ -158,8 +158,14 @@ impl Inner {
         }));
         {
             let mut core = self.core.lock();
-            for cluster in gone.into_iter().flat_map(Run::clusters) {
-                core.drop_reference(cluster);
+            for run in gone {
+                core.bitmaps.remove(run);
+                for cluster in run.clusters() {
+                    core.drop_reference(cluster);
+                }
+            }
+            for run in kept {
+                core.guard_bitmap(run);
             }
         }
         self.bitmaps.with(|list| {

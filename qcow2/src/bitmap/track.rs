@@ -96,7 +96,19 @@ impl LiveBitmap {
         if self.entry.auto && self.is_consistent {
             self.map.set(range);
             self.touched.set(range);
+            if self.map.is_over_limit() {
+                let name = String::from_utf8_lossy(&self.entry.name);
+                tracing::warn!(%name, "a bitmap is lost: there is no memory for what changed");
+                self.give_up();
+            }
         }
+    }
+
+    /// It misses changes from now on, and says so when it is stored.
+    pub(super) fn give_up(&mut self) {
+        self.is_consistent = false;
+        self.map = self.map.emptied();
+        self.touched = self.touched.emptied();
     }
 }
 
@@ -174,5 +186,47 @@ impl Inner {
             self.mark_bitmaps(live, &turn).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::dirty::Budget;
+    use super::*;
+
+    #[test]
+    fn a_bitmap_without_memory_is_inconsistent_and_never_misses_a_change_silently() {
+        static BUDGET: Budget = Budget::new(10_000);
+        let geometry = ClusterGeometry::of_bytes(65536).unwrap();
+        let entry = DirectoryEntry {
+            name: b"b".to_vec(),
+            table_at: HostOffset(0x50000),
+            table_entries: 1,
+            granularity_bits: 9,
+            in_use: false,
+            auto: true,
+            extra_is_compatible: false,
+            extra: Vec::new(),
+        };
+        let mut bitmap = LiveBitmap::on_disk(entry, 1 << 40, geometry);
+        bitmap.map = DirtyMap::within(&BUDGET, 1 << 40, 9);
+        let bitmaps = Bitmaps::new(true);
+        bitmaps.with(|list| *list = Some(vec![bitmap]));
+        assert!(!bitmaps.note(ByteRange::between(0, 1)), "not before the file says so");
+        bitmaps.with_one(0, |bitmap| bitmap.entry.in_use = true);
+        let mut recorded = 0u64;
+        while bitmaps.with_one(0, |bitmap| bitmap.is_consistent) == Some(true) {
+            let at = recorded << 25;
+            assert!(bitmaps.note(ByteRange::between(at, at + 1)));
+            recorded += 1;
+            assert!(recorded < 1000, "the limit is met");
+        }
+        assert!(recorded > 10);
+        let state = |bitmap: &mut LiveBitmap| {
+            (bitmap.entry.in_use, bitmap.map.is_empty(), bitmap.is_unsaved())
+        };
+        assert_eq!(bitmaps.with_one(0, state), Some((true, true, false)));
+        // Changes go on all the same.
+        assert!(bitmaps.note(ByteRange::between(0, 1)));
     }
 }

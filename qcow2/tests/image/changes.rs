@@ -1,7 +1,7 @@
 //! Images that change what they are: the size of the disk, the version, refcounts, names. Against `qemu-img`, and with
 //! power cuts at every moment.
 
-use block::{BlockDevice, Durability, HostFile, MemoryDevice, MemoryStorage};
+use block::{BlockDevice, Durability, HostFile, MemoryDevice, MemoryStorage, ZeroMode};
 use qcow2::{
     AmendOptions, BackingFormat, BackingName, ChangeError, Compression, CreateOptions, Error,
     Image, OpenOptions, Preallocation, References, ResizeOptions, Version,
@@ -306,12 +306,8 @@ fn what_version_2_has_not_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.qcow2");
     let new = || CreateOptions::new(MIB);
-    for options in [
-        new().extended_l2(true),
-        new().compression(Compression::Zstd),
-        new().refcount_bits(8),
-        new().data_file("data", false),
-    ] {
+    for options in [new().extended_l2(true), new().refcount_bits(8), new().data_file("data", false)]
+    {
         block_on(async {
             Image::create(&path, &options).await.unwrap();
             let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
@@ -324,6 +320,150 @@ fn what_version_2_has_not_is_refused_by_name() {
         });
         std::fs::remove_file(&path).unwrap();
     }
+}
+
+/// The disk as a snapshot has it, as QEMU reads it.
+fn raw_of_snapshot(path: &std::path::Path, name: &str) -> Vec<u8> {
+    let raw = path.with_extension("snapshot.raw");
+    let (from, to) = (path.to_str().unwrap(), raw.to_str().unwrap());
+    qemu_img(&["convert", "-l", name, "-O", "raw", from, to]);
+    std::fs::read(&raw).unwrap()
+}
+
+async fn downgrade(path: &std::path::Path) -> Result<(), Error> {
+    let image = Image::open(path, OpenOptions::writing()).await.unwrap();
+    let amend = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
+    let done = image.amend(&amend).await;
+    image.close().await.unwrap();
+    done
+}
+
+#[test]
+fn zeros_of_disk_and_snapshots_become_data_only_where_a_backing_file_needs_it() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("base.raw"), vec![7; 1 << 20]).unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let name = path.to_str().unwrap();
+    for (over, cluster_bytes) in [(false, 512), (false, 65536), (true, 4096), (true, 65536)] {
+        let mut options = CreateOptions::new(4 * MIB).cluster_bytes(cluster_bytes);
+        if over {
+            options = options.backing("base.raw", BackingFormat::Raw);
+        }
+        block_on(Image::create(&path, &options)).unwrap();
+        qemu_io(&path, &["write -P 1 100k 300k", "write -z 200k 200k", "write -z 3M 500k"]);
+        qemu_img(&["snapshot", "-c", "a", name]);
+        qemu_img(&["snapshot", "-c", "b", name]);
+        qemu_io(&path, &["write -P 2 0 64k", "write -z -u 128k 128k", "write -P 3 3M 64k"]);
+        qemu_img(&["snapshot", "-c", "c", name]);
+        qemu_io(&path, &["write -P 4 600k 64k", "write -z 700k 64k"]);
+        let all = || ["a", "b", "c"].map(|one| raw_of_snapshot(&path, one));
+        let (model, snapshots) = (raw_of(&path), all());
+        let before = block_on(Image::inspect(&path)).unwrap().allocated_bytes;
+        block_on(downgrade(&path)).unwrap();
+        let after = block_on(Image::inspect(&path)).unwrap().allocated_bytes;
+        let text = qemu_img(&["info", "--output=json", name]);
+        assert!(text.contains("\"compat\": \"0.10\""), "{text}");
+        let found = qemu_check(&path);
+        assert!(found.is_clean(), "{cluster_bytes} {over}: {found:?}");
+        assert!(raw_of(&path) == model, "{cluster_bytes} {over}");
+        assert!(all() == snapshots, "{cluster_bytes} {over}");
+        // What lies behind the end of the backing file needs no data either.
+        let room = if over { 3 * MIB } else { MIB };
+        assert!(after < before + room, "{cluster_bytes} {over}: {before} and {after}");
+        // It goes on, in both programs.
+        qemu_io(&path, &["write -P 9 100k 100k"]);
+        block_on(async {
+            let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+            image.write(300_000, vec![8; 5000].into(), Durability::Deferred).await.unwrap();
+            image.delete_snapshot("b").await.unwrap();
+            image.close().await.unwrap();
+        });
+        let found = qemu_check(&path);
+        assert!(found.is_clean(), "{cluster_bytes} {over}: {found:?}");
+        assert!(raw_of_snapshot(&path, "a") == snapshots[0]);
+        assert!(raw_of_snapshot(&path, "c") == snapshots[2]);
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_downgrade_is_refused_for_what_qemu_refuses_it_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let zstd = CreateOptions::new(MIB).compression(Compression::Zstd);
+    block_on(async {
+        Image::create(&path, &zstd).await.unwrap();
+        downgrade(&path).await.unwrap();
+    });
+    assert!(qemu_check(&path).is_clean());
+    std::fs::remove_file(&path).unwrap();
+    block_on(async {
+        Image::create(&path, &zstd).await.unwrap();
+        let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+        image.write_compressed(0, vec![5; 65536].into()).await.unwrap();
+        image.close().await.unwrap();
+        let refused = downgrade(&path).await.map_err(change);
+        assert!(matches!(refused, Err(ChangeError::NotInVersion2 { .. })), "{refused:?}");
+    });
+    assert!(qemu_check(&path).is_clean(), "what was begun leaves nothing behind");
+    std::fs::remove_file(&path).unwrap();
+    block_on(async {
+        Image::create(&path, &CreateOptions::new(MIB)).await.unwrap();
+        let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+        image.create_snapshot("small").await.unwrap();
+        image.resize(2 * MIB, &ResizeOptions::default()).await.unwrap();
+        image.close().await.unwrap();
+        let refused = downgrade(&path).await.map_err(change);
+        assert!(matches!(refused, Err(ChangeError::NotInVersion2 { .. })), "{refused:?}");
+    });
+}
+
+#[test]
+fn a_downgrade_survives_every_power_cut() {
+    block_on(async {
+        let below = pattern(9, 30 << 10);
+        let device = || Some(MemoryDevice::read_only(below.clone()) as _);
+        let options =
+            CreateOptions::new(60 << 10).cluster_bytes(512).backing("below", BackingFormat::Raw);
+        let storage = MemoryStorage::with_alignment(512);
+        Image::create_on(&host(&storage), &options).await.unwrap();
+        let storage = MemoryStorage::from_bytes(storage.snapshot(), 512);
+        storage.without_fallocate();
+        let image = Image::open_on(host(&storage), device(), OpenOptions::writing()).await.unwrap();
+        let zeros =
+            |at, len| image.write_zeroes(range(at, len), ZeroMode::default(), Durability::Deferred);
+        image.write(1000, pattern(1, 20_000).into(), Durability::Durable).await.unwrap();
+        zeros(5000, 20_000).await.unwrap();
+        image.create_snapshot("s").await.unwrap();
+        image.create_snapshot("t").await.unwrap();
+        zeros(26_000, 9000).await.unwrap();
+        image.flush().await.unwrap();
+        let disk = read_all(&image).await;
+        let from = storage.log_len();
+        let amend = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
+        image.amend(&amend).await.unwrap();
+        let mut versions = [0, 0];
+        for ops in from..=storage.log_len() {
+            for seed in 0..3 {
+                let left = storage.crash_image_seeded(ops, seed + ops as u64 * 31);
+                let bytes = left.snapshot();
+                check(&bytes).assert_consistent(&format!("cut after {ops}"));
+                versions[usize::from(bytes[7]) - 2] += 1;
+                for (snapshot, part) in [(None, 60 << 10), (Some("s"), 26_000), (Some("t"), 26_000)]
+                {
+                    let mut options = OpenOptions::reading();
+                    if let Some(name) = snapshot {
+                        options = options.snapshot(name);
+                    }
+                    let image = Image::open_on(host(&left), device(), options).await.unwrap();
+                    assert!(read_all(&image).await[..part] == disk[..part], "cut after {ops}");
+                }
+            }
+        }
+        assert!(versions.iter().all(|times| *times > 0), "{versions:?}");
+        image.close().await.unwrap();
+        check(&storage.snapshot()).assert_clean("downgraded");
+    });
 }
 
 #[test]

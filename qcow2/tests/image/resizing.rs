@@ -3,9 +3,10 @@
 
 use std::path::Path;
 use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Waker};
 
-use block::{BlockDevice, DeviceError, Durability, MemoryStorage, OpKind};
+use block::{BlockDevice, Durability, MemoryStorage, OpKind, OpView, ZeroMode};
 use qcow2::{ChangeError, CreateOptions, Error, Image, OpenOptions, ResizeOptions};
 
 use crate::bitmaps::{dirty, dirty_by_qemu};
@@ -157,11 +158,8 @@ fn size_and_bitmaps_switch_together_at_every_power_cut() {
                     let inside = parts.iter().filter(|part| part.0 < size);
                     inside.map(|part| (part.0, part.1.min(size))).collect()
                 };
-                let states = States {
-                    sizes,
-                    on: [on.clone(), cut(&on)],
-                    off: [off.clone(), cut(&off)],
-                };
+                let states =
+                    States { sizes, on: [on.clone(), cut(&on)], off: [off.clone(), cut(&off)] };
                 assert_eq!(dirty(&image, "on").await, states.on[1]);
                 assert_eq!(dirty(&image, "off").await, states.off[1]);
                 look_at_cuts(&shape, &storage, from, &states).await;
@@ -184,7 +182,7 @@ fn a_host_that_fails_while_bitmaps_are_stored_leaves_size_and_bitmaps_as_they_we
             write(&image, 0, 5000).await;
             image.flush().await.unwrap();
             let before = dirty(&image, "on").await;
-            storage.fail_nth_errno(OpKind::Write, nth, 28);
+            storage.fail_nth_errno(nth, 28, |op| op.kind == OpKind::Write);
             let resized = image.resize(9 * MIB, &ResizeOptions::default()).await;
             storage.clear_faults();
             if resized.is_ok() {
@@ -211,64 +209,40 @@ fn a_write_that_waited_while_the_disk_shrank_is_refused_and_takes_no_space() {
         let shape = Shape { size_bytes: MIB, ..Shape::new(4096) };
         let storage = shape.create().await;
         let image = shape.open(&storage).await.unwrap();
-        let poll = |future: std::pin::Pin<&mut dyn Future<Output = _>>| -> Poll<Result<(), DeviceError>> {
-            future.poll(&mut Context::from_waker(Waker::noop()))
-        };
-        // The first write holds its clusters until the host has finished; the others and the new size wait for it.
-        let held = storage.hold(|op| op.kind == OpKind::Write);
-        let at = 512 * KIB;
-        let mut first = pin!(image.write(at, vec![1; 4096].into(), Durability::Deferred));
-        assert!(poll(first.as_mut()).is_pending());
-        assert_eq!(held.count(), 1);
-        let mut resizing = pin!(image.resize(64 * KIB, &ResizeOptions {
-            allow_shrinking: true,
-            ..ResizeOptions::default()
-        }));
-        let mut later = pin!(image.write(at + 100, vec![2; 200].into(), Durability::Deferred));
-        let mut zeroes = pin!(image.write_zeroes(
-            crate::common::range(at + 512, 512),
-            block::ZeroMode { keep_allocated: true, fast_only: false },
-            Durability::Deferred,
-        ));
+        // The first write keeps its lock until the host has finished. The switch to the new size waits for it, and what
+        // comes then waits for the switch.
+        let began = AtomicBool::new(false);
+        let is_first =
+            move |op: &OpView| op.kind == OpKind::Write && !began.swap(true, Ordering::Relaxed);
+        let held = storage.hold(is_first);
         let noop = || Context::from_waker(Waker::noop());
+        let mut first = pin!(image.write(0, vec![1; 4096].into(), Durability::Deferred));
+        assert!(first.as_mut().poll(&mut noop()).is_pending());
+        assert_eq!(held.count(), 1);
+        let smaller = shrinking();
+        let mut resizing = pin!(image.resize(64 * KIB, &smaller));
         assert!(resizing.as_mut().poll(&mut noop()).is_pending());
-        assert!(poll(later.as_mut()).is_pending());
-        assert!(poll(zeroes.as_mut()).is_pending());
-        let (mut size, mut one, mut two, mut three) = (None, None, None, None);
-        while size.is_none() || one.is_none() || two.is_none() || three.is_none() {
-            // The shrinking goes first wherever both could.
-            while held.release_one() {}
-            if size.is_none()
-                && let Poll::Ready(done) = resizing.as_mut().poll(&mut noop())
-            {
-                size = Some(done);
-            }
-            if one.is_none()
-                && let Poll::Ready(done) = poll(first.as_mut())
-            {
-                one = Some(done);
-            }
-            if image.limits().size_bytes == MIB {
-                continue;
-            }
-            if two.is_none()
-                && let Poll::Ready(done) = poll(later.as_mut())
-            {
-                two = Some(done);
-            }
-            if three.is_none()
-                && let Poll::Ready(done) = poll(zeroes.as_mut())
-            {
-                three = Some(done);
-            }
+        let (at, part) = (512 * KIB, crate::common::range(513 * KIB, 512));
+        let keep = ZeroMode { keep_allocated: true, fast_only: false };
+        let mut write = pin!(image.write(at, vec![2; 200].into(), Durability::Deferred));
+        let mut zeroes = pin!(image.write_zeroes(part, keep, Durability::Deferred));
+        let mut compressed = pin!(image.write_compressed(at, vec![3; 4096].into()));
+        let pending = [
+            write.as_mut().poll(&mut noop()).is_pending(),
+            zeroes.as_mut().poll(&mut noop()).is_pending(),
+            compressed.as_mut().poll(&mut noop()).is_pending(),
+        ];
+        assert_eq!((pending, image.limits().size_bytes), ([true; 3], MIB));
+        assert!(held.release_one());
+        first.await.unwrap();
+        resizing.await.unwrap();
+        for refused in [write.await, zeroes.await, compressed.await.map_err(Into::into)] {
+            let Err(error) = &refused else { panic!("it was written") };
+            assert!(error.to_string().contains("passes the end"), "{error}");
         }
-        size.unwrap().unwrap();
-        one.unwrap().unwrap();
-        for refused in [two.unwrap(), three.unwrap()] {
-            let past = matches!(&refused, Err(DeviceError::WritePastEnd { size_bytes, .. }) if *size_bytes == 64 * KIB);
-            assert!(past, "{refused:?}");
-        }
-        assert!(read_all(&image).await.iter().all(|byte| *byte == 0));
+        let mut model = vec![0; 64 << 10];
+        model[..4096].fill(1);
+        assert!(read_all(&image).await == model);
         image.close().await.unwrap();
         let found = storage.snapshot();
         check(&found).assert_clean("shrunk");

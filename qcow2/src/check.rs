@@ -147,12 +147,14 @@ async fn read_header(file: &HostFile) -> Result<Header, Error> {
     Ok(header)
 }
 
-/// What must hold before tables can be walked: all that opening asks of a header, but for the refcount table, which can
-/// be made anew, and for the end of the file, behind which tables are found to lie.
+/// What must hold before tables can be walked: all that opening asks of a header, but for bitmaps and the refcount table,
+/// which can be taken away and made anew, and for the end of the file, behind which tables are found to lie.
 fn check_limits(header: &Header) -> Result<(), Fault> {
     let geometry = header.geometry;
     let mut sane = header.clone();
     sane.move_refcount_table(geometry.host_offset(HostCluster(1)), 1);
+    // Bitmaps may be taken away.
+    sane.set_bitmaps(None);
     sane.check(HOST_OFFSET_END)?;
     let bytes = header.refcount_table_clusters.saturating_mul(geometry.bytes());
     if bytes > MAX_REFCOUNT_TABLE_BYTES {

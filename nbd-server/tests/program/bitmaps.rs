@@ -221,6 +221,7 @@ fn a_bitmap_of_an_image_below_is_found_as_qemu_finds_it() {
             line.split_whitespace().take(3).map(|word| word.parse().unwrap()).collect()
         };
         let theirs: Vec<Vec<u64>> = theirs.lines().map(number).collect();
+        let ours: Vec<Vec<u64>> = ours.iter().map(|part| part.to_vec()).collect();
         assert_eq!(ours, theirs, "{name}");
     }
     assert!(export.stop());

@@ -69,6 +69,10 @@ pub(super) async fn mend_bitmaps(
     Ok(changed || !zeroed.is_empty())
 }
 
+/// The flag of bitmaps, without what tells where they are.
+const NO_EXTENSION: Fault =
+    Fault::Corrupt { at: HostOffset(88), what: Corruption::BitmapsWithoutExtension };
+
 type Directory = (BitmapsExtension, Vec<DirectoryEntry>);
 
 /// The directory, where there is one; a fault where it is not one, or lies or leads where it cannot.
@@ -78,6 +82,7 @@ async fn read_directory(
 ) -> Result<Result<Option<Directory>, Fault>, Error> {
     let extension = match header.bitmaps() {
         Ok(Some(extension)) => extension,
+        Ok(None) if header.has_bitmaps() && header.version >= 3 => return Ok(Err(NO_EXTENSION)),
         Ok(None) => return Ok(Ok(None)),
         Err(fault) => return Ok(Err(fault)),
     };

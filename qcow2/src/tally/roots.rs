@@ -4,7 +4,7 @@
 use block::{ByteRange, HostFile};
 
 use crate::bitmap::codec::{BitmapsExtension, DirectoryEntry, parse_directory};
-use crate::error::{Error, Fault, TableKind};
+use crate::error::{Corruption, Error, Fault, TableKind};
 use crate::header::{BITMAPS, Header};
 use crate::snapshots::read_snapshots;
 use crate::tally::finding::Finding;
@@ -121,6 +121,10 @@ impl Roots {
                     roots.cannot_read(TableKind::BitmapDirectory, at, error, visit)?;
                 }
             }
+        }
+        if header.version >= 3 && header.has_bitmaps() && header.extensions.bitmaps.is_none() {
+            let (at, what) = (HostOffset(88), Corruption::BitmapsWithoutExtension);
+            visit.fault(Finding::Unreadable { table: TableKind::BitmapDirectory, at, what }, 1);
         }
         Ok(roots)
     }

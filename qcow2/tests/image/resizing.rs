@@ -235,8 +235,10 @@ fn a_write_that_waited_while_the_disk_shrank_is_refused_and_takes_no_space() {
         assert_eq!((pending, image.limits().size_bytes), ([true; 3], MIB));
         assert!(held.release_one());
         first.await.unwrap();
-        resizing.await.unwrap();
-        for refused in [write.await, zeroes.await, compressed.await.map_err(Into::into)] {
+        let (resized, write, zeroes, compressed) =
+            tokio::join!(resizing, write, zeroes, compressed);
+        resized.unwrap();
+        for refused in [write, zeroes, compressed.map_err(Into::into)] {
             let Err(error) = &refused else { panic!("it was written") };
             assert!(error.to_string().contains("passes the end"), "{error}");
         }

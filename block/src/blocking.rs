@@ -9,6 +9,8 @@ use std::thread;
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::{Semaphore, oneshot};
 
+use crate::CopySource;
+use crate::copy::Origin;
 use crate::descriptor::Descriptor;
 use crate::storage::{Request, Storage, StorageFacts};
 
@@ -179,6 +181,10 @@ impl Storage for BlockingStorage {
 
     fn slots(&self) -> &Arc<Semaphore> {
         &self.engine.slots
+    }
+
+    fn copy_source(&self) -> Option<CopySource> {
+        Some(CopySource(Origin::File(Arc::clone(&self.descriptor))))
     }
 }
 

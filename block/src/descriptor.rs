@@ -9,8 +9,11 @@ use std::path::Path;
 use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
+use crate::copy::Origin;
 use crate::storage::{Op, Outcome, StorageFacts};
-use crate::{BUFFER_ALIGN_BYTES, Buffer, ByteRange, Create, HostError, HostOp, OpenOptions, Root};
+use crate::{
+    BUFFER_ALIGN_BYTES, Buffer, ByteRange, CopySource, Create, HostError, HostOp, OpenOptions, Root,
+};
 
 /// What `O_DIRECT` is assumed to demand where the kernel does not tell.
 const ASSUMED_ALIGN_BYTES: u32 = 4096;
@@ -98,6 +101,11 @@ impl Descriptor {
                 Ok(Outcome::Read(buffer))
             }
             Op::Write { at, data } => self.write_from(at, &data, 0).map(|()| Outcome::Done),
+            Op::Copy { source: CopySource(Origin::File(source)), from, range } => {
+                crate::copy::copy(&source.file, from, &self.file, range)?;
+                Ok(Outcome::Done)
+            }
+            Op::Copy { .. } => Err(io::ErrorKind::Unsupported.into()),
             Op::Sync => done(|| rustix::fs::fdatasync(&self.file)),
             Op::Allocate { range } => self.fallocate(FallocateFlags::empty(), range),
             Op::Punch { range } => {

@@ -11,7 +11,7 @@ use crate::descriptor::Descriptor;
 use crate::patience::{is_conflict, wait_for_lock};
 use crate::storage::Storage;
 use crate::uring::{URING_THREADS, UringEngine};
-use crate::{Create, HostError, HostOp, OpenOptions, Root};
+use crate::{Create, HostError, HostOp, MemoryFiles, OpenOptions, Root};
 
 /// The environment variable that forces an engine: `blocking` or `uring`.
 pub const ENGINE_VARIABLE: &str = "SENDENSE_IO";
@@ -24,6 +24,7 @@ pub const ENGINE_VARIABLE: &str = "SENDENSE_IO";
 pub struct Engine {
     pool: Arc<BlockingEngine>,
     rings: Option<Arc<UringEngine>>,
+    memory: Option<MemoryFiles>,
 }
 
 impl Engine {
@@ -39,7 +40,7 @@ impl Engine {
 
     /// A pool of up to `threads` threads that make blocking calls.
     pub fn blocking(threads: usize) -> Self {
-        Self { pool: BlockingEngine::new(threads), rings: None }
+        Self { pool: BlockingEngine::new(threads), rings: None, memory: None }
     }
 
     /// Up to [`URING_THREADS`] rings, with a pool for what they do not do.
@@ -50,12 +51,21 @@ impl Engine {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let pool = BlockingEngine::new(BLOCKING_THREADS);
         let rings = UringEngine::new(processors.min(URING_THREADS), &pool)?;
-        Ok(Self { pool, rings: Some(Arc::new(rings)) })
+        Ok(Self { pool, rings: Some(Arc::new(rings)), memory: None })
     }
 
-    /// What it is, for logs and benchmarks: `uring` or `blocking`.
+    /// Opens files in memory and no others: for tests.
+    pub fn memory(files: MemoryFiles) -> Self {
+        Self { memory: Some(files), ..Self::blocking(1) }
+    }
+
+    /// What it is, for logs and benchmarks: `uring`, `blocking` or `memory`.
     pub fn name(&self) -> &'static str {
-        if self.rings.is_some() { "uring" } else { "blocking" }
+        match (&self.memory, &self.rings) {
+            (Some(_), _) => "memory",
+            (None, Some(_)) => "uring",
+            (None, None) => "blocking",
+        }
     }
 
     /// Runs `call`, which may block on files, on one of the engine's threads for that: for libraries that read files
@@ -104,6 +114,10 @@ impl Engine {
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Arc<dyn Storage>, HostError> {
+        if let Some(files) = &self.memory {
+            let failed = |source| HostError::whole(path, HostOp::Open, source);
+            return files.open(path, options).map_err(failed);
+        }
         let attempt = || {
             let (root, path, options) = (root.cloned(), path.to_owned(), options.clone());
             move || Descriptor::open(root.as_ref(), &path, &options)

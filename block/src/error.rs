@@ -109,6 +109,8 @@ pub enum HostOp {
     Punch,
     /// Changing the length.
     Resize,
+    /// Copying from another file.
+    Copy,
 }
 
 impl std::fmt::Display for HostOp {
@@ -123,6 +125,7 @@ impl std::fmt::Display for HostOp {
             Self::Allocate => "allocate",
             Self::Punch => "punch",
             Self::Resize => "resize",
+            Self::Copy => "copy into",
         })
     }
 }

@@ -255,6 +255,48 @@ impl HostFile {
         inner.write_pieces(range, wide, &data, &hold, &locks).await
     }
 
+    /// Copies `len` bytes at `from` of another file to `to` of this one without bringing them here: as extents that both
+    /// files share where the file system can do that and the offsets are whole blocks of it, as it copies itself
+    /// otherwise. `false` where it does neither, or where the other file ends before: then any part of the range may
+    /// hold old or new bytes, and the caller has to write them.
+    ///
+    /// Nobody may change those bytes of the other file meanwhile. Otherwise as [`HostFile::write`]; files that bypass the
+    /// page cache demand their alignment here, too, or answer `false`.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Copy`].
+    pub async fn copy_from(
+        &self,
+        other: &HostFile,
+        from: u64,
+        to: u64,
+        len: u64,
+        hold: Hold,
+    ) -> Result<bool, HostError> {
+        let inner = &self.inner;
+        let (Some(range), Some(read)) = (ByteRange::new(to, len), ByteRange::new(from, len))
+        else {
+            let at = ByteRange::between(to, to);
+            return Err(inner.error(HostOp::Copy, at, io::ErrorKind::FileTooLarge.into()));
+        };
+        if range.is_empty() {
+            return Ok(true);
+        }
+        inner.check_change(HostOp::Copy, range)?;
+        let aligned = inner.widen(range, HostOp::Copy)? == range
+            && read.is_aligned(other.alignment_bytes());
+        if !aligned || read.end() > other.len() {
+            return Ok(false);
+        }
+        let Some(source) = other.inner.storage.copy_source() else { return Ok(false) };
+        let keep = inner.shared_keep(range, &hold, Some(range.end())).await;
+        match inner.run(Op::Copy { source, from, range }, HostOp::Copy, keep).await {
+            Ok(_) => Ok(true),
+            Err(error) if is_unsupported(&error.source) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Makes `range` read as zeros and stay, or become, allocated; the file grows where needed. Writes zeros where
     /// the host has no faster way ([`HostFile::has_fast_zeroes`]).
     ///

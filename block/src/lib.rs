@@ -34,6 +34,7 @@
 mod beneath;
 mod blocking;
 mod buffer;
+mod copy;
 mod cpu;
 mod descriptor;
 mod device;
@@ -43,6 +44,7 @@ mod host;
 mod join;
 mod lock;
 mod memory;
+mod memory_files;
 mod memory_storage;
 mod patience;
 mod range;
@@ -56,6 +58,7 @@ pub use blocking::{BLOCKING_THREADS, ENGINE_SLOTS};
 pub use buffer::{
     BUFFER_ALIGN_BYTES, Buffer, BufferPool, RETAINED_POOL_BYTES, SHARED_POOL_BYTES, is_zero,
 };
+pub use copy::CopySource;
 pub use cpu::{CPU_JOBS_PER_THREAD, CpuError, cpu_threads, on_cpu};
 pub use device::{
     BlockDevice, Durability, Extent, Limits, MAX_EXTENTS, Segment, Segments, ZeroMode,
@@ -66,6 +69,7 @@ pub use host::{Create, HostFile, OpenOptions};
 pub use join::{InFlight, TryJoinAll, try_join_all};
 pub use lock::{LockConflict, Permission};
 pub use memory::MemoryDevice;
+pub use memory_files::MemoryFiles;
 pub use memory_storage::{CrashChoice, HeldOps, LoggedOp, MemoryStorage, OpView, TEAR_BYTES};
 pub use range::ByteRange;
 pub use range_lock::{RangeGuard, RangeLock};

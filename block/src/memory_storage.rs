@@ -5,13 +5,15 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
+use crate::copy::Origin;
 use crate::storage::{Finish, Op, OpKind, Outcome, Request, Storage, StorageFacts};
-use crate::{Buffer, ByteRange};
+use crate::{Buffer, ByteRange, CopySource};
 
 /// The unit that a power cut leaves whole, in bytes: a torn write is old or new in each of these.
 pub const TEAR_BYTES: u64 = 512;
@@ -62,6 +64,9 @@ struct State {
     /// Which parts a map reports as data: sorted, apart from each other.
     data: Vec<ByteRange>,
     log: Vec<LoggedOp>,
+    /// When each entry of the log was made, on a clock that other storages may share.
+    stamps: Vec<u64>,
+    clock: Arc<AtomicU64>,
     cap_bytes: Option<u64>,
     faults: Vec<Fault>,
     holds: Vec<(u64, Matcher)>,
@@ -103,7 +108,8 @@ pub struct OpView {
     pub range: ByteRange,
 }
 
-/// An operation that took effect, as the log keeps it. Reads and maps are not logged.
+/// An operation that took effect, as the log keeps it. Reads and maps are not logged; a copy from another file is a
+/// write of what it copied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LoggedOp {
     /// Bytes were written.
@@ -154,8 +160,13 @@ impl MemoryStorage {
 
     /// A file with this durable content.
     pub fn from_bytes(bytes: Vec<u8>, align: u16) -> Self {
+        Self::on_clock(bytes, align, Arc::default())
+    }
+
+    /// As [`MemoryStorage::from_bytes`], with a clock that counts what takes effect in several storages.
+    pub(crate) fn on_clock(bytes: Vec<u8>, align: u16, clock: Arc<AtomicU64>) -> Self {
         let data = vec![ByteRange::between(0, bytes.len() as u64)];
-        let state = State { base: bytes.clone(), bytes, data, ..State::default() };
+        let state = State { base: bytes.clone(), bytes, data, clock, ..State::default() };
         Self {
             shared: Arc::new(Shared {
                 facts: StorageFacts {
@@ -189,6 +200,11 @@ impl MemoryStorage {
     /// The number of entries of [`MemoryStorage::log`], without copying them.
     pub fn log_len(&self) -> usize {
         self.shared.state.lock().log.len()
+    }
+
+    /// How many entries of the log were made by the time that the clock showed `stamp`.
+    pub(crate) fn ops_by(&self, stamp: u64) -> usize {
+        self.shared.state.lock().stamps.partition_point(|made| *made <= stamp)
     }
 
     /// From now on the file cannot pass `bytes`: what would lengthen it further fails with `ENOSPC`.
@@ -371,7 +387,14 @@ impl Drop for HeldOps {
 
 impl MemoryStorage {
     fn execute(&self, op: Op, finish: Finish) {
-        let result = self.shared.state.lock().run(op, &self.shared.facts);
+        // Read before anything is locked: it may be this file itself.
+        let copied = match &op {
+            Op::Copy { source: CopySource(Origin::Memory(source)), from, range } => {
+                source.shared.state.lock().part(*from, range.len())
+            }
+            _ => None,
+        };
+        let result = self.shared.state.lock().run(op, copied, &self.shared.facts);
         finish.complete(result);
     }
 }
@@ -401,10 +424,20 @@ impl Storage for MemoryStorage {
     fn slots(&self) -> &Arc<Semaphore> {
         &self.shared.slots
     }
+
+    fn copy_source(&self) -> Option<CopySource> {
+        Some(CopySource(Origin::Memory(self.clone())))
+    }
 }
 
 impl State {
-    fn run(&mut self, op: Op, facts: &StorageFacts) -> io::Result<Outcome> {
+    /// `copied` is what a copy reads.
+    fn run(
+        &mut self,
+        op: Op,
+        copied: Option<Bytes>,
+        facts: &StorageFacts,
+    ) -> io::Result<Outcome> {
         let view = OpView { kind: op.kind(), range: op.range() };
         self.fault(&view)?;
         check_alignment(&op, facts)?;
@@ -413,6 +446,10 @@ impl State {
             Op::Read { at, buffer } => Ok(Outcome::Read(self.read(at, buffer))),
             Op::Map { range, max } => Ok(Outcome::Ranges(self.map(range, max))),
             Op::Write { at, data } => self.change(LoggedOp::Write { at, data }),
+            Op::Copy { range, .. } => match copied {
+                Some(data) => self.change(LoggedOp::Write { at: range.start(), data }),
+                None => Err(io::ErrorKind::Unsupported.into()),
+            },
             Op::Punch { range } => self.change(LoggedOp::Zero { range, grows: false }),
             Op::ZeroRange { range } => self.change(LoggedOp::Zero { range, grows: true }),
             Op::Allocate { range } => self.change(LoggedOp::Allocate { end: range.end() }),
@@ -453,6 +490,13 @@ impl State {
         Ok(())
     }
 
+    /// Bytes that are all there.
+    fn part(&self, at: u64, len: u64) -> Option<Bytes> {
+        let range = ByteRange::new(at, len)?;
+        let bytes = self.bytes.get(index(range.start())..index(range.end()))?;
+        Some(Bytes::copy_from_slice(bytes))
+    }
+
     fn read(&self, at: u64, mut buffer: Buffer) -> Buffer {
         let start = usize::try_from(at).unwrap_or(usize::MAX).min(self.bytes.len());
         let found = &self.bytes[start..];
@@ -479,6 +523,7 @@ impl State {
             LoggedOp::Allocate { .. } | LoggedOp::Sync => {}
         }
         self.log.push(op);
+        self.stamps.push(self.clock.fetch_add(1, Ordering::SeqCst) + 1);
         Ok(Outcome::Done)
     }
 

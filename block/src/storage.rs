@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, oneshot};
 
-use crate::{Buffer, ByteRange, RangeGuard};
+use crate::{Buffer, ByteRange, CopySource, RangeGuard};
 
 /// Something that an operation keeps until it has completed: a lock, a reservation. Dropping the future that waits
 /// for the operation does not drop it.
@@ -31,6 +31,16 @@ pub enum Op {
         at: u64,
         /// What to write, whole.
         data: Bytes,
+    },
+    /// Copy from another file inside the host: by sharing extents, or as its file system copies. "Unsupported" where it
+    /// does not; then any part of the range may be done.
+    Copy {
+        /// The other file.
+        source: CopySource,
+        /// The first byte there.
+        from: u64,
+        /// Where the copy goes.
+        range: ByteRange,
     },
     /// Make completed writes, and the metadata to find them, durable (`fdatasync`).
     Sync,
@@ -69,6 +79,7 @@ impl Op {
         match self {
             Self::Read { .. } => OpKind::Read,
             Self::Write { .. } => OpKind::Write,
+            Self::Copy { .. } => OpKind::Copy,
             Self::Sync => OpKind::Sync,
             Self::Allocate { .. } => OpKind::Allocate,
             Self::Punch { .. } => OpKind::Punch,
@@ -86,6 +97,7 @@ impl Op {
             Self::Allocate { range }
             | Self::Punch { range }
             | Self::ZeroRange { range }
+            | Self::Copy { range, .. }
             | Self::Map { range, .. } => *range,
             Self::SetLen { len } => ByteRange::between(*len, *len),
             Self::Sync => ByteRange::between(0, 0),
@@ -103,6 +115,7 @@ fn span(at: u64, len: usize) -> ByteRange {
 pub enum OpKind {
     Read,
     Write,
+    Copy,
     Sync,
     Allocate,
     Punch,
@@ -279,4 +292,9 @@ pub trait Storage: Send + Sync {
 
     /// The places for operations in flight; each request takes one along. This is what bounds every queue below.
     fn slots(&self) -> &Arc<Semaphore>;
+
+    /// The file as what [`Op::Copy`] into another one reads; `None` where it cannot be that.
+    fn copy_source(&self) -> Option<CopySource> {
+        None
+    }
 }

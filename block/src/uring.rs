@@ -17,7 +17,9 @@ use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use tokio::sync::Semaphore;
 
+use crate::CopySource;
 use crate::blocking::BlockingEngine;
+use crate::copy::Origin;
 use crate::descriptor::Descriptor;
 use crate::storage::{Finish, Op, Outcome, Request, Storage, StorageFacts};
 
@@ -121,6 +123,10 @@ impl Storage for UringStorage {
 
     fn slots(&self) -> &Arc<Semaphore> {
         self.pool.slots()
+    }
+
+    fn copy_source(&self) -> Option<CopySource> {
+        Some(CopySource(Origin::File(Arc::clone(&self.descriptor))))
     }
 }
 

@@ -1,6 +1,8 @@
 //! Host files against a plain vector, over every storage: strict memory with faults, the thread pool, and io_uring on
 //! real files. What the engines do inside is tested beside them.
 
+mod copying;
+
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;

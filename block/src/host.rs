@@ -274,8 +274,7 @@ impl HostFile {
         hold: Hold,
     ) -> Result<bool, HostError> {
         let inner = &self.inner;
-        let (Some(range), Some(read)) = (ByteRange::new(to, len), ByteRange::new(from, len))
-        else {
+        let (Some(range), Some(read)) = (ByteRange::new(to, len), ByteRange::new(from, len)) else {
             let at = ByteRange::between(to, to);
             return Err(inner.error(HostOp::Copy, at, io::ErrorKind::FileTooLarge.into()));
         };
@@ -283,8 +282,8 @@ impl HostFile {
             return Ok(true);
         }
         inner.check_change(HostOp::Copy, range)?;
-        let aligned = inner.widen(range, HostOp::Copy)? == range
-            && read.is_aligned(other.alignment_bytes());
+        let aligned =
+            inner.widen(range, HostOp::Copy)? == range && read.is_aligned(other.alignment_bytes());
         if !aligned || read.end() > other.len() {
             return Ok(false);
         }

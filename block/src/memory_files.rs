@@ -70,11 +70,7 @@ impl MemoryFiles {
     }
 
     /// Opens the file in the place of `path`, as that one in the eyes of those who compare files.
-    pub(crate) fn open(
-        &self,
-        path: &Path,
-        options: &OpenOptions,
-    ) -> io::Result<Arc<dyn Storage>> {
+    pub(crate) fn open(&self, path: &Path, options: &OpenOptions) -> io::Result<Arc<dyn Storage>> {
         let storage = self.storage(path).ok_or(io::ErrorKind::NotFound)?;
         let metadata = std::fs::metadata(path)?;
         let facts = StorageFacts {

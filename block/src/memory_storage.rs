@@ -432,12 +432,7 @@ impl Storage for MemoryStorage {
 
 impl State {
     /// `copied` is what a copy reads.
-    fn run(
-        &mut self,
-        op: Op,
-        copied: Option<Bytes>,
-        facts: &StorageFacts,
-    ) -> io::Result<Outcome> {
+    fn run(&mut self, op: Op, copied: Option<Bytes>, facts: &StorageFacts) -> io::Result<Outcome> {
         let view = OpView { kind: op.kind(), range: op.range() };
         self.fault(&view)?;
         check_alignment(&op, facts)?;

@@ -8,6 +8,7 @@ use block::{HostFile, HostOp, Root};
 
 use crate::create::BackingFormat;
 use crate::error::{Error, Feature, ReferenceError};
+use crate::open::OpenOptions;
 
 /// The most layers of a chain, the top image included.
 pub const MAX_CHAIN_DEPTH: usize = 256;
@@ -56,16 +57,16 @@ impl Place {
     ///
     /// # Errors
     /// [`ReferenceError::Replaced`], [`Error::Host`].
-    pub(crate) async fn open(&self, options: block::OpenOptions) -> Result<HostFile, Error> {
-        let Some((root, allowed)) = &self.confined else {
-            return Ok(HostFile::open(&self.path, options).await?);
-        };
+    pub(crate) async fn open(&self, options: &OpenOptions) -> Result<HostFile, Error> {
+        // Files of an engine of the caller's are where that says, in no folder of ours.
+        let confined = self.confined.as_ref().filter(|_| options.engine.is_none());
+        let Some((root, allowed)) = confined else { return options.open_file(&self.path).await };
         let replaced = || {
             let name = self.path.display().to_string();
             let reason = ReferenceError::Replaced;
             Error::Reference { file: self.path.clone(), name, reason }
         };
-        match HostFile::open_beneath(root, &self.path, options).await {
+        match HostFile::open_beneath(root, &self.path, options.host()).await {
             Ok(file) if file.id() == Some(*allowed) => Ok(file),
             Ok(_) => Err(replaced()),
             Err(error) if error.op == HostOp::Open && leads_away(&error.source) => Err(replaced()),
@@ -76,7 +77,7 @@ impl Place {
 
 impl Found {
     /// As [`Place::open`].
-    pub(crate) async fn open(&self, options: block::OpenOptions) -> Result<HostFile, Error> {
+    pub(crate) async fn open(&self, options: &OpenOptions) -> Result<HostFile, Error> {
         self.place.open(options).await
     }
 }
@@ -252,17 +253,17 @@ mod tests {
         std::os::unix::fs::symlink("sub/base", dir.path().join("root/link")).unwrap();
         let top = dir.path().join("root/top.qcow2");
         let trail = Trail::start(&top, &References::Confined).unwrap();
-        let reading = block::OpenOptions { lock: false, ..block::OpenOptions::reading() };
+        let reading = OpenOptions { lock: false, ..OpenOptions::reading() };
         let found = trail.resolve(&top, b"link", Some(b"raw")).unwrap();
-        assert!(found.open(reading.clone()).await.is_ok());
+        assert!(found.open(&reading).await.is_ok());
         std::fs::rename(dir.path().join("root/sub"), dir.path().join("root/old")).unwrap();
         assert_eq!(
-            found.open(reading.clone()).await.map(drop).map_err(reason),
+            found.open(&reading).await.map(drop).map_err(reason),
             Err(ReferenceError::Replaced)
         );
         std::os::unix::fs::symlink("../outside", dir.path().join("root/sub")).unwrap();
         assert_eq!(
-            found.open(reading.clone()).await.map(drop).map_err(reason),
+            found.open(&reading).await.map(drop).map_err(reason),
             Err(ReferenceError::Replaced)
         );
         // Another file inside is not the one that was looked at either.
@@ -270,7 +271,7 @@ mod tests {
         std::fs::create_dir(dir.path().join("root/sub")).unwrap();
         std::fs::write(dir.path().join("root/sub/base"), "other").unwrap();
         assert_eq!(
-            found.open(reading).await.map(drop).map_err(reason),
+            found.open(&reading).await.map(drop).map_err(reason),
             Err(ReferenceError::Replaced)
         );
     }

@@ -16,7 +16,9 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::image::Image;
+use crate::lend::{Lent, Taker};
 use crate::progress::Progress;
+use crate::read::LayerState;
 use crate::units::index;
 use crate::walk::{Layers, Walk};
 use pace::Pace;
@@ -91,6 +93,8 @@ pub struct Converted {
     pub written_bytes: u64,
     /// Written as zeros.
     pub zeroed_bytes: u64,
+    /// Of what was written as data: copied, or shared, by the host alone.
+    pub by_host_bytes: u64,
     /// Left out, because the target read like that already.
     pub skipped_bytes: u64,
     /// Could not be read, and became zeros.
@@ -153,20 +157,21 @@ pub async fn convert(
     options: &ConvertOptions,
     progress: impl Fn(Progress) + Send + Sync,
 ) -> Result<Converted, ConvertError> {
-    let layers = options.layer.as_ref().map(std::slice::from_ref);
+    let images = options.layer.as_ref().map(std::slice::from_ref);
+    let layers = images.map(|images| Layered { images, taker: None });
     convert_layers(source, target, options, layers, progress).await
 }
 
-/// As [`convert`], for what `layers` of the source say, the topmost first: the others are the target's, too.
+/// As [`convert`], for what `layers` of the source say: the others are the target's, too.
 pub(crate) async fn convert_layers(
     source: Arc<dyn BlockDevice>,
     target: &ConvertTarget,
     options: &ConvertOptions,
-    layers: Option<&[Image]>,
+    layers: Option<Layered<'_>>,
     progress: impl Fn(Progress) + Send + Sync,
 ) -> Result<Converted, ConvertError> {
     let copy = Copy::new(source, target, options)?;
-    let mut pieces = Pieces::new(&copy, options, layers);
+    let mut pieces = Pieces::new(&copy, options, layers.map(|layers| layers.images));
     let mut flight = InFlight::new();
     let requests = options.requests.clamp(1, MAX_REQUESTS);
     let (mut sum, mut done_bytes, mut last) = (Converted::default(), 0, None);
@@ -183,7 +188,7 @@ pub(crate) async fn convert_layers(
             let turn = Turn { before: last.replace(next).filter(|_| options.in_order), begun };
             let due = pieces.pace.as_mut().filter(|_| piece.kind == Kind::Data);
             let due = due.map(|pace| pace.due(piece.range.len()));
-            flight.push(copy.run(piece, turn, due));
+            flight.push(copy.run(piece, turn, due, layers));
         }
         let Some(outcome) = flight.any().await else { break };
         let (range, outcome) = outcome?;
@@ -201,11 +206,21 @@ impl Converted {
     fn add(&mut self, other: Self) {
         self.written_bytes += other.written_bytes;
         self.zeroed_bytes += other.zeroed_bytes;
+        self.by_host_bytes += other.by_host_bytes;
         self.skipped_bytes += other.skipped_bytes;
         self.unreadable_bytes += other.unreadable_bytes;
         let room = MAX_UNREADABLE_RANGES - self.unreadable.len();
         self.unreadable.extend(other.unreadable.into_iter().take(room));
     }
+}
+
+/// Layers of a source that a copy is about.
+#[derive(Clone, Copy)]
+pub(crate) struct Layered<'a> {
+    /// The topmost first.
+    pub images: &'a [Image],
+    /// The target, if it takes what they hold plainly out of their files.
+    pub taker: Option<&'a Taker>,
 }
 
 /// What is done with a piece of the disk.
@@ -223,6 +238,8 @@ enum Kind {
 struct Piece {
     range: ByteRange,
     kind: Kind,
+    /// The layer that holds the data plainly, counted from the top, where one does and is asked.
+    holder: Option<usize>,
     /// The target reads as zeros there.
     target_is_zero: bool,
 }
@@ -254,7 +271,7 @@ impl<'a> Pieces<'a> {
         if at >= self.copy.size_bytes {
             return Ok(None);
         }
-        let (kind, end) = self.source_kind(at).await?;
+        let (kind, holder, end) = self.source_kind(at).await?;
         let (target_is_zero, target_end) = self.target_zero(at).await?;
         let kind = match kind {
             Kind::Zero if target_is_zero && !self.copy.allocates() => Kind::Leave,
@@ -271,27 +288,30 @@ impl<'a> Pieces<'a> {
         // Zeros in a chunk may be left out only if all of it is known to be zero.
         let target_is_zero = target_is_zero && target_end >= end;
         self.at = end;
-        Ok(Some(Piece { range: ByteRange::between(at, end), kind, target_is_zero }))
+        let holder = holder.filter(|_| kind == Kind::Data);
+        Ok(Some(Piece { range: ByteRange::between(at, end), kind, holder, target_is_zero }))
     }
 
-    /// What the source says of the bytes from `at` on, and how far that goes.
-    async fn source_kind(&mut self, at: u64) -> Result<(Kind, u64), ConvertError> {
-        let mut most = self.copy.size_bytes;
+    /// What the source says of the bytes from `at` on, which layer holds them, and how far that goes.
+    async fn source_kind(&mut self, at: u64) -> Result<(Kind, Option<usize>, u64), ConvertError> {
+        let (mut most, mut holder) = (self.copy.size_bytes, None);
         if let Some(layers) = &mut self.layers {
             let found = layers.at(at).await;
             let said = found.map_err(|(range, source)| ConvertError::Extents { range, source })?;
             most = most.min(said.end);
-            if said.by.is_none() {
-                return Ok((Kind::Leave, most));
+            match said.by {
+                None => return Ok((Kind::Leave, None, most)),
+                Some((layer, LayerState::Data)) => holder = Some(layer),
+                Some(_) => {}
             }
         }
         match self.source.at(at).await {
             Ok(stretch) => {
                 let kind = if stretch.zero { Kind::Zero } else { Kind::Data };
-                Ok((kind, stretch.range.end().min(most)))
+                Ok((kind, holder, stretch.range.end().min(most)))
             }
             // Whatever it is: reading it will tell.
-            Err(_) if self.copy.salvage => Ok((Kind::Data, most)),
+            Err(_) if self.copy.salvage => Ok((Kind::Data, None, most)),
             Err((range, source)) => Err(ConvertError::Extents { range, source }),
         }
     }
@@ -392,6 +412,7 @@ impl Copy {
         piece: Piece,
         turn: Turn,
         due: Option<pace::Due>,
+        layers: Option<Layered<'_>>,
     ) -> Result<(ByteRange, Converted), ConvertError> {
         let mut outcome = Converted::default();
         if piece.kind == Kind::Zero {
@@ -403,10 +424,29 @@ impl Copy {
         if let Some(due) = due {
             due.wait().await;
         }
+        if let Some(Layered { images, taker: Some(taker) }) = layers
+            && let Some(lent) = self.lent(piece, images).await?
+        {
+            turn.wait().await;
+            let range = piece.range;
+            let written = taker.take(range, &lent).await;
+            outcome.by_host_bytes =
+                written.map_err(|error| ConvertError::Write { range, source: error.into() })?;
+            outcome.written_bytes = range.len();
+            return Ok((range, outcome));
+        }
         let content = self.read(piece.range, &mut outcome).await?;
         turn.wait().await;
         self.write(piece, &content, &mut outcome).await?;
         Ok((piece.range, outcome))
+    }
+
+    /// The bytes of a piece as the file of a layer has them, where the target can take them from there.
+    async fn lent(&self, piece: Piece, layers: &[Image]) -> Result<Option<Lent>, ConvertError> {
+        let Some(layer) = piece.holder.and_then(|layer| layers.get(layer)) else { return Ok(None) };
+        let range = piece.range;
+        let lent = layer.lend(range).await;
+        lent.map_err(|error| ConvertError::Read { range, source: error.into() })
     }
 
     async fn read(

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{ByteRange, DeviceError, HostFile};
 use zeroize::Zeroizing;
@@ -15,9 +16,9 @@ use crate::header::Header;
 use crate::image::Image;
 use crate::units::HostOffset;
 
-/// The most rounds of PBKDF2 that opening one image takes, over all its key slots and passphrases: some ten seconds of
-/// one processor, so that a hostile header cannot hold it for days.
-pub const MAX_UNLOCK_ROUNDS: u64 = 1 << 26;
+/// How long one processor may work on PBKDF2 to open one image, over all its key slots and passphrases, where
+/// [`crate::OpenOptions::unlock_time`] does not say otherwise: a header that asks for more is refused before it begins.
+pub const DEFAULT_UNLOCK_TIME: Duration = Duration::from_millis(4500);
 
 /// A passphrase. Its memory is wiped when the last clone goes, and it never shows in debug output.
 #[derive(Clone)]
@@ -232,17 +233,18 @@ pub(crate) async fn unlock(
     file: &HostFile,
     header: &Header,
     passphrases: &[Passphrase],
+    time: Duration,
 ) -> Result<Option<Arc<dyn Cipher>>, Error> {
     let area = area(header, file.len()).map_err(|fault| fault.of(file.path()))?;
     let Some(area) = area else { return Ok(None) };
     #[cfg(feature = "luks")]
     {
-        crate::luks::unlock(file, area, passphrases).await.map(Some)
+        crate::luks::unlock(file, area, passphrases, time).await.map(Some)
     }
     #[cfg(not(feature = "luks"))]
     {
         // `area` has refused already.
-        let _ = (area, passphrases);
+        let _ = (area, passphrases, time);
         Ok(None)
     }
 }
@@ -300,11 +302,11 @@ impl Image {
         let _turn = self.inner.flush_gate.lock().await;
         #[cfg(feature = "luks")]
         {
-            crate::luks::change_keys(&live.file, area, change).await
+            crate::luks::change_keys(&live.file, area, change, live.unlock_time).await
         }
         #[cfg(not(feature = "luks"))]
         {
-            let _ = (area, change);
+            let _ = (area, change, live.unlock_time);
             Err(refused(KeyError::NotEncrypted))
         }
     }

@@ -303,8 +303,10 @@ pub enum Feature {
     /// A hash that is not SHA-1 or SHA-2.
     #[error("LUKS hash {0:?}")]
     LuksHash(String),
-    /// More rounds of PBKDF2 than [`crate::MAX_UNLOCK_ROUNDS`].
-    #[error("{rounds} rounds of PBKDF2 to open LUKS (at most {limit})")]
+    /// More rounds of PBKDF2 than this machine does in [`crate::OpenOptions::unlock_time`].
+    #[error(
+        "{rounds} rounds of PBKDF2 to open LUKS (in the time that is allowed for it, this machine does {limit})"
+    )]
     LuksRounds {
         /// The rounds asked for.
         rounds: u64,

@@ -59,6 +59,8 @@ pub struct Folded {
     pub written_bytes: u64,
     /// Written as zeros.
     pub zeroed_bytes: u64,
+    /// Of what was written as data: copied, or shared, by the host alone.
+    pub by_host_bytes: u64,
 }
 
 /// Why a chain was not folded. Until the last step each of its images that stays reads as before.

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use block::{BlockDevice, ByteRange, DeviceError, HostError, HostFile, HostOp, Limits, RangeLock};
 use parking_lot::{Mutex, RwLock};
@@ -79,6 +80,8 @@ pub(crate) struct Live {
     pub(crate) below: Option<Below>,
     /// What encrypts guest data on the host.
     pub(crate) cipher: Option<Arc<dyn Cipher>>,
+    /// How long may be worked on opening it by a passphrase.
+    pub(crate) unlock_time: Duration,
 }
 
 impl Image {

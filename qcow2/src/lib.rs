@@ -95,6 +95,7 @@ mod image;
 mod info;
 mod inspect;
 mod layers;
+mod lend;
 #[cfg(feature = "luks")]
 mod luks;
 mod mapping;
@@ -138,8 +139,8 @@ pub use convert::{
 };
 pub use create::{BackingFormat, BackingName, CreateOptions, DataFileName, Preallocation, Version};
 pub use encryption::{
-    KeyChange, KeyCost, LuksCipher, LuksHash, LuksInfo, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase,
-    SlotInfo, Slots,
+    DEFAULT_UNLOCK_TIME, KeyChange, KeyCost, LuksCipher, LuksHash, LuksInfo, LuksOptions,
+    Passphrase, SlotInfo, Slots,
 };
 pub use error::{
     Corruption, Error, Feature, InvalidOption, KeyError, ReferenceError, SnapshotError, TableKind,

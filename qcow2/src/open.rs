@@ -4,14 +4,15 @@
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use block::{BlockDevice, ByteRange, DeviceError, HostFile, Limits, RawDevice};
+use block::{BlockDevice, ByteRange, DeviceError, Engine, HostFile, Limits, RawDevice};
 
 use crate::backing::{Found, References, Trail};
 use crate::check::rebuild_dirty;
 use crate::core::Core;
 use crate::create::BackingFormat;
-use crate::encryption::{self, Passphrase};
+use crate::encryption::{self, DEFAULT_UNLOCK_TIME, Passphrase};
 use crate::error::{Error, Fault, Feature, ReferenceError, SnapshotError};
 use crate::header::Header;
 use crate::image::{Image, Live};
@@ -42,6 +43,11 @@ pub struct OpenOptions {
     /// Where the external data file of the image lies, whatever the image says: a path that the caller trusts. Images
     /// below it use the names that they record.
     pub data_file: Option<PathBuf>,
+    /// What carries out the I/O; that of the process otherwise.
+    pub engine: Option<Engine>,
+    /// How long one processor may work to open one encrypted image by a passphrase. This machine is measured, and a
+    /// header that asks for more is refused.
+    pub unlock_time: Duration,
 }
 
 impl OpenOptions {
@@ -55,6 +61,8 @@ impl OpenOptions {
             passphrases: Vec::new(),
             snapshot: None,
             data_file: None,
+            engine: None,
+            unlock_time: DEFAULT_UNLOCK_TIME,
         }
     }
 
@@ -93,6 +101,22 @@ impl OpenOptions {
         Self { read_only: true, snapshot: None, data_file: None, ..self.clone() }
     }
 
+    /// Opens a file of the host, for reading or writing as `read_only` says.
+    pub(crate) async fn open_file(&self, path: &Path) -> Result<HostFile, Error> {
+        let engine = self.engine.as_ref().unwrap_or_else(|| Engine::shared());
+        Ok(HostFile::open_with(engine, path, self.host()).await?)
+    }
+
+    /// The same for reading alone.
+    pub(crate) fn to_read(&self) -> Self {
+        Self { read_only: true, ..self.clone() }
+    }
+
+    /// The same for writing, too.
+    pub(crate) fn to_write(&self) -> Self {
+        Self { read_only: false, ..self.clone() }
+    }
+
     pub(crate) fn host(&self) -> block::OpenOptions {
         block::OpenOptions {
             read_only: self.read_only,
@@ -126,7 +150,7 @@ impl Image {
         backing: Option<Arc<dyn BlockDevice>>,
         options: OpenOptions,
     ) -> Result<Self, Error> {
-        let file = HostFile::open(path, options.host()).await?;
+        let file = options.open_file(path).await?;
         Self::open_on(file, backing, options).await
     }
 
@@ -196,8 +220,8 @@ pub(crate) fn open_chain(
 ) -> Opening {
     Box::pin(async move {
         let file = match place {
-            Some(place) => place.open(options.host()).await?,
-            None => HostFile::open(&path, options.host()).await?,
+            Some(place) => place.open(&options).await?,
+            None => options.open_file(&path).await?,
         };
         let mut trail = trail.enter(&path, file.id())?;
         let header = read_header(&file).await?;
@@ -248,7 +272,7 @@ async fn open_raw(
     options: &OpenOptions,
     trail: &Trail,
 ) -> Result<Arc<dyn BlockDevice>, Error> {
-    let file = found.open(options.host()).await?;
+    let file = found.open(options).await?;
     trail.clone().enter(&found.path, file.id())?;
     Ok(RawDevice::new(file))
 }
@@ -301,13 +325,13 @@ async fn open_data(
             return refused(&given.display().to_string(), ReferenceError::UnexpectedDataFile);
         }
         _ if !header.has_data_file() => return Ok(None),
-        (Some(given), _) => HostFile::open(given, options.host()).await?,
+        (Some(given), _) => options.open_file(given).await?,
         (None, None) => return refused("", ReferenceError::NoDataFileName),
         (None, Some(name)) => {
             let place = trail.place(path, name)?;
             // Before it is opened: our own lock on the image would refuse it with a less clear reason.
             trail.check_new(&place)?;
-            place.open(options.host()).await?
+            place.open(options).await?
         }
     };
     trail.clone().beside(file.path(), file.id())?;
@@ -324,7 +348,8 @@ async fn open_with_header(
     let (backing, below) = backing.unzip();
     let fault = |fault: Fault| fault.of(file.path());
     let read_only = options.read_only || file.is_read_only();
-    let cipher = encryption::unlock(&file, &header, &options.passphrases).await?;
+    let cipher =
+        encryption::unlock(&file, &header, &options.passphrases, options.unlock_time).await?;
     let geometry = header.geometry;
     if !read_only && header.is_corrupt() {
         return Err(fault(Fault::Unsupported(Feature::WritingCorrupt)));
@@ -353,7 +378,8 @@ async fn open_with_header(
     let facts = Facts::new(&header);
     let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
     let core = load_core(&file, header, backing_bytes, !read_only).await?;
-    let live = Live { file, data, backing, below, cipher };
+    let unlock_time = options.unlock_time;
+    let live = Live { file, data, backing, below, cipher, unlock_time };
     let image = Image::assemble(live, core, limits, facts);
     if !read_only {
         let inner = &image.inner;

@@ -71,8 +71,8 @@ impl Vmdk {
         options: &OpenOptions,
         trail: Trail,
     ) -> Result<Self, Error> {
-        let host = block::OpenOptions { read_only: true, ..options.host() };
-        let file = HostFile::open(path, host.clone()).await?;
+        let options = options.to_read();
+        let file = options.open_file(path).await?;
         let trail = trail.enter(path, file.id())?;
         let start = file.read(ByteRange::between(0, file.len().min(MAX_DESCRIPTOR_BYTES))).await?;
         if start.first() == Some(&b'#') && file.len() > MAX_DESCRIPTOR_BYTES {
@@ -86,7 +86,7 @@ impl Vmdk {
             let extent = std::path::absolute(extent)
                 .map_err(|source| Error::Path { path: extent.clone(), source })?;
             let place = trail.place(path, extent.as_os_str().as_encoded_bytes())?;
-            let file = place.open(host.clone()).await?;
+            let file = place.open(&options).await?;
             check_extent(path, &file).await?;
             files.push(file);
         }

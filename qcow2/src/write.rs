@@ -3,9 +3,7 @@
 
 use std::sync::Arc;
 
-use block::{
-    BufferPool, ByteRange, Hold, HostFile, RangeGuard, Segment, ZeroMode, is_zero, try_join_all,
-};
+use block::{BufferPool, ByteRange, Hold, HostFile, RangeGuard, Segment, ZeroMode, try_join_all};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
@@ -14,7 +12,8 @@ use crate::core::Core;
 use crate::data::{needs_whole_sectors, read_data, write_data, zero_data};
 use crate::error::Error;
 use crate::image::{Inner, Live};
-use crate::plan::{Area, Fill, Move, Reservation, slice_of};
+use crate::lend::Content;
+use crate::plan::{Area, Fill, Move, Reservation};
 use crate::units::index;
 
 /// The longest single write of zeros as data, in bytes.
@@ -64,27 +63,27 @@ impl Inner {
         self.before_change(&live).await?;
         let coverage = self.info.l2_coverage;
         for piece in range.pieces(coverage) {
-            self.write_piece(piece, &slice_of(&data, at, piece), false, Reach::Disk).await?;
+            self.write_piece(piece, &Content::Bytes(at, &data), false, Reach::Disk).await?;
         }
         Ok(())
     }
 
-    /// Writes within one L2 table. `allocate` makes zeros take space.
-    async fn write_piece(
+    /// Writes within one L2 table. `allocate` makes zeros take space. Says how much the host copied alone.
+    pub(crate) async fn write_piece(
         &self,
         range: ByteRange,
-        data: &Bytes,
+        content: &Content<'_>,
         allocate: bool,
         reach: Reach,
-    ) -> Result<(), Error> {
-        if self.write_in_place(range, data, reach).await? {
-            return Ok(());
+    ) -> Result<u64, Error> {
+        if let Some(by_host) = self.write_in_place(range, content, reach).await? {
+            return Ok(by_host);
         }
         // Raw data reads like the disk, whatever entries say.
         let as_data = allocate || self.info.raw_data;
         let zeros: Vec<bool> = range
             .pieces(self.info.subcluster_bytes)
-            .map(|piece| !as_data && is_zero(&slice_of(data, range.start(), piece)))
+            .map(|piece| !as_data && content.is_zero(piece))
             .collect();
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
@@ -97,20 +96,20 @@ impl Inner {
             _guard: guard,
         });
         let hold: Hold = Some(Arc::clone(&ticket) as _);
-        self.run_moves(&live, &plan.moves, range.start(), data, &hold).await?;
+        let by_host = self.run_moves(&live, &plan.moves, content, &hold).await?;
         ticket.publish();
-        Ok(())
+        Ok(by_host)
     }
 
-    /// Overwrites what is there, if all of it is; `false` if metadata has to change.
+    /// Overwrites what is there, if all of it is; `None` if metadata has to change.
     async fn write_in_place(
         &self,
         range: ByteRange,
-        data: &Bytes,
+        content: &Content<'_>,
         reach: Reach,
-    ) -> Result<bool, Error> {
+    ) -> Result<Option<u64>, Error> {
         if !self.core.lock().is_in_place(range) {
-            return Ok(false);
+            return Ok(None);
         }
         let live = self.live()?;
         let wide = self.widen(range);
@@ -125,27 +124,25 @@ impl Inner {
         self.record_change(&live, range).await?;
         // Another request may have changed the mapping before the lock was ours.
         let plan = self.change(&live, |core| core.plan_in_place(range)).await?;
-        let Some(moves) = plan else { return Ok(false) };
+        let Some(moves) = plan else { return Ok(None) };
         let hold: Hold = Some(Arc::new(guard));
-        self.run_moves(&live, &moves, range.start(), data, &hold).await?;
-        Ok(true)
+        self.run_moves(&live, &moves, content, &hold).await.map(Some)
     }
 
-    /// All I/O of a plan, at once.
+    /// All I/O of a plan, at once. Says how much of it the host copied alone.
     async fn run_moves(
         &self,
         live: &Live,
         moves: &[Move],
-        start: u64,
-        data: &Bytes,
+        content: &Content<'_>,
         hold: &Hold,
-    ) -> Result<(), Error> {
+    ) -> Result<u64, Error> {
         match moves {
-            [] => Ok(()),
-            [one] => self.run_move(live, one, start, data, hold).await,
+            [] => Ok(0),
+            [one] => self.run_move(live, one, content, hold).await,
             many => {
-                let all = many.iter().map(|one| self.run_move(live, one, start, data, hold));
-                try_join_all(all).await.map(drop)
+                let all = many.iter().map(|one| self.run_move(live, one, content, hold));
+                Ok(try_join_all(all).await?.into_iter().sum())
             }
         }
     }
@@ -154,18 +151,18 @@ impl Inner {
         &self,
         live: &Live,
         one: &Move,
-        start: u64,
-        data: &Bytes,
+        content: &Content<'_>,
         hold: &Hold,
-    ) -> Result<(), Error> {
-        let (host, bytes) = match one {
-            Move::Payload { guest, host } => (*host, slice_of(data, start, *guest)),
+    ) -> Result<u64, Error> {
+        match one {
+            Move::Payload { guest, host } => content.write(live, *guest, *host, hold).await,
             Move::Patch { area, host } => {
-                let payload = slice_of(data, start, area.payload);
-                (*host, self.patched(live, area, &payload).await?)
+                let payload = content.read(area.payload).await?;
+                let bytes = self.patched(live, area, &payload).await?;
+                write_data(live, *host, bytes, hold).await?;
+                Ok(0)
             }
-        };
-        Ok(write_data(live, host, bytes, hold).await?)
+        }
     }
 
     /// All bytes of an area: `payload` at its place, and around it what fills it.
@@ -322,7 +319,8 @@ impl Inner {
             // Clusters and tables are whole multiples of a piece, or the other way round.
             for piece in piece.pieces(self.info.l2_coverage) {
                 let zeros = zeros.slice(..index(piece.len()));
-                self.write_piece(piece, &zeros, allocate, reach).await?;
+                let content = Content::Bytes(piece.start(), &zeros);
+                self.write_piece(piece, &content, allocate, reach).await?;
             }
         }
         Ok(())

@@ -97,6 +97,14 @@ pub(crate) fn describe(plan: &FoldPlan) -> String {
     for path in &plan.removed {
         let _ = writeln!(text, "{} would be removed", path.display());
     }
+    if plan.snapshots > 0 {
+        let _ = writeln!(
+            text,
+            "{} internal snapshot(s) would stay as they are: what they do not hold themselves would be read from what \
+             lies below then",
+            plan.snapshots
+        );
+    }
     text.push_str("Nothing has been changed.\n");
     text
 }

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use block::{BlockDevice, HostFile, LockConflict, RawDevice};
@@ -26,6 +27,10 @@ pub(crate) struct Access {
     /// Where backing and data files may lie: below DIR, or anywhere [default: below the directory of the image]
     #[arg(long, value_name = "DIR|any")]
     pub(crate) allow_references: Option<AllowReferences>,
+
+    /// How long a processor may work to open an encrypted image by its passphrase [default: 4.5 seconds]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) unlock_seconds: Option<u32>,
 }
 
 /// Where references of an image may lead.
@@ -48,6 +53,12 @@ impl FromStr for AllowReferences {
 }
 
 impl Access {
+    /// How long may be worked on a passphrase.
+    fn unlock_time(&self) -> Duration {
+        let wanted = self.unlock_seconds.map(|seconds| Duration::from_secs(u64::from(seconds)));
+        wanted.unwrap_or(qcow2::DEFAULT_UNLOCK_TIME)
+    }
+
     /// What references may lead to.
     pub(crate) fn references(&self) -> References {
         match &self.allow_references {
@@ -301,6 +312,7 @@ pub(crate) fn qcow2_options(how: &How, access: &Access) -> anyhow::Result<qcow2:
         direct: how.cache.direct,
         passphrases: access.secrets.all()?,
         snapshot: how.snapshot.clone(),
+        unlock_time: access.unlock_time(),
         ..qcow2::OpenOptions::reading()
     })
 }
@@ -318,7 +330,14 @@ pub(crate) fn explained(error: impl Into<anyhow::Error>, path: &Path, how: &How)
             Some(qcow2::Error::Reference { reason: qcow2::ReferenceError::Outside { .. }, .. })
         )
     });
-    let hint = if is_locked && !how.writing {
+    let is_slow = error.chain().any(|cause| {
+        use qcow2::{Error, Feature};
+        let cause = cause.downcast_ref();
+        matches!(cause, Some(Error::Unsupported { feature: Feature::LuksRounds { .. }, .. }))
+    });
+    let hint = if is_slow {
+        " (--unlock-seconds allows more)"
+    } else if is_locked && !how.writing {
         " (-U reads it all the same, and may see it half changed)"
     } else if leads_away {
         " (--allow-references DIR, or any, allows it for images that you trust)"

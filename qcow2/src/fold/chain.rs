@@ -4,13 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::{BlockDevice, HostFile, RawDevice};
+use block::{BlockDevice, RawDevice};
 
 use super::FoldError;
 use crate::backing::{Found, Trail};
 use crate::create::BackingFormat;
 use crate::error::Error;
 use crate::image::Image;
+use crate::lend::Taker;
 use crate::open::{OpenOptions, open_chain, open_found, read_header};
 
 /// A layer of a chain.
@@ -20,6 +21,8 @@ pub(super) struct Layer {
     pub format: BackingFormat,
     /// The size of its disk, where it is qcow2.
     pub size_bytes: Option<u64>,
+    /// How many internal snapshots it has.
+    pub snapshots: u32,
     /// Where the reference to it led; the topmost has none.
     found: Option<Found>,
     /// What was passed on the way here.
@@ -37,8 +40,8 @@ pub(super) struct Stack {
     /// Those above the base, the topmost first.
     pub layers: Vec<Image>,
     pub base: Arc<dyn BlockDevice>,
-    /// The base, where it is an image.
-    pub base_image: Option<Image>,
+    /// The base, where it takes data out of the files of others.
+    pub taker: Option<Taker>,
 }
 
 /// What of a stack is written.
@@ -65,7 +68,7 @@ impl Chain {
         mut trail: Trail,
         options: &OpenOptions,
     ) -> Result<Self, Error> {
-        let host = block::OpenOptions { read_only: true, ..options.host() };
+        let reading = options.to_read();
         let (mut path, mut format) = (top.to_owned(), format);
         let (mut layers, mut found): (Vec<Layer>, Option<Found>) = (Vec::new(), None);
         loop {
@@ -73,6 +76,7 @@ impl Chain {
                 path: path.clone(),
                 format,
                 size_bytes: None,
+                snapshots: 0,
                 found: found.take(),
                 trail: trail.clone(),
             });
@@ -80,13 +84,14 @@ impl Chain {
                 return Ok(Self { layers });
             }
             let file = match layers.last().and_then(|layer| layer.found.as_ref()) {
-                Some(found) => found.open(host.clone()).await?,
-                None => HostFile::open(&path, host.clone()).await?,
+                Some(found) => found.open(&reading).await?,
+                None => reading.open_file(&path).await?,
             };
             trail = trail.enter(&path, file.id())?;
             let header = read_header(&file).await?;
             if let Some(layer) = layers.last_mut() {
                 layer.size_bytes = Some(header.size_bytes);
+                layer.snapshots = header.snapshots;
             }
             let Some(name) = &header.backing_name else { return Ok(Self { layers }) };
             let recorded = header.extensions.backing_format.as_deref();
@@ -134,14 +139,14 @@ impl Chain {
             return Err(FoldError::NoBacking { file: self.top().to_owned() });
         };
         let for_base = if writes.base { &writing } else { &reading };
-        let (base, base_image) = open_base(bottom, for_base).await?;
-        let mut stack = Stack { layers: Vec::new(), base, base_image };
+        let (base, taker) = open_base(bottom, for_base).await?;
+        let mut stack = Stack { layers: Vec::new(), base, taker };
         for (number, layer) in above.iter().enumerate().rev() {
             let options = if number == 0 && writes.top { &writing } else { &reading };
             let below = Some(stack.top());
             let image = match &layer.found {
                 Some(found) => {
-                    let file = found.open(options.host()).await?;
+                    let file = found.open(options).await?;
                     Image::open_on(file, below, options.clone()).await?
                 }
                 None => Image::open_with_backing(&layer.path, below, options.clone()).await?,
@@ -155,19 +160,20 @@ impl Chain {
 async fn open_base(
     layer: &Layer,
     options: &OpenOptions,
-) -> Result<(Arc<dyn BlockDevice>, Option<Image>), FoldError> {
+) -> Result<(Arc<dyn BlockDevice>, Option<Taker>), FoldError> {
     let (path, trail) = (layer.path.clone(), layer.trail.clone());
     match (layer.format, &layer.found) {
         (BackingFormat::Qcow2, found) => {
             let image = open_chain(path, found.clone(), options.clone(), trail).await?;
-            Ok((Arc::new(image.clone()), Some(image)))
+            Ok((Arc::new(image.clone()), Some(Taker::Image(image))))
         }
         (BackingFormat::Raw, found) if !options.read_only => {
             let file = match found {
-                Some(found) => found.open(options.host()).await?,
-                None => HostFile::open(&path, options.host()).await.map_err(Error::Host)?,
+                Some(found) => found.open(options).await?,
+                None => options.open_file(&path).await?,
             };
-            Ok((RawDevice::new(file), None))
+            let device = RawDevice::new(file);
+            Ok((Arc::clone(&device) as _, Some(Taker::Raw(device))))
         }
         (BackingFormat::Raw | BackingFormat::Vmdk, Some(found)) if options.read_only => {
             Ok((open_found(found.clone(), options.clone(), trail).await?, None))

@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use block::{BlockDevice, HostFile};
+use block::BlockDevice;
 
 use super::chain::{Chain, Stack, Writes};
 use super::plan::FoldPlan;
 use super::{FoldError, FoldOptions, Folded};
-use crate::convert::{ConvertTarget, convert_layers};
+use crate::convert::{ConvertTarget, Layered, convert_layers};
 use crate::create::BackingFormat;
 use crate::error::Error;
+use crate::lend::Taker;
 use crate::progress::Progress;
 use crate::resize::ResizeOptions;
 
@@ -28,7 +29,7 @@ pub struct CommitOptions {
 /// Moves what `top` holds, data and zeros, into its backing file, which grows where it is smaller. Then empties `top`.
 ///
 /// At every moment `top` reads as before, whatever ends the work. Images that others have put over the base change
-/// what they show.
+/// what they show; so do internal snapshots of `top` where they hold nothing themselves, as with `qemu-img commit`.
 ///
 /// # Errors
 /// [`FoldError`]; calling again goes on.
@@ -62,7 +63,8 @@ pub async fn commit(
 pub async fn plan_commit(top: &Path, options: &CommitOptions) -> Result<FoldPlan, FoldError> {
     let chain = Chain::trace(top, &options.copy.open).await?;
     let base = base_of(&chain, options)?;
-    FoldPlan::of(&chain, 0, base, &options.copy.open).await
+    let snapshots = chain.layers.first().map_or(0, |top| top.snapshots);
+    Ok(FoldPlan { snapshots, ..FoldPlan::of(&chain, 0, base, &options.copy.open).await? })
 }
 
 fn base_of(chain: &Chain, options: &CommitOptions) -> Result<usize, FoldError> {
@@ -86,8 +88,7 @@ pub(super) async fn grow(
     let (BackingFormat::Raw, Some(needed)) = (layer.format, top.size_bytes) else {
         return Ok(());
     };
-    let host = block::OpenOptions { read_only: false, ..options.open.host() };
-    let file = HostFile::open(&layer.path, host).await.map_err(Error::Host)?;
+    let file = options.open.to_write().open_file(&layer.path).await?;
     if file.len() < needed && !file.is_fixed_len() {
         file.set_len(needed).await.map_err(Error::Host)?;
         file.sync().await.map_err(Error::Host)?;
@@ -105,7 +106,7 @@ pub(super) async fn fold(
 ) -> Result<Folded, FoldError> {
     let source = stack.top();
     let needed_bytes = source.limits().size_bytes;
-    if let Some(image) = &stack.base_image
+    if let Some(Taker::Image(image)) = &stack.taker
         && image.limits().size_bytes < needed_bytes
     {
         image.resize(needed_bytes, &ResizeOptions::default()).await?;
@@ -117,7 +118,11 @@ pub(super) async fn fold(
     }
     let target = ConvertTarget::Device(std::sync::Arc::clone(&stack.base));
     let copy = options.convert();
-    let layers = Some(stack.layers.as_slice());
-    let done = convert_layers(source, &target, &copy, layers, progress).await?;
-    Ok(Folded { written_bytes: done.written_bytes, zeroed_bytes: done.zeroed_bytes })
+    let layers = Layered { images: &stack.layers, taker: stack.taker.as_ref() };
+    let done = convert_layers(source, &target, &copy, Some(layers), progress).await?;
+    Ok(Folded {
+        written_bytes: done.written_bytes,
+        zeroed_bytes: done.zeroed_bytes,
+        by_host_bytes: done.by_host_bytes,
+    })
 }

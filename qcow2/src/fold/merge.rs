@@ -3,15 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
-use block::HostFile;
+use block::{ByteRange, Durability, ZeroMode};
 
-use super::chain::{Chain, Writes};
+use super::chain::{Chain, Stack, Writes};
 use super::commit::{fold, grow};
 use super::names::{check, relative};
 use super::plan::FoldPlan;
 use super::{FoldError, FoldOptions, Folded};
-use crate::create::BackingName;
-use crate::error::Error;
+use crate::create::{BackingName, sync_folder};
 use crate::image::Image;
 use crate::progress::Progress;
 
@@ -31,7 +30,7 @@ pub struct MergeOptions {
 
 /// Folds increments of the chain of `top` into its base, and puts the layer above them over the base.
 ///
-/// That layer and all above it read as before at every moment, whatever ends the work.
+/// That layer, its internal snapshots and all layers above it read as before at every moment, whatever ends the work.
 ///
 /// # Errors
 /// [`FoldError`]; calling again goes on.
@@ -46,13 +45,15 @@ pub async fn merge(
     let writes = Writes { top: false, base: true };
     grow(&chain, above + 1, base, &options.copy).await?;
     // Held from here on: nobody changes the layer that waits for its new backing file.
-    let host = block::OpenOptions { read_only: false, ..options.copy.open.host() };
     let over = match chain.layers.get(above) {
-        Some(layer) => HostFile::open(&layer.path, host).await.map_err(Error::Host)?,
+        Some(layer) => options.copy.open.to_write().open_file(&layer.path).await?,
         None => return Err(FoldError::NoBacking { file: top.to_owned() }),
     };
     let stack = chain.open(above + 1, base, writes, &options.copy.open).await?;
-    let folded = fold(&stack, &chain, base, &options.copy, &progress).await;
+    let folded = match fold(&stack, &chain, base, &options.copy, &progress).await {
+        Ok(folded) => clear_behind(&stack).await.map(|()| folded),
+        failed => failed,
+    };
     let closed = stack.close().await;
     let folded = folded?;
     closed?;
@@ -62,9 +63,21 @@ pub async fn merge(
         for layer in chain.layers.get(above + 1..base).unwrap_or_default() {
             std::fs::remove_file(&layer.path)
                 .map_err(|source| FoldError::Remove { file: layer.path.clone(), source })?;
+            sync_folder(&layer.path)?;
         }
     }
     Ok(folded)
+}
+
+/// Makes a base that is longer than the layers over it read as zeros behind their end, as it does through them.
+async fn clear_behind(stack: &Stack) -> Result<(), FoldError> {
+    let end = stack.base.limits().size_bytes;
+    let behind = ByteRange::between(stack.top().limits().size_bytes.min(end), end);
+    if behind.is_empty() {
+        return Ok(());
+    }
+    stack.base.write_zeroes(behind, ZeroMode::default(), Durability::Deferred).await?;
+    Ok(stack.base.flush().await?)
 }
 
 /// What [`merge`] would do. Nothing is written.

@@ -34,6 +34,9 @@ pub struct FoldPlan {
     pub relinked: Vec<PathBuf>,
     /// The files that would be removed.
     pub removed: Vec<PathBuf>,
+    /// How many internal snapshots of the image would show something else than before where they hold nothing
+    /// themselves: what lies below it changes for the disk as it is now, and they are left alone.
+    pub snapshots: u32,
 }
 
 impl FoldPlan {

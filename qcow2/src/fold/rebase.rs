@@ -14,7 +14,6 @@ use super::{FoldError, FoldOptions, Folded};
 use crate::backing::Trail;
 use crate::convert::ConvertError;
 use crate::create::{BackingFormat, BackingName};
-use crate::error::Error;
 use crate::image::Image;
 use crate::open::{OpenOptions, open_found, read_header};
 use crate::progress::Progress;
@@ -40,7 +39,8 @@ pub struct RebaseOptions {
 
 /// Puts the image `top` over another backing file, so that it reads as before.
 ///
-/// At every moment it does, whatever ends the work; what was copied by then stays.
+/// At every moment it does, whatever ends the work; what was copied by then stays. Its internal snapshots are left alone,
+/// as by `qemu-img rebase`: where they hold nothing themselves they show the new backing file from then on.
 ///
 /// # Errors
 /// [`FoldError`]; calling again goes on.
@@ -51,7 +51,7 @@ pub async fn rebase(
 ) -> Result<Folded, FoldError> {
     check(top, options.backing.as_ref())?;
     let writing = OpenOptions { read_only: false, snapshot: None, ..options.copy.open.clone() };
-    let file = HostFile::open(top, writing.host()).await.map_err(Error::Host)?;
+    let file = writing.open_file(top).await?;
     let mut folded = Folded::default();
     if !options.unchecked {
         let work = Rebase::open(top, &file, &writing, options).await?;
@@ -77,8 +77,9 @@ pub async fn plan_rebase(
     check(top, options.backing.as_ref())?;
     let reading = OpenOptions { read_only: true, snapshot: None, ..options.copy.open.clone() };
     let mut layer = LayerPlan::default();
+    let file = reading.open_file(top).await?;
+    let snapshots = read_header(&file).await?.snapshots;
     if !options.unchecked {
-        let file = HostFile::open(top, reading.host()).await.map_err(Error::Host)?;
         let work = Rebase::open(top, &file, &reading, options).await?;
         layer.path = work.old_path.clone().unwrap_or_default();
         let copied = work.run(None, &progress).await;
@@ -90,6 +91,7 @@ pub async fn plan_rebase(
         into: top.to_owned(),
         layers: vec![layer],
         relinked: vec![top.to_owned()],
+        snapshots,
         ..FoldPlan::default()
     })
 }

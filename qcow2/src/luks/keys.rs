@@ -113,11 +113,24 @@ fn rounds(hash: LuksHash, key_bytes: usize, cost: KeyCost) -> u32 {
             let (rounds, took) = measure(hash, key_bytes);
             let rate = u128::from(rounds) * u128::from(wanted) * 1_000_000;
             let rounds = rate / took.as_nanos().max(1);
-            // Not more than anybody opens.
-            u32::try_from(rounds.min(u128::from(crate::MAX_UNLOCK_ROUNDS / 2))).unwrap_or(u32::MAX)
+            u32::try_from(rounds).unwrap_or(u32::MAX)
         }
     };
     wanted.max(MIN_ROUNDS)
+}
+
+/// How many rounds of a key this machine does in some time, when nothing else keeps it busy: the best of a few tries
+/// of some milliseconds.
+pub(super) fn rounds_in(hash: LuksHash, key_bytes: usize, time: Duration) -> u64 {
+    const ROUNDS: u32 = 2048;
+    let mut key = vec![0; key_bytes];
+    let best = (0..5).map(|_| {
+        let start = Instant::now();
+        hash.derive(b"measure", &[0; SALT_BYTES], ROUNDS, &mut key);
+        start.elapsed()
+    });
+    let best = best.min().unwrap_or_default().as_nanos().max(1);
+    u64::try_from(u128::from(ROUNDS) * time.as_nanos() / best).unwrap_or(u64::MAX)
 }
 
 /// How long some number of rounds takes: enough of them for the clock.

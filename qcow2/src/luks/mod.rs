@@ -11,15 +11,14 @@ mod split;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{ByteRange, HostFile, on_cpu};
 use bytes::Bytes;
 use zeroize::Zeroizing;
 
 use crate::cipher::Cipher;
-use crate::encryption::{
-    KeyChange, LuksInfo, LuksOptions, MAX_UNLOCK_ROUNDS, Passphrase, SlotInfo, Slots,
-};
+use crate::encryption::{KeyChange, LuksInfo, LuksOptions, Passphrase, SlotInfo, Slots};
 use crate::error::{Error, Fault, Feature, KeyError, UnlockError};
 use crate::units::{SECTOR_BYTES, index};
 use keys::MasterKey;
@@ -33,12 +32,13 @@ pub(crate) async fn unlock(
     file: &HostFile,
     area: ByteRange,
     passphrases: &[Passphrase],
+    time: Duration,
 ) -> Result<Arc<dyn Cipher>, Error> {
     let header = read_header(file, area).await?;
     if passphrases.is_empty() {
         return Err(locked(file, UnlockError::NoPassphrase));
     }
-    let (_, key) = find_key(file, area, &header, passphrases).await?;
+    let (_, key) = find_key(file, area, &header, passphrases, time).await?;
     // The key has the length that the header's cipher asks for: the slot gave it.
     match key.cipher(&header) {
         Some(cipher) => Ok(Arc::new(cipher)),
@@ -87,6 +87,7 @@ pub(crate) async fn change_keys(
     file: &HostFile,
     area: ByteRange,
     change: &KeyChange,
+    time: Duration,
 ) -> Result<(), Error> {
     let header = read_header(file, area).await?;
     match change {
@@ -95,7 +96,7 @@ pub(crate) async fn change_keys(
                 let number =
                     free_slot(&header, *slot, *force).map_err(|reason| refused(file, reason))?;
                 let (_, key) =
-                    find_key(file, area, &header, std::slice::from_ref(existing)).await?;
+                    find_key(file, area, &header, std::slice::from_ref(existing), time).await?;
                 (number, key)
             };
             let (added, cost, mut filled) = (added.clone(), *cost, header.clone());
@@ -112,7 +113,7 @@ pub(crate) async fn change_keys(
             write_header(file, area, &filled, [1, 0]).await
         }
         KeyChange::Remove { slots, force } => {
-            let chosen = chosen_slots(file, area, &header, slots).await?;
+            let chosen = chosen_slots(file, area, &header, slots, time).await?;
             let left = header.slots.iter().enumerate();
             let left =
                 left.filter(|(number, slot)| slot.enabled && !chosen.contains(number)).count();
@@ -147,6 +148,7 @@ async fn chosen_slots(
     area: ByteRange,
     header: &LuksHeader,
     slots: &Slots,
+    time: Duration,
 ) -> Result<Vec<usize>, Error> {
     let passphrase = match slots {
         Slots::One(number) => {
@@ -160,7 +162,8 @@ async fn chosen_slots(
     };
     let rounds = header.slots.iter().filter(|slot| slot.enabled);
     let rounds = rounds.map(|slot| u64::from(slot.rounds) + u64::from(header.digest_rounds)).sum();
-    check_rounds(file, rounds)?;
+    let mut work = Work::new(time);
+    work.add(file, header, rounds).await?;
     let mut chosen = Vec::new();
     for (number, slot) in header.slots.iter().enumerate() {
         if slot.enabled && try_slot(file, area, header, number, passphrase).await?.is_some() {
@@ -229,15 +232,16 @@ async fn find_key(
     area: ByteRange,
     header: &LuksHeader,
     passphrases: &[Passphrase],
+    time: Duration,
 ) -> Result<(usize, MasterKey), Error> {
-    let mut done = 0;
+    let mut work = Work::new(time);
     for passphrase in passphrases {
         for (number, slot) in header.slots.iter().enumerate() {
             if !slot.enabled {
                 continue;
             }
-            done += u64::from(slot.rounds) + u64::from(header.digest_rounds);
-            check_rounds(file, done)?;
+            let rounds = u64::from(slot.rounds) + u64::from(header.digest_rounds);
+            work.add(file, header, rounds).await?;
             if let Some(key) = try_slot(file, area, header, number, passphrase).await? {
                 return Ok((number, key));
             }
@@ -262,12 +266,42 @@ async fn try_slot(
     compute(file.path(), move || keys::try_slot(&header, number, material, &passphrase)).await
 }
 
-fn check_rounds(file: &HostFile, rounds: u64) -> Result<(), Error> {
-    if rounds <= MAX_UNLOCK_ROUNDS {
-        return Ok(());
+/// The rounds of PBKDF2 that opening an image costs, which are bounded by the time that they take.
+struct Work {
+    rounds: u64,
+    time: Duration,
+    /// How many this machine does in that time, once it was measured.
+    limit: Option<u64>,
+}
+
+impl Work {
+    fn new(time: Duration) -> Self {
+        Self { rounds: 0, time, limit: None }
     }
-    let feature = Feature::LuksRounds { rounds, limit: MAX_UNLOCK_ROUNDS };
-    Err(Fault::Unsupported(feature).of(file.path()))
+
+    /// Refuses rounds that would take too long together with those before.
+    async fn add(
+        &mut self,
+        file: &HostFile,
+        header: &LuksHeader,
+        rounds: u64,
+    ) -> Result<(), Error> {
+        self.rounds = self.rounds.saturating_add(rounds);
+        let limit = match self.limit {
+            Some(limit) => limit,
+            None => {
+                let (hash, time) = (header.hash, self.time);
+                let key_bytes = header.cipher.key_bytes();
+                let measure = move || keys::rounds_in(hash, key_bytes, time);
+                *self.limit.insert(compute(file.path(), measure).await?)
+            }
+        };
+        if self.rounds <= limit {
+            return Ok(());
+        }
+        let feature = Feature::LuksRounds { rounds: self.rounds, limit };
+        Err(Fault::Unsupported(feature).of(file.path()))
+    }
 }
 
 async fn compute<T: Send + 'static>(

@@ -3,12 +3,13 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use block::{BlockDevice, Durability, ZeroMode};
 use bytes::Bytes;
 use qcow2::{
-    CreateOptions, Error, Feature, Image, KeyChange, KeyCost, KeyError, LuksOptions, OpenOptions,
-    Passphrase, Slots, UnlockError,
+    CreateOptions, DEFAULT_UNLOCK_TIME, Error, Feature, Image, KeyChange, KeyCost, KeyError,
+    LuksOptions, OpenOptions, Passphrase, Slots, UnlockError,
 };
 
 use crate::common::{block_on, pattern, range, read_all};
@@ -169,6 +170,35 @@ fn a_header_may_hold_anything_and_what_we_do_not_have_is_refused_by_name() {
             }
         }
     }
+}
+
+#[test]
+fn work_that_takes_too_long_is_refused_unless_it_is_allowed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, SECRET, 65_536, |options| {
+        let luks = options.encryption.as_mut().unwrap();
+        luks.cost = KeyCost::Rounds(3000);
+    });
+    let open = |unlock_time| read_file(&path, OpenOptions { unlock_time, ..reading() });
+    let refused = |result| match result {
+        Err(Error::Unsupported { feature: Feature::LuksRounds { rounds, limit }, .. }) => {
+            (rounds, limit)
+        }
+        other => panic!("{other:?}"),
+    };
+    // 3000 rounds for the slot, and the least that a digest may take.
+    assert_eq!(refused(open(Duration::ZERO)), (4000, 0));
+    let (rounds, limit) = refused(open(Duration::from_micros(1)));
+    assert!(rounds == 4000 && limit < rounds);
+    assert!(open(DEFAULT_UNLOCK_TIME).is_ok());
+    // All slots count, and each passphrase that is tried on them.
+    let header = luks_at(&std::fs::read(&path).unwrap());
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[header + 212..][..4].copy_from_slice(&0x4000_0000u32.to_be_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+    let (rounds, limit) = refused(open(DEFAULT_UNLOCK_TIME));
+    assert!(rounds == 0x4000_0000 + 1000 && limit > 4000, "{rounds} {limit}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod bitmap_faults;
 mod bitmaps;
+mod by_host;
 mod changes;
 mod check;
 mod checking;
@@ -17,6 +18,7 @@ mod create;
 mod crowd;
 mod faults;
 mod fold;
+mod fold_crash;
 mod formats;
 mod giants;
 mod hostile;

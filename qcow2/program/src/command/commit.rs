@@ -14,7 +14,8 @@ use crate::stop::Stop;
 /// Move what an image holds into its backing file
 ///
 /// The image reads as before at every moment, whatever ends the work; calling again goes on. Then it is emptied. Other
-/// images over the same backing file change what they show.
+/// images over the same backing file change what they show, and so do internal snapshots of the image where they hold
+/// nothing themselves.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the image: qcow2

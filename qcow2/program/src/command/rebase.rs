@@ -15,7 +15,8 @@ use crate::stop::Stop;
 /// Put an image over another backing file
 ///
 /// The image reads as before: what the new backing file holds differently is copied into it first. With -u only the
-/// name is written down.
+/// name is written down. Internal snapshots are left alone, as by qemu-img: where they hold nothing themselves they show
+/// the new backing file afterwards.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the image: qcow2

@@ -54,9 +54,6 @@ pub enum ChangeError {
     /// There is nothing to make in advance where a disk shrinks.
     #[error("preallocation of a disk that does not grow")]
     PreallocationWithoutGrowth,
-    /// Clusters that are mapped in advance would hide the backing file.
-    #[error("preallocation over a backing file without extended L2 entries")]
-    PreallocationOverBackingFile,
     /// Something that version 2 has not.
     #[error("the image has {what}, and version 2 (compat=0.10) has not")]
     NotInVersion2 {

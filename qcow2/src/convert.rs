@@ -403,6 +403,15 @@ impl Copy {
         self.sparse_bytes == 0
     }
 
+    /// How many zeros in a row, aligned, are written as zeros. Images leave out clusters of zeros that come as data:
+    /// where all is to be allocated, they have to come as zeros that stay allocated.
+    fn zero_run_bytes(&self) -> u64 {
+        match self.sparse_bytes {
+            0 => self.target().limits().preferred_bytes.max(512).into(),
+            some => some,
+        }
+    }
+
     async fn flush(&self) -> Result<(), ConvertError> {
         self.target().flush().await.map_err(ConvertError::Flush)
     }
@@ -472,7 +481,7 @@ impl Copy {
             return compressed(image, *level, piece.range, content).await;
         }
         let mut writes = Vec::new();
-        for (range, run) in runs::of(content, piece.range.start(), self.sparse_bytes) {
+        for (range, run) in runs::of(content, piece.range.start(), self.zero_run_bytes()) {
             match &run {
                 Run::Data(_) => outcome.written_bytes += range.len(),
                 Run::Zero if piece.target_is_zero && !self.allocates() => {

@@ -276,7 +276,7 @@ impl Header {
     }
 
     /// Notes that the autoclear bits of data that we do not keep up to date are off on disk.
-    fn clear_autoclear(&mut self) {
+    pub(crate) fn clear_autoclear(&mut self) {
         // Raw data stays raw: clusters of an external file never move. Bitmaps are kept up to date.
         let kept = if self.has_data_file() { RAW_EXTERNAL_DATA } else { 0 };
         let kept = kept | if self.extensions.bitmaps.is_some() { BITMAPS } else { 0 };

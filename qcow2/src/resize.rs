@@ -87,7 +87,6 @@ impl Inner {
         let header = &core.header;
         let limit_bytes = largest_disk_bytes(header.geometry);
         let prepared = options.preallocation != Preallocation::Off;
-        let over = header.backing_name.is_some() && !header.has_extended_l2();
         let what = if size_bytes > limit_bytes {
             ChangeError::SizeBytes { size_bytes, limit_bytes }
         } else if size_bytes < from_bytes && !options.allow_shrinking {
@@ -96,8 +95,6 @@ impl Inner {
             ChangeError::SnapshotsInVersion2
         } else if prepared && size_bytes < from_bytes {
             ChangeError::PreallocationWithoutGrowth
-        } else if prepared && over {
-            ChangeError::PreallocationOverBackingFile
         } else {
             return Ok(());
         };

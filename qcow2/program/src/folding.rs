@@ -43,10 +43,10 @@ pub(crate) fn top(named: &Named) -> anyhow::Result<&Path> {
     }
 }
 
-/// A layer as people name it: from here, or as the image above it does.
+/// A layer as people name it: seen from the image, as for qemu-img, or else from here.
 pub(crate) fn layer(top: &Path, name: &str) -> PathBuf {
-    let here = PathBuf::from(name);
-    if here.exists() { here } else { beside(top, name) }
+    let beside = beside(top, name);
+    if beside.exists() { beside } else { name.into() }
 }
 
 /// An error about a chain, with what the command line offers against it.

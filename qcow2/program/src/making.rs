@@ -96,9 +96,10 @@ impl Made {
         cache: Cache,
     ) -> anyhow::Result<(Filling, Vec<Target>)> {
         let Self { file, files, format } = self;
+        let is_zero = below.is_none() && files.iter().all(Target::is_new);
         if format == Format::Raw {
             let device: Arc<dyn BlockDevice> = RawDevice::new(file);
-            return Ok((Filling { device, image: None }, files));
+            return Ok((Filling { device, image: None, is_zero }, files));
         }
         let options = open::qcow2_options(&How::writing(Some(cache)), access)?;
         let image = match files.len() {
@@ -110,7 +111,7 @@ impl Made {
                 Image::open(&path, options).await?
             }
         };
-        Ok((Filling { device: Arc::new(image.clone()), image: Some(image) }, files))
+        Ok((Filling { device: Arc::new(image.clone()), image: Some(image), is_zero }, files))
     }
 }
 
@@ -118,6 +119,8 @@ impl Made {
 pub(crate) struct Filling {
     pub(crate) device: Arc<dyn BlockDevice>,
     pub(crate) image: Option<Image>,
+    /// It reads as zeros, also where it is made in advance and does not say so.
+    pub(crate) is_zero: bool,
 }
 
 /// The image below a new one, open.
@@ -134,6 +137,7 @@ impl Below {
         access: &Access,
     ) -> anyhow::Result<Self> {
         let Some(name) = options.get("backing_file") else { return Ok(Self(None)) };
+        plain_path(name)?;
         let format = options.get("backing_fmt").map(str::parse).transpose();
         let named = Named::file(&beside(path, name), format.map_err(anyhow::Error::msg)?);
         let opened = open::open(&named, &How::reading(None, false), access).await;
@@ -227,12 +231,16 @@ pub(crate) fn create_options(
     let raw = options.get("data_file_raw").map(|value| switch("data_file_raw", value));
     let raw = raw.transpose()?.unwrap_or(false);
     match options.get("data_file") {
-        Some(name) => create = create.data_file(name, raw),
+        Some(name) => {
+            plain_path(name)?;
+            create = create.data_file(name, raw);
+        }
         None => ensure!(!raw, "data_file_raw needs data_file"),
     }
     if let Some(backing) = options.get("backing_file") {
         let format = options.get("backing_fmt");
         let format = format.context("Backing file specified without backing format (-F)")?;
+        plain_path(backing)?;
         create = create.backing(backing, backing_format(format)?);
     }
     create.encryption = encryption(options, secrets)?;
@@ -246,7 +254,7 @@ pub(crate) fn create_options(
 pub(crate) fn cluster_bytes(value: &str) -> anyhow::Result<u32> {
     let bytes = settings::size("cluster_size", value)?;
     let valid = bytes.is_power_of_two() && (512..=2 << 20).contains(&bytes);
-    ensure!(valid, "Cluster size must be a power of two between 512 and 2048k, not {bytes}");
+    ensure!(valid, "Cluster size must be a power of two between 512 and 2048k");
     Ok(u32::try_from(bytes)?)
 }
 
@@ -257,7 +265,7 @@ pub(crate) fn cluster_bytes(value: &str) -> anyhow::Result<u32> {
 pub(crate) fn refcount_bits(value: &str) -> anyhow::Result<u32> {
     let bits = settings::number("refcount_bits", value)?;
     let valid = bits.is_power_of_two() && bits <= 64;
-    ensure!(valid, "Refcount width must be a power of two and may not exceed 64 bits, not {bits}");
+    ensure!(valid, "Refcount width must be a power of two and may not exceed 64 bits");
     Ok(u32::try_from(bits)?)
 }
 
@@ -362,6 +370,20 @@ fn luks_hash(value: &str) -> anyhow::Result<LuksHash> {
 pub(crate) fn key_cost(value: &str) -> anyhow::Result<KeyCost> {
     let millis = settings::number("encrypt.iter-time", value)?;
     Ok(KeyCost::Milliseconds(u32::try_from(millis).context("encrypt.iter-time is too long")?))
+}
+
+/// Refuses names of backing and data files that no image follows.
+///
+/// # Errors
+/// `json:` and protocols.
+pub(crate) fn plain_path(name: &str) -> anyhow::Result<()> {
+    let begin = name.split('/').next().unwrap_or_default();
+    ensure!(
+        !begin.contains(':'),
+        "Could not open '{name}': images refer to plain paths only, not to protocols or json: names \
+         (./{name} if it is a path)"
+    );
+    Ok(())
 }
 
 /// Where a backing name leads, seen from the image that records it.

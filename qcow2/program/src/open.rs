@@ -77,12 +77,20 @@ pub(crate) struct Named {
     pub(crate) format: Option<Format>,
     /// Whether QEMU's locks are taken.
     pub(crate) locking: bool,
+    /// Whether it must not be changed.
+    pub(crate) read_only: bool,
+    /// The external data file, where it is not to be the one that the image names.
+    pub(crate) data_file: Option<PathBuf>,
 }
 
 impl Named {
     /// A file by its path.
     pub(crate) fn file(path: &Path, format: Option<Format>) -> Self {
-        Self { place: Place::File(path.to_owned()), format, locking: true }
+        Self::of(Place::File(path.to_owned()), format)
+    }
+
+    fn of(place: Place, format: Option<Format>) -> Self {
+        Self { place, format, locking: true, read_only: false, data_file: None }
     }
 
     /// A plain name, or with `image_opts` a list of options.
@@ -95,7 +103,7 @@ impl Named {
         image_opts: bool,
     ) -> anyhow::Result<Self> {
         if !image_opts {
-            return Ok(Self { place: Place::parse(name)?, format, locking: true });
+            return Ok(Self::of(Place::parse(name)?, format));
         }
         ensure!(format.is_none(), "--image-opts and --format are mutually exclusive");
         let list = OptionList::parse_implied(name, "file")?;
@@ -109,6 +117,7 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
     let mut protocol = "file";
     let mut nbd = Vec::new();
     let mut locking = true;
+    let (mut read_only, mut data_file) = (false, None);
     for (name, value) in list.iter() {
         match name {
             "driver" if matches!(value, "file" | "host_device" | "nbd") => {
@@ -121,6 +130,18 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
             "locking" | "file.locking" if value == "auto" => {}
             "locking" | "file.locking" => locking = switch(name, value)?,
             "force-share" => locking = !switch(name, value)?,
+            "read-only" => read_only = switch(name, value)?,
+            "data-file" | "data-file.filename" | "data-file.file.filename" => {
+                match Place::parse(value)? {
+                    Place::File(path) => data_file = Some(path),
+                    Place::Nbd { .. } => bail!("Option '{name}': a data file is a path"),
+                }
+            }
+            "data-file.driver" | "data-file.file.driver" => {
+                let plain = matches!(value, "raw" | "file" | "host_device");
+                ensure!(plain, "Option '{name}': a data file is a raw file, not '{value}'");
+            }
+            _ if is_tuning(name) => {}
             // Every secret is tried.
             "encrypt.key-secret" | "encrypt.format" => {}
             _ => match name.strip_prefix("file.").unwrap_or(name) {
@@ -137,7 +158,78 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
         }
         other => bail!("Unknown protocol '{other}', or options of another one"),
     };
-    Ok(Named { place, format, locking })
+    Ok(Named { place, format, locking, read_only, data_file })
+}
+
+/// Options that change how fast or in how much memory QEMU works, and nothing of what an image holds: they may be
+/// given, and do nothing here.
+fn is_tuning(name: &str) -> bool {
+    let name = name.strip_prefix("data-file.").unwrap_or(name);
+    let name = name.strip_prefix("file.").unwrap_or(name);
+    let exact = [
+        "aio",
+        "auto-read-only",
+        "cache-clean-interval",
+        "cache-size",
+        "detect-zeroes",
+        "discard",
+        "l2-cache-entry-size",
+        "l2-cache-size",
+        "lazy-refcounts",
+        "node-name",
+        "overlap-check",
+        "pr-manager",
+        "refcount-cache-size",
+    ];
+    // With a prefix: the file below is opened as the image needs it.
+    exact.contains(&name)
+        || name == "read-only"
+        || ["cache.", "overlap-check.", "pass-discard-"].iter().any(|begin| name.starts_with(begin))
+}
+
+/// How `-l` names a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum SnapshotName {
+    /// Its id, or else its name.
+    Either(String),
+    /// `snapshot.id=ID`
+    Id(String),
+    /// `snapshot.name=NAME`
+    Name(String),
+}
+
+impl FromStr for SnapshotName {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if !text.starts_with("snapshot.") {
+            return Ok(Self::Either(text.to_owned()));
+        }
+        let list = OptionList::parse(&[text.to_owned()])?;
+        let named: Vec<_> = list.iter().collect();
+        match named.as_slice() {
+            [("snapshot.id", id)] => Ok(Self::Id((*id).to_owned())),
+            [("snapshot.name", name)] => Ok(Self::Name((*name).to_owned())),
+            _ => bail!(
+                "Failed in parsing snapshot param '{text}': snapshot.id=ID or snapshot.name=NAME"
+            ),
+        }
+    }
+}
+
+/// What the library is told of a snapshot: where an id is meant, a name does not do, and the other way round.
+async fn snapshot_id(path: &Path, text: &str) -> anyhow::Result<String> {
+    let name: SnapshotName = text.parse()?;
+    if let SnapshotName::Either(name) = name {
+        return Ok(name);
+    }
+    let seen = Image::inspect(path).await.with_context(|| could_not_open(path))?;
+    let found = seen.snapshots.into_iter().find(|snapshot| match &name {
+        SnapshotName::Id(id) | SnapshotName::Either(id) => snapshot.id == *id,
+        SnapshotName::Name(name) => snapshot.name == *name,
+    });
+    let found = found.with_context(|| format!("Failed to load snapshot: there is no '{text}'"))?;
+    Ok(found.id)
 }
 
 fn nbd_place(options: &[(&str, &str)]) -> anyhow::Result<Place> {
@@ -172,12 +264,15 @@ pub(crate) struct How {
     pub(crate) cache: Cache,
     /// Show an internal snapshot, by its id or else its name.
     pub(crate) snapshot: Option<String>,
+    /// The external data file, where it is not to be the one that the image names.
+    pub(crate) data_file: Option<PathBuf>,
 }
 
 impl How {
     /// For reading, with others kept from changing it unless `shared`.
     pub(crate) fn reading(cache: Option<Cache>, shared: bool) -> Self {
-        Self { writing: false, shared, cache: cache.unwrap_or(Cache::PAGES), snapshot: None }
+        let cache = cache.unwrap_or(Cache::PAGES);
+        Self { writing: false, shared, cache, snapshot: None, data_file: None }
     }
 
     /// For reading and writing, alone.
@@ -249,7 +344,15 @@ pub(crate) async fn open(named: &Named, how: &How, access: &Access) -> anyhow::R
         Some(format) => format,
         None => format::recognise(path)?,
     };
-    let how = &How { shared: how.shared || !named.locking, ..how.clone() };
+    ensure!(
+        !(named.read_only && how.writing),
+        "Could not open '{place}': read-only=on, and this writes"
+    );
+    let how = &How {
+        shared: how.shared || !named.locking,
+        data_file: named.data_file.clone(),
+        ..how.clone()
+    };
     if format == Format::Vmdk && how.writing {
         bail!("Could not open '{place}': vmdk images are only read");
     }
@@ -264,6 +367,10 @@ pub(crate) async fn open(named: &Named, how: &How, access: &Access) -> anyhow::R
             (Arc::new(vmdk.map_err(|error| explained(error, path, how))?), None)
         }
         Format::Qcow2 => {
+            let how = &match &how.snapshot {
+                Some(name) => how.clone().snapshot(Some(snapshot_id(path, name).await?)),
+                None => how.clone(),
+            };
             let image = open_qcow2(path, how, access).await?;
             (Arc::new(image.clone()), Some(image))
         }
@@ -313,6 +420,7 @@ pub(crate) fn qcow2_options(how: &How, access: &Access) -> anyhow::Result<qcow2:
         passphrases: access.secrets.all()?,
         snapshot: how.snapshot.clone(),
         unlock_time: access.unlock_time(),
+        data_file: how.data_file.clone(),
         ..qcow2::OpenOptions::reading()
     })
 }
@@ -370,9 +478,36 @@ mod tests {
             matches!(nbd.place, Place::Nbd { uri, .. } if uri.address.to_string().contains("/s"))
         );
         assert_eq!(named("/x/a,driver=raw").unwrap().place, Place::File("/x/a".into()));
-        for text in ["driver=qcow2", "driver=bochs,file=x", "file=x,cache=none", "driver=nbd"] {
+        for text in [
+            "driver=qcow2",
+            "driver=bochs,file=x",
+            "file=x,cache=none",
+            "driver=nbd",
+            "file=x,data-file=nbd://h/e",
+        ] {
             assert!(named(text).is_err(), "{text}");
         }
         assert!(Named::parse("file=x", Some(Format::Raw), true).is_err());
+    }
+
+    #[test]
+    fn image_options_say_what_is_written_and_tune_nothing() {
+        let image = named(
+            "driver=qcow2,file.filename=a,read-only=on,file.read-only=off,data-file.filename=b,\
+             l2-cache-size=1M,cache.direct=on,overlap-check.main-header=on,file.aio=native",
+        );
+        let image = image.unwrap();
+        assert_eq!((image.read_only, image.data_file), (true, Some("b".into())));
+    }
+
+    #[test]
+    fn snapshots_are_named_with_and_without_saying_how() {
+        let name = |text: &str| text.parse::<SnapshotName>();
+        assert_eq!(name("a").unwrap(), SnapshotName::Either("a".to_owned()));
+        assert_eq!(name("snapshot.id=1").unwrap(), SnapshotName::Id("1".to_owned()));
+        assert_eq!(name("snapshot.name=a,,b").unwrap(), SnapshotName::Name("a,b".to_owned()));
+        for text in ["snapshot.id=1,snapshot.name=a", "snapshot.x=1", "snapshot.id=1,x=2"] {
+            assert!(name(text).is_err(), "{text}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! business.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use anyhow::Context;
 use serde::Serialize;
@@ -43,13 +44,21 @@ pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
 /// Writes an error with its causes.
 pub(crate) fn report(error: &anyhow::Error) {
     // Nobody is left to tell where standard error is closed.
-    let _unheard = writeln!(io::stderr(), "qcow2: {}", text_of(error));
+    let _unheard = writeln!(io::stderr(), "{}: {}", own_name(), text_of(error));
+}
+
+/// The name under which the program was called: a link named `qemu-img` answers as scripts expect of that.
+fn own_name() -> String {
+    let called = std::env::args_os().next();
+    let name = called.as_deref().and_then(|called| Path::new(called).file_name());
+    name.map_or_else(|| "qcow2".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// An error with its causes, each once.
 pub(crate) fn text_of(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
+        let cause = without_number(&cause);
         // Many errors already tell their cause.
         if text.is_empty() {
             text = cause;
@@ -61,7 +70,38 @@ pub(crate) fn text_of(error: &anyhow::Error) -> String {
     text
 }
 
+/// An error of the system in words only.
+fn without_number(text: &str) -> String {
+    const BEGIN: &str = " (os error ";
+    let mut words = String::new();
+    let mut rest = text;
+    while let Some((before, behind)) = rest.split_once(BEGIN) {
+        words.push_str(before);
+        rest = match behind.split_once(')') {
+            Some((number, after)) if number.bytes().all(|digit| digit.is_ascii_digit()) => after,
+            _ => {
+                words.push_str(BEGIN);
+                behind
+            }
+        };
+    }
+    words.push_str(rest);
+    words
+}
+
 /// Writes a warning.
 pub(crate) fn warn(text: &str) {
-    let _unheard = writeln!(io::stderr(), "qcow2: warning: {text}");
+    let _unheard = writeln!(io::stderr(), "{}: warning: {text}", own_name());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_system_are_told_in_words() {
+        let error = anyhow::Error::new(io::Error::from_raw_os_error(2)).context("cannot open a");
+        assert_eq!(text_of(&error), "cannot open a: No such file or directory");
+        assert_eq!(without_number("a (os error x) b (os error 28), c"), "a (os error x) b, c");
+    }
 }

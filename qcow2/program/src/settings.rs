@@ -84,11 +84,17 @@ const QCOW2: &[Setting] = &[
     setting("refcount_bits", Kind::Number, "bits of a reference count, 1 to 64")
         .or("16")
         .amendable(),
+    EXTENT_SIZE_HINT,
 ];
+
+/// A hint, which is not needed: clusters are allocated in large steps.
+const EXTENT_SIZE_HINT: Setting =
+    setting("extent_size_hint", Kind::Size, "taken for qemu-img's sake");
 
 const RAW: &[Setting] = &[
     setting("size", Kind::Size, "size of the disk"),
     setting("preallocation", Kind::Text, "off, falloc or full"),
+    EXTENT_SIZE_HINT,
 ];
 
 fn settings(format: Format) -> &'static [Setting] {
@@ -125,9 +131,9 @@ pub(crate) fn check(list: &OptionList, format: Format, purpose: Purpose) -> anyh
         let Some(setting) = known.filter(|setting| setting.is_for(purpose)) else {
             let hint = match known {
                 Some(_) if purpose == Purpose::Amend => {
-                    ": this option is only supported for image creation".to_owned()
+                    "\nThis option is only supported for image creation".to_owned()
                 }
-                Some(_) => ": this option is only supported by amend".to_owned(),
+                Some(_) => "\nThis option is only supported by amend".to_owned(),
                 None => format!(" (-f {format} -o help lists what there is)"),
             };
             bail!("Invalid parameter '{name}'{hint}");

@@ -58,6 +58,11 @@ impl Target {
         Ok((Self { path: path.to_owned(), is_ours: !is_device }, file))
     }
 
+    /// Whether it was made, or made anew: a device holds what it held.
+    pub(crate) fn is_new(&self) -> bool {
+        self.is_ours
+    }
+
     /// Says that it is complete, and makes its name durable.
     ///
     /// # Errors

@@ -48,6 +48,7 @@ pub(super) async fn repair(
         take_fixed(done, &mut examined.report);
         return Ok(examined.report);
     }
+    withdraw_unknown(file, &mut header).await?;
     if repair == Repair::All {
         drop_stale_bitmaps(file, &mut header).await?;
         if fix_reserves(file, &header, &examined, &mut done).await? {
@@ -125,6 +126,18 @@ fn note_rebuilt(before: &CheckReport, after: &CheckReport, done: &mut CheckRepor
     }
     done.leaks_fixed = leaks + before.leaks.saturating_sub(after.leaks);
     done.corruptions_fixed = corruptions + before.corruptions.saturating_sub(after.corruptions);
+}
+
+/// Before anything changes: what the image says of data that is not kept up to date here is withdrawn.
+async fn withdraw_unknown(file: &HostFile, header: &mut Header) -> Result<(), Error> {
+    let mut new = header.clone();
+    new.clear_autoclear();
+    if new == *header {
+        return Ok(());
+    }
+    switch_header(file, header, &mut new).await?;
+    *header = new;
+    Ok(())
 }
 
 /// Bitmaps that a program without knowledge of them has made worthless: their clusters count as leaked, so nothing may

@@ -131,7 +131,8 @@ impl Extensions {
     /// How messages call an incompatible feature bit.
     pub(super) fn name(&self, bit: u32) -> String {
         let table = self.feature_names.as_deref().unwrap_or_default();
-        let named = table.chunks_exact(FEATURE_NAME_BYTES).find_map(|entry| match entry {
+        // The last one may be cut off behind its text.
+        let named = table.chunks(FEATURE_NAME_BYTES).find_map(|entry| match entry {
             [0, number, name @ ..] if u32::from(*number) == bit => {
                 let text = name.split(|byte| *byte == 0).next().unwrap_or_default();
                 (!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned())

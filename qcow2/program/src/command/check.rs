@@ -4,7 +4,9 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use qcow2::{CheckOptions, CheckReport, Finding, HostOffset, Image, MAX_LISTED_FINDINGS, Repair};
+use qcow2::{
+    CheckOptions, CheckReport, Finding, HostOffset, Image, MAX_LISTED_FINDINGS, Repair, TableKind,
+};
 use serde::Serialize;
 
 use crate::cache::Cache;
@@ -273,6 +275,14 @@ fn line(finding: &Finding, repaired: bool, cluster_bytes: u64) -> String {
         Finding::CountTooLow { at, refcount, references } => {
             let verb = if repaired { "Repairing" } else { "ERROR" };
             format!("{verb} cluster {} refcount={refcount} reference={references}", cluster(at))
+        }
+        Finding::CopiedFlag { entry, raw, refcount } => {
+            let verb = if repaired { "Repairing" } else { "ERROR" };
+            let what = match entry.table {
+                TableKind::L2 => format!("data cluster: l2_entry={raw:x}"),
+                _ => format!("L2 cluster: l1_index={} l1_entry={raw:x}", entry.index),
+            };
+            format!("{verb} OFLAG_COPIED {what} refcount={refcount} ({entry})")
         }
         other if repaired => format!("Repairing {other}"),
         other => format!("ERROR {other}"),

@@ -42,7 +42,8 @@ pub(crate) struct Options {
     #[arg(short, long = "options", value_name = "OPTIONS")]
     options: Vec<String>,
 
-    /// Make the target over this image, which has to hold what the one below the source holds
+    /// Make the target over this image, which has to hold what the one below the source holds; with -n the target is
+    /// over it already
     #[arg(short = 'B', value_name = "FILE")]
     backing: Option<String>,
 
@@ -163,7 +164,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
 fn check(options: &Options, list: &mut OptionList, sources: usize) -> anyhow::Result<()> {
     ensure!(
         !options.no_create || options.options.is_empty(),
-        "-o has no effect when skipping image creation (-n)"
+        "-o has no effect when skipping image creation"
     );
     if let Some(Size(bytes)) = options.sparse {
         ensure!(
@@ -172,24 +173,21 @@ fn check(options: &Options, list: &mut OptionList, sources: usize) -> anyhow::Re
              Select 0 to allocate everything."
         );
     }
-    if let Some(backing) = &options.backing {
+    if let Some(backing) = options.backing.as_ref().filter(|_| !options.no_create) {
         list.set("backing_file", backing);
     }
-    if let Some(format) = &options.backing_format {
+    if let Some(format) = options.backing_format.as_ref().filter(|_| !options.no_create) {
         list.set("backing_fmt", format);
     }
     settings::check(list, options.output_format, Purpose::Create)?;
-    if list.get("backing_file").is_some() {
-        ensure!(
-            list.get("backing_fmt").is_some(),
-            "Use of backing file requires explicit backing format (-F)"
-        );
-        ensure!(
-            sources == 1,
-            "Having a backing file for the target makes no sense when concatenating multiple input images"
-        );
-        ensure!(!options.no_create, "-B has no effect when skipping image creation (-n)");
-    }
+    ensure!(
+        sources == 1 || !is_over_backing(options, list),
+        "Having a backing file for the target makes no sense when concatenating multiple input images"
+    );
+    ensure!(
+        list.get("backing_file").is_none() || list.get("backing_fmt").is_some(),
+        "Use of backing file requires explicit backing format"
+    );
     if options.compress {
         ensure!(
             options.output_format == Format::Qcow2,
@@ -239,7 +237,8 @@ async fn convert(
         _ => Vec::new(),
     };
     let output = Output::open(options, list, target, &opened, size_bytes).await?;
-    let engine = engine(options, list, &opened);
+    let mut engine = engine(options, list, &opened);
+    engine.target_is_zero |= output.is_zero();
     let told = |now: qcow2::Progress| progress.set(now.done_bytes, now.total_bytes);
     let converted = qcow2::convert(source, &output.target(options)?, &engine, told).await;
     let converted = converted.with_context(|| format!("error while converting to {target}"))?;
@@ -264,8 +263,13 @@ fn joined(opened: &[Opened]) -> Arc<dyn BlockDevice> {
     Arc::new(whole)
 }
 
+/// Whether what lies below the source lies below the target, too.
+fn is_over_backing(options: &Options, list: &OptionList) -> bool {
+    options.backing.is_some() || list.get("backing_file").is_some()
+}
+
 fn engine(options: &Options, list: &OptionList, opened: &[Opened]) -> ConvertOptions {
-    let over_backing = list.get("backing_file").is_some();
+    let over_backing = is_over_backing(options, list);
     let mut engine = ConvertOptions {
         target_is_zero: options.target_is_zero,
         layer: opened.first().and_then(Opened::image).filter(|_| over_backing).cloned(),

@@ -1,8 +1,9 @@
 //! `create`: a new, empty image.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
+use qcow2::Image;
 
 use crate::cache::Cache;
 use crate::chain;
@@ -10,7 +11,8 @@ use crate::format::{self, Format};
 use crate::making::{self, Plan, beside};
 use crate::open::{self, Access, How, Named};
 use crate::options::OptionList;
-use crate::output::{print, warn};
+use crate::output::{print, text_of, warn};
+use crate::place::Place;
 use crate::settings::{self, Purpose};
 use crate::size::Size;
 use crate::stop::Stop;
@@ -49,7 +51,7 @@ pub(crate) struct Options {
 
     /// The new image
     #[arg(value_name = "FILE", required_unless_present = "options")]
-    file: Option<PathBuf>,
+    file: Option<String>,
 
     /// The size of its disk in bytes, or with k, M, G, T, P or E; that of the image below where it is left out
     #[arg(value_name = "SIZE")]
@@ -63,13 +65,16 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         return Ok(0);
     }
     options.format.for_making()?;
-    let file = options.file.as_deref().context("Expecting image file name")?;
-    let naming = || file.display().to_string();
+    let name = options.file.as_deref().context("Expecting image file name")?;
+    let Place::File(file) = &Place::parse(name)? else {
+        bail!("{name}: an export is its server's to make; convert -n writes to one");
+    };
+    let naming = || name.to_owned();
     settings::check(&list, options.format, Purpose::Create).with_context(naming)?;
     let size = complete(&options, &mut list, file).await.with_context(naming)?;
     if !options.quiet {
         let told = settings::describe(&list, options.format);
-        print(&format!("Formatting '{}', fmt={} {told}\n", file.display(), options.format))?;
+        print(&format!("Formatting '{name}', fmt={} {told}\n", options.format))?;
     }
     let made = stop.or(make(file, &options, size, &list)).await;
     made.with_context(naming)?;
@@ -110,13 +115,14 @@ async fn complete(options: &Options, list: &mut OptionList, file: &Path) -> anyh
         let has_backing = options.format == Format::Qcow2;
         ensure!(has_backing, "Backing file not supported for file format '{}'", options.format);
         ensure!(!name.is_empty(), "Expected backing file name, got empty string");
+        making::plain_path(name)?;
         let path = beside(file, name);
         ensure!(
             path != file,
             "Trying to create an image with the same filename as the backing file"
         );
         match list.get("backing_fmt") {
-            None => bail!("{}", without_format(&path)),
+            None => return Err(without_format(&path)),
             Some(format) => drop(making::backing_format(format)?),
         }
         if !options.without_backing {
@@ -132,19 +138,37 @@ async fn complete(options: &Options, list: &mut OptionList, file: &Path) -> anyh
     Ok(size)
 }
 
-fn without_format(path: &Path) -> String {
+/// Why a backing file needs its format said, unless something else is wrong with it.
+fn without_format(path: &Path) -> anyhow::Error {
+    if let Err(error) = std::fs::metadata(path) {
+        return not_opened(&anyhow::Error::new(error).context(format::could_not_open(path)));
+    }
     let found = match format::recognise(path) {
         Ok(format) => format!("; it is {format}"),
         Err(_) => String::new(),
     };
-    format!("Backing file specified without backing format (-F){found}")
+    anyhow!("Backing file specified without backing format (-F){found}")
+}
+
+fn not_opened(error: &anyhow::Error) -> anyhow::Error {
+    anyhow!("{}\nCould not open backing image.", text_of(error))
 }
 
 async fn size_below(path: &Path, format: Option<&str>, access: &Access) -> anyhow::Result<u64> {
-    let format = format.map(str::parse).transpose().map_err(anyhow::Error::msg)?;
+    let format: Option<Format> = format.map(str::parse).transpose().map_err(anyhow::Error::msg)?;
+    if format == Some(Format::Qcow2) {
+        // Without what lies below, and without a passphrase: only the size is asked for.
+        let seen = Image::inspect(path).await;
+        let seen = seen.map_err(|error| open::explained(error, path, &How::reading(None, true)));
+        let seen = seen.map_err(|error| not_opened(&error))?;
+        return match seen.faults.into_iter().next() {
+            Some(fault) => Err(not_opened(&anyhow!("{}: {fault}", format::could_not_open(path)))),
+            None => Ok(seen.info.size_bytes),
+        };
+    }
     let named = Named::file(path, format);
     let opened = open::open(&named, &How::reading(None, true), access).await;
-    let opened = opened.context("Could not open backing image")?;
+    let opened = opened.map_err(|error| not_opened(&error))?;
     let size = opened.size_bytes();
     opened.close().await?;
     Ok(size)

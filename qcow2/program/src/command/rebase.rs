@@ -81,6 +81,10 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         "Must specify backing file (-b) or use unsafe mode (-u)"
     );
     let named = Named::parse(&options.file, options.format, options.image_opts)?;
+    ensure!(
+        !options.compress || matches!(named.format, None | Some(Format::Qcow2)),
+        "Compression not supported for this file format"
+    );
     let top = folding::top(&named)?;
     let work = RebaseOptions {
         copy: folding::options(options.cache, &options.access, None)?,
@@ -110,9 +114,7 @@ fn backing(options: &Options) -> anyhow::Result<Option<BackingName>> {
         return Ok(None);
     };
     let format = options.backing_format.as_deref().with_context(|| {
-        format!(
-            "Could not change the backing file to '{name}': backing format must be specified (-F)"
-        )
+        format!("Could not change the backing file to '{name}': backing format must be specified")
     })?;
     Ok(Some(BackingName { path: name.to_owned(), format: making::backing_format(format)? }))
 }

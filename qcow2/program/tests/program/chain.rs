@@ -141,3 +141,21 @@ fn chains_that_cannot_be_folded_are_refused() {
     place.qcow2(&["merge", "--last", "top", "top"]).bad(1, "top");
     reads_as_before(&place, "top");
 }
+
+#[test]
+fn a_base_is_named_as_the_image_names_it_before_it_is_sought_here() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("sub")).unwrap();
+    for name in ["base", "sub/base", "sub/top"] {
+        let below = ["-b", "base", "-F", "qcow2"];
+        let below = if name == "sub/top" { &below[..] } else { &[] };
+        let line = [&["create", "-q", "-f", "qcow2"], below, &[name, "1M"]].concat();
+        place.qemu_img(&line).good();
+    }
+    place.qemu_io("sub/top", &["write -P 5 0 1M"]);
+    let stranger = place.read("base");
+    place.qcow2(&["commit", "-b", "base", "sub/top"]).good();
+    place.qemu_io("sub/base", &["read -P 5 0 1M"]);
+    assert_eq!(place.read("base"), stranger);
+    place.qcow2(&["commit", "-b", "sub/base", "sub/top"]).good();
+}

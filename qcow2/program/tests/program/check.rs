@@ -100,3 +100,31 @@ fn formats_without_checks_have_their_own_code() {
     place.qcow2(&["check", "missing"]).bad(1, "missing");
     place.qcow2(&["check", "-r", "some", "a.raw"]).bad(1, "some");
 }
+
+#[test]
+fn a_repair_withdraws_what_it_does_not_keep_up_to_date() {
+    let place = Place::new();
+    for what in ["leaks", "all"] {
+        image(&place);
+        // The last autoclear bit, which nobody knows.
+        spoil(&place, |bytes| bytes[88] |= 0x80);
+        place.qcow2(&["check", "a.qcow2"]).good();
+        assert_eq!(place.read("a.qcow2")[88], 0x80);
+        place.qcow2(&["check", "-r", what, "a.qcow2"]).good();
+        assert_eq!(place.read("a.qcow2")[88], 0, "-r {what}");
+    }
+}
+
+#[test]
+fn nothing_is_repaired_where_the_l1_table_is_too_short() {
+    let place = Place::new();
+    image(&place);
+    spoil(&place, |bytes| bytes[36..40].fill(0));
+    let spoilt = place.read("a.qcow2");
+    for args in [&[][..], &["-r", "leaks"], &["-r", "all"]] {
+        let line = [&["check"], args, &["a.qcow2"]].concat();
+        place.qcow2(&line).bad(1, "L1 table");
+        assert_eq!(place.qemu_img(&line).code, 1, "{args:?}");
+        assert_eq!(place.read("a.qcow2"), spoilt, "{args:?}");
+    }
+}

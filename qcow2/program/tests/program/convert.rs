@@ -1,5 +1,7 @@
 //! `convert` judged by qemu-img, and what is left of it when it is stopped.
 
+use std::os::unix::fs::MetadataExt;
+
 use crate::support::{Place, exists, serve};
 
 /// A sparse qcow2 image with data, zeros, and holes, over another.
@@ -227,5 +229,100 @@ fn options_that_contradict_each_other_are_refused() {
         let (ours, theirs) = (place.qcow2(&line), place.qemu_img(&line));
         assert_eq!((ours.code, theirs.code), (1, 1), "{args:?}: {ours:?}");
         assert!(!exists(&place.path("x")), "{args:?}");
+    }
+}
+
+#[test]
+fn zeros_take_space_where_everything_is_to_be_allocated() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a", "8M"]).good();
+    // Data, zeros as data, zeros that are known, and nothing.
+    place.qemu_io("a", &["write -P 1 0 1M", "write -P 0 1M 1M", "write -z 2M 1M"]);
+    for options in ["cluster_size=4k", "cluster_size=64k", "cluster_size=2M", "extended_l2=on"] {
+        place.qcow2(&["convert", "-O", "qcow2", "-S", "0", "-o", options, "a", "b"]).good();
+        same(&place, &["qcow2", "a"], &["qcow2", "b"]);
+        let map = place.qemu_img(&["map", "--output=json", "b"]).good().json();
+        for extent in map.as_array().expect("a list") {
+            assert!(extent["offset"].is_u64(), "{options}: {extent} takes no space");
+        }
+    }
+}
+
+#[test]
+fn an_id_of_a_snapshot_is_not_taken_for_a_name() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a", "1M"]).good();
+    // The first snapshot has the id 1, and the second is called so.
+    for (value, name) in [(5, "first"), (6, "1")] {
+        place.qemu_io("a", &[&format!("write -P {value} 0 1M")]);
+        place.qemu_img(&["snapshot", "-c", name, "a"]).good();
+    }
+    for name in ["snapshot.id=1", "snapshot.name=1", "snapshot.name=first", "snapshot.id=2"] {
+        place.qcow2(&["convert", "-l", name, "a", "ours"]).good();
+        place.qemu_img(&["convert", "-l", name, "a", "theirs"]).good();
+        same(&place, &["raw", "theirs"], &["raw", "ours"]);
+    }
+    for name in ["snapshot.id=first", "snapshot.name=2", "snapshot.what=1"] {
+        let line = ["convert", "-l", name, "a", "none"];
+        assert_eq!((place.qcow2(&line).code, place.qemu_img(&line).code), (1, 1), "{name}");
+        assert!(!exists(&place.path("none")));
+    }
+}
+
+#[test]
+fn only_the_layer_is_copied_to_a_target_that_stands_over_the_same_backing_file() {
+    let place = Place::new();
+    source(&place);
+    let line = ["create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "thin"];
+    place.qemu_img(&line).good();
+    let line = ["convert", "-n", "-B", "base.qcow2", "-O", "qcow2", "top.qcow2", "thin"];
+    place.qcow2(&line).good();
+    same(&place, &["qcow2", "top.qcow2"], &["qcow2", "thin"]);
+    let map = |name: &str| place.qemu_img(&["map", "--output=json", name]).good().json();
+    let own = |map: serde_json::Value| {
+        let list = map.as_array().expect("a list").clone();
+        list.iter().filter(|extent| extent["depth"] == 0 && extent["data"] == true).count()
+    };
+    assert_eq!(own(map("thin")), own(map("top.qcow2")));
+}
+
+#[test]
+fn a_data_file_may_be_named_on_the_command_line() {
+    let place = Place::new();
+    let line = ["create", "-f", "qcow2", "-o", "data_file=a.data", "a", "1M"];
+    place.qemu_img(&line).good();
+    place.qemu_io("a", &["write -P 7 0 64k"]);
+    std::fs::rename(place.path("a.data"), place.path("moved")).unwrap();
+    assert_eq!(place.qcow2(&["convert", "a", "out"]).code, 1);
+    let image = "driver=qcow2,file.filename=a,data-file.driver=file,data-file.filename=moved,\
+                 l2-cache-size=1M,read-only=on";
+    place.qcow2(&["convert", "--image-opts", image, "out"]).good();
+    place.qemu_img(&["convert", "--image-opts", image, "theirs"]).good();
+    same(&place, &["raw", "theirs"], &["raw", "out"]);
+    place.qcow2(&["amend", "--image-opts", "-o", "compat=v3", image]).bad(1, "read-only");
+}
+
+#[test]
+fn what_is_made_in_advance_stays_when_a_copy_is_filled_in() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a", "64M"]).good();
+    place.qemu_io("a", &["write -P 1 1M 1M", "write -z 20M 1M"]);
+    for mode in ["metadata", "falloc", "full"] {
+        let options = format!("preallocation={mode}");
+        place.qcow2(&["convert", "-O", "qcow2", "-o", &options, "a", "ours"]).good();
+        place.qemu_img(&["convert", "-O", "qcow2", "-o", &options, "a", "theirs"]).good();
+        same(&place, &["qcow2", "a"], &["qcow2", "ours"]);
+        let allocated = |name: &str| {
+            let check = place.qemu_img(&["check", "--output=json", name]).good().json();
+            check["allocated-clusters"].as_u64()
+        };
+        assert_eq!(allocated("ours"), allocated("theirs"), "{mode}");
+    }
+    for mode in ["falloc", "full"] {
+        let options = format!("preallocation={mode}");
+        place.qcow2(&["convert", "-O", "raw", "-o", &options, "a", "ours.raw"]).good();
+        same(&place, &["qcow2", "a"], &["raw", "ours.raw"]);
+        let blocks = std::fs::metadata(place.path("ours.raw")).unwrap().blocks();
+        assert!(blocks * 512 >= 64 << 20, "{mode}: {blocks} blocks");
     }
 }

@@ -204,3 +204,47 @@ fn an_encrypted_image_opens_with_its_passphrase_in_both_programs() {
     let line = ["info", "--output=json", "a"];
     assert_eq!(json(place.qcow2(&line)), json(place.qemu_img(&line)));
 }
+
+#[test]
+fn references_that_nobody_would_follow_are_not_written_down() {
+    let place = Place::new();
+    for options in [
+        "backing_file=json:{\"driver\":\"qcow2\"},backing_fmt=qcow2",
+        "backing_file=nbd://localhost/disk,backing_fmt=raw",
+        "data_file=json:{}",
+    ] {
+        for flags in [&[][..], &["-u"]] {
+            let line = [&["create", "-f", "qcow2", "-o", options], flags, &["a", "1M"]].concat();
+            place.qcow2(&line).bad(1, "protocols or json: names");
+            assert!(!crate::support::exists(&place.path("a")), "{options}");
+        }
+    }
+}
+
+#[test]
+fn a_name_with_a_colon_stands_behind_file() {
+    let place = Place::new();
+    place.qcow2(&["create", "-f", "qcow2", "file:a:b", "1M"]).good();
+    place.qemu_img(&["check", "file:a:b"]).good();
+    assert!(crate::support::exists(&place.path("a:b")));
+    place.qcow2(&["create", "-f", "qcow2", "a:b", "1M"]).bad(1, "Unknown protocol 'a'");
+}
+
+#[test]
+fn a_missing_backing_file_is_told_before_its_format() {
+    let place = Place::new();
+    let line = ["create", "-f", "qcow2", "-b", "never", "a", "1M"];
+    let theirs = place.qemu_img(&line).err.replace("qemu-img: ", "");
+    assert_eq!(place.qcow2(&line).err.replace("qcow2: ", ""), theirs);
+}
+
+#[test]
+fn an_image_over_an_encrypted_one_needs_no_passphrase() {
+    let place = Place::new();
+    let object = "secret,id=s,data=open sesame";
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let line = ["create", "-q", "-f", "qcow2", "--object", object, "-o", options, "base", "3M"];
+    place.qemu_img(&line).good();
+    let line = ["create", "-f", "qcow2", "-b", "base", "-F", "qcow2", "a"];
+    assert_eq!(place.qcow2(&line).good().out, place.qemu_img(&line).good().out);
+}

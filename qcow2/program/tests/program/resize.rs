@@ -140,3 +140,22 @@ fn passphrases_are_added_and_removed() {
     assert_eq!(place.qcow2(&["amend", "--object", new, "-o", last, "a"]).code, 1);
     assert!(opens("new", new));
 }
+
+#[test]
+fn what_is_made_in_advance_behind_a_short_image_hides_a_long_backing_file() {
+    let place = Place::new();
+    place.write_raw("base", 128 << 10, 3);
+    for mode in ["metadata", "falloc", "full"] {
+        for (from, to) in [("31k", "96k"), ("31k", "128k"), ("33k", "96k"), ("64k", "128k")] {
+            let line = ["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw"];
+            for name in ["ours", "theirs"] {
+                place.qemu_img(&[&line[..], &[name, from]].concat()).good();
+            }
+            let mode = format!("--preallocation={mode}");
+            place.qcow2(&["resize", &mode, "ours", to]).good();
+            place.qemu_img(&["resize", &mode, "theirs", to]).good();
+            place.qemu_img(&["compare", "-s", "ours", "theirs"]).good();
+            place.qemu_img(&["check", "ours"]).good();
+        }
+    }
+}

@@ -11,7 +11,7 @@ use super::Options;
 use crate::cache::Cache;
 use crate::chain;
 use crate::format::Format;
-use crate::making::{Below, Plan};
+use crate::making::{Below, Filling, Plan};
 use crate::open::{self, How, Named, Opened};
 use crate::options::OptionList;
 use crate::place::Place;
@@ -24,6 +24,7 @@ pub(super) struct Output {
     name: String,
     /// The files, if they are new.
     made: Vec<Target>,
+    is_zero: bool,
 }
 
 impl Output {
@@ -59,6 +60,11 @@ impl Output {
             bail!("output file is smaller than input file: {name} has {has} bytes of {size_bytes}");
         }
         Ok(output)
+    }
+
+    /// Whether it is new, and so reads as zeros.
+    pub(super) fn is_zero(&self) -> bool {
+        self.is_zero
     }
 
     /// The image, where it is a qcow2 one.
@@ -107,7 +113,7 @@ async fn existing(
     } else {
         let plain = options.output_format == Format::Raw && options.options.is_empty();
         ensure!(
-            plain && list.get("backing_file").is_none(),
+            plain && options.backing.is_none() && list.get("backing_file").is_none(),
             "{name}: an NBD export is a disk: -O raw, without -o and -B"
         );
     }
@@ -115,7 +121,7 @@ async fn existing(
     let device = opened.device();
     ensure!(!device.limits().read_only, "{name} is read-only");
     let image = opened.image().cloned();
-    Ok(Output { device, image, name: name.to_owned(), made: Vec::new() })
+    Ok(Output { device, image, name: name.to_owned(), made: Vec::new(), is_zero: false })
 }
 
 async fn made(
@@ -136,5 +142,6 @@ async fn made(
     let made = plan.make(&ids).await.with_context(cannot)?;
     let (filling, files) =
         made.open(below.device(), &options.access, cache).await.with_context(cannot)?;
-    Ok(Output { device: filling.device, image: filling.image, name, made: files })
+    let Filling { device, image, is_zero } = filling;
+    Ok(Output { device, image, name, made: files, is_zero })
 }

@@ -2,9 +2,10 @@
 //! at it, a sync. The core says what; when and how it is written is the driver's.
 
 use crate::core::Core;
+use crate::header::Header;
 use crate::mapping::CapturedMapping;
 use crate::refcount::{CapturedRefcounts, MetaWrite};
-use crate::units::{HostOffset, Run};
+use crate::units::{ClusterGeometry, HostOffset, Run};
 
 /// The writes of one flush, in three stages with a sync behind each that is not empty.
 #[derive(Debug, Default)]
@@ -16,6 +17,9 @@ pub struct FlushPlan {
     pub link: Vec<MetaWrite>,
     /// L2 entries in place and L1 entries.
     pub last: Vec<MetaWrite>,
+    /// Where the last cluster ends that an entry may name, in bytes: the file has to reach there before one does, even
+    /// where nothing was written to it.
+    pub end_bytes: u64,
 }
 
 /// What a flush took out of the core, to be confirmed or given back.
@@ -23,6 +27,8 @@ pub struct FlushPlan {
 pub struct Captured {
     map: CapturedMapping,
     refs: CapturedRefcounts,
+    /// Where the header is to find the refcount table, if elsewhere than before.
+    moved: Option<Run>,
     dropped: Vec<Run>,
 }
 
@@ -38,12 +44,13 @@ impl Core {
         let (mut first, mut link, refs) = self.refs.capture();
         let (tables, mut last, map) = self.map.capture();
         first.extend(tables);
-        if !refs.left.is_empty() {
-            let run = self.refs.table_run();
-            let at = self.geometry.host_offset(run.start);
-            let clusters = u32::try_from(run.count).unwrap_or(u32::MAX);
-            self.header.move_refcount_table(at, clusters);
-            link.push(MetaWrite { at: HostOffset(0), bytes: self.header.sector() });
+        let moved = (!refs.left.is_empty()).then(|| self.refs.table_run());
+        if let Some(run) = moved {
+            // Not in memory yet: whoever writes the header before this has landed must not name a table that is not
+            // there.
+            let mut header = self.header.clone();
+            move_table(&mut header, self.geometry, run);
+            link.push(MetaWrite { at: HostOffset(0), bytes: header.sector() });
         }
         for writes in [&mut first, &mut link] {
             writes.sort_unstable_by_key(|write| write.at);
@@ -53,13 +60,17 @@ impl Core {
             last.append(&mut link);
         }
         let dropped = std::mem::take(&mut self.dropped);
-        (FlushPlan { first, link, last }, Captured { map, refs, dropped })
+        let end_bytes = self.end.saturating_mul(self.geometry.bytes());
+        (FlushPlan { first, link, last, end_bytes }, Captured { map, refs, moved, dropped })
     }
 
     /// All of a plan is durable. Gives the runs whose references are gone, which have to be dropped once each.
     pub(crate) fn landed(&mut self, captured: Captured) -> Vec<Run> {
         self.map.landed(&captured.map);
         self.refs.landed(&captured.refs);
+        if let Some(run) = captured.moved {
+            move_table(&mut self.header, self.geometry, run);
+        }
         let mut gone = captured.dropped;
         gone.extend(captured.refs.left);
         gone
@@ -71,4 +82,9 @@ impl Core {
         self.refs.revert(&mut captured.refs);
         self.dropped.append(&mut captured.dropped);
     }
+}
+
+fn move_table(header: &mut Header, geometry: ClusterGeometry, run: Run) {
+    let clusters = u32::try_from(run.count).unwrap_or(u32::MAX);
+    header.move_refcount_table(geometry.host_offset(run.start), clusters);
 }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use block::{BlockDevice, ByteRange, DeviceError, HostError, HostFile, HostOp, Limits, RangeLock};
+use block::{
+    BlockDevice, ByteRange, DeviceError, Hold, HostError, HostFile, HostOp, Limits, RangeLock,
+};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
@@ -231,15 +233,15 @@ impl Inner {
     ) -> Result<T, Error> {
         let answer = self.step(live, ask).await;
         if let Err(error @ Error::Corrupt { .. }) = &answer {
-            let _no_flush = Arc::clone(&self.flush_gate).lock_owned().await;
-            self.give_up_changing(live, error).await;
+            let no_flush = Arc::clone(&self.flush_gate).lock_owned().await;
+            self.give_up_changing(live, error, &Some(Arc::new(no_flush))).await;
         }
         answer
     }
 
     /// Refuses all changes from now on, and marks the image as corrupt, durably, where its version can say so. What
-    /// was changed before can still be flushed. No flush runs, or this is the one.
-    pub(crate) async fn give_up_changing(&self, live: &Live, error: &Error) {
+    /// was changed before can still be flushed. `hold` keeps other flushes out until the header is written.
+    pub(crate) async fn give_up_changing(&self, live: &Live, error: &Error, hold: &Hold) {
         if self.is_broken.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -252,7 +254,7 @@ impl Inner {
             core.header.set_incompatible(CORRUPT, true);
             core.header.sector()
         };
-        let written = match live.file.write(0, sector.into(), None).await {
+        let written = match live.file.write(0, sector.into(), hold.clone()).await {
             Ok(()) => live.file.sync().await,
             failed => failed,
         };
@@ -330,10 +332,11 @@ impl Inner {
         }
         self.first_change
             .get_or_try_init(|| async {
-                let _gate = self.flush_gate.lock().await;
+                // The write takes the gate along: if it landed late, it would undo what others made of the header.
+                let gate: Hold = Some(Arc::new(Arc::clone(&self.flush_gate).lock_owned().await));
                 let sector = self.core.lock().header.sector_for_changing();
                 let Some(sector) = sector else { return Ok(()) };
-                let write = live.file.write(HostOffset(0).0, sector.into(), None).await;
+                let write = live.file.write(HostOffset(0).0, sector.into(), gate.clone()).await;
                 let done = match write {
                     Ok(()) => live.file.sync().await,
                     failed => failed,

@@ -78,7 +78,7 @@ impl Inner {
         let checked = self.core.lock().check_plan(&plan);
         if let Err(fault) = checked {
             let error = self.fault(fault);
-            self.give_up_changing(live, &error).await;
+            self.give_up_changing(live, &error, &hold).await;
             return Err(error);
         }
         if let Err(error) = write_plan(live, plan, &hold).await {
@@ -230,6 +230,9 @@ fn whole_blocks(range: ByteRange) -> ByteRange {
 
 async fn write_plan(live: &Live, plan: FlushPlan, hold: &Hold) -> Result<(), HostError> {
     write_all(live, plan.first, hold).await?;
+    if !(plan.link.is_empty() && plan.last.is_empty()) {
+        live.file.ensure_len(plan.end_bytes).await?;
+    }
     // Also what makes data durable: needed even where there is no metadata.
     if let Some(data) = &live.data {
         data.sync().await?;

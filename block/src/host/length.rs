@@ -87,6 +87,36 @@ impl HostFile {
         Ok(())
     }
 
+    /// Makes the file at least `end` bytes long, by a hole where nothing is; [`HostFile::len`] counts it. No system call
+    /// where the host's length suffices, as it does behind [`HostFile::ensure_capacity`] on hosts that can allocate.
+    /// Otherwise waits for writes behind the present end.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Resize`].
+    pub async fn ensure_len(&self, end: u64) -> Result<(), HostError> {
+        let inner = &self.inner;
+        let reaches = || {
+            let enough = end <= inner.physical_len();
+            if enough {
+                inner.lengths.logical.fetch_max(end, Ordering::AcqRel);
+            }
+            enough
+        };
+        if inner.facts.fixed_len || reaches() {
+            return Ok(());
+        }
+        inner.check_change(HostOp::Resize, ByteRange::between(end, end))?;
+        let resize = inner.lock_resize().await;
+        // A write that is in flight may lengthen the file further, which must not be undone.
+        let guard = inner.lock_from(inner.physical_len()).await;
+        if reaches() {
+            return Ok(());
+        }
+        let mut keep = inner.resize_keep(&resize, Effect::Grows { logical: end, physical: end });
+        keep.guard = Some(guard);
+        inner.run(Op::SetLen { len: end }, HostOp::Resize, keep).await.map(drop)
+    }
+
     /// Cuts off what was allocated ahead and not written: the host's length becomes [`HostFile::len`].
     ///
     /// # Errors

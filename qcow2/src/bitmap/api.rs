@@ -319,7 +319,11 @@ impl Inner {
             }
         };
         self.store_bitmaps(&live, &turn, changed.removed.as_slice(), None).await?;
+        // The file names the new list, and nothing leads back from here.
         undo.forget();
+        if let Err(error) = self.flush(&live).await {
+            tracing::warn!(image = %self.path.display(), %error, "space of bitmaps stays in use");
+        }
         Ok(())
     }
 

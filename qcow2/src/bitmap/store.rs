@@ -108,8 +108,8 @@ impl Inner {
     }
 
     /// Stores the list as it is in memory: new clusters for what changed, a new directory, the header, and then the
-    /// old ones are free, with those of the bitmaps in `removed`. The write of the header that switches gives the disk
-    /// its new size, where there is one, for which the list was made. The disk must be quiet.
+    /// old ones are free from the next flush on, with those of the bitmaps in `removed`. The write of the header that
+    /// switches gives the disk its new size, where there is one, for which the list was made. The disk must be quiet.
     ///
     /// # Errors
     /// What the host fails at. Up to the switch of the header nothing has happened; failing there poisons the image.
@@ -173,7 +173,7 @@ impl Inner {
                 bitmap.saved(entry);
             }
         });
-        self.flush(live).await
+        Ok(())
     }
 
     /// Writes the bits of a bitmap that changed, and its table. `None` where the table stays as it is.

@@ -183,7 +183,7 @@ impl Chunk {
     }
 
     /// The slots of a range that are not 0, with their counts.
-    fn between(&self, slots: Range<u64>) -> Box<dyn Iterator<Item = (u64, u64)> + '_> {
+    fn between(&self, slots: Range<u64>) -> Box<dyn Iterator<Item = (u64, u64)> + Send + '_> {
         match self {
             Self::Few(counts) => {
                 let counts = counts.iter().map(|(slot, count)| (u64::from(*slot), *count));

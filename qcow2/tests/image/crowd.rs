@@ -19,7 +19,7 @@ const MOST_IDLE_TURNS: u32 = 100_000;
 
 /// What a sector holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Value {
+pub(crate) enum Value {
     Zero,
     /// Its own number and this one, over and over; 0 is what the backing file holds.
     Stamp(u64),
@@ -33,12 +33,12 @@ impl Value {
         }
     }
 
-    fn bytes(self, sector: u64) -> Vec<u8> {
+    pub(crate) fn bytes(self, sector: u64) -> Vec<u8> {
         self.stamp(sector).repeat(32)
     }
 
     /// `None` for what nobody has put there.
-    fn of(sector: u64, bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn of(sector: u64, bytes: &[u8]) -> Option<Self> {
         let stamp = u64::from_be_bytes(bytes[8..16].try_into().unwrap());
         let found = if bytes[..8] == [0; 8] { Self::Zero } else { Self::Stamp(stamp) };
         let expected = found.stamp(sector);

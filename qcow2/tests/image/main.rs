@@ -30,6 +30,7 @@ mod measure;
 mod memory;
 mod model;
 mod order;
+mod power;
 mod repairing;
 mod resizing;
 mod sans_io;

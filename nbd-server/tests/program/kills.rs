@@ -121,13 +121,13 @@ impl Drop for Load {
     }
 }
 
-async fn connect(dir: &Path) -> Arc<NbdDevice> {
+pub(super) async fn connect(dir: &Path) -> Arc<NbdDevice> {
     let options = ClientOptions { connections: 1, ..ClientOptions::default() };
     NbdDevice::connect(&Address::Unix(dir.join("socket")), "one", options).await.unwrap()
 }
 
 /// Whether the image, which a server may have open, is sound; clusters that nobody uses are allowed.
-fn check(dir: &Path) {
+pub(super) fn check(dir: &Path) {
     let checked = Command::new("timeout")
         .args(["40", "qemu-img", "check", "-U", "disk.qcow2"])
         .current_dir(dir)

@@ -3,6 +3,8 @@
 mod bitmaps;
 #[cfg(feature = "client")]
 mod kills;
+#[cfg(feature = "client")]
+mod meet;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;

@@ -7,7 +7,7 @@ FUZZ_SECONDS ?= 60
 # cargo-nextest shows each test alone and in parallel; plain `cargo test` runs the same tests.
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: demo test lint bench fuzz peers clean
+.PHONY: demo test lint bench fuzz coverage peers clean
 
 demo:
 	$(CARGO) build --locked --release -p hub -p agent -p nbd-server
@@ -36,6 +36,10 @@ bench: peers
 
 fuzz:
 	scripts/fuzz.sh $(FUZZ_SECONDS)
+
+# Needs `cargo install --locked cargo-llvm-cov` and `rustup component add llvm-tools`.
+coverage: peers
+	$(CARGO) llvm-cov nextest --locked -p qcow2 -p block --all-features --summary-only
 
 clean:
 	$(CARGO) clean

@@ -41,8 +41,11 @@ pub enum BitmapError {
         /// The granularity asked for.
         bytes: u64,
     },
-    /// Too many bits for the disk, or none because it is empty.
-    #[error("{bytes} bytes of bits (1 to {MAX_BITMAP_BYTES}): use another granularity")]
+    /// A bitmap of nothing has no form in the format.
+    #[error("the disk is empty: make it larger first")]
+    EmptyDisk,
+    /// Too many bits for the disk.
+    #[error("{bytes} bytes of bits (at most {MAX_BITMAP_BYTES}): use a larger granularity")]
     TooLarge {
         /// The bytes of bits that it would have.
         bytes: u64,
@@ -115,8 +118,11 @@ impl Image {
             return Err(refused(BitmapError::Granularity { bytes: granularity_bytes }));
         }
         let size_bytes = inner.limits().size_bytes;
+        if size_bytes == 0 {
+            return Err(refused(BitmapError::EmptyDisk));
+        }
         let bytes = bitmap_bytes(size_bytes, bits);
-        if bytes == 0 || bytes > MAX_BITMAP_BYTES {
+        if bytes > MAX_BITMAP_BYTES {
             return Err(refused(BitmapError::TooLarge { bytes }));
         }
         if inner.core.lock().header.version < 3 {

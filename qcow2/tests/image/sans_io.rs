@@ -59,7 +59,9 @@ impl Vector {
     }
 
     fn flush(&mut self) {
-        let (FlushPlan { first, link, last }, captured) = self.metadata.capture();
+        let (FlushPlan { first, link, last, end_bytes }, captured) = self.metadata.capture();
+        let end = usize::try_from(end_bytes).unwrap();
+        self.file.resize(self.file.len().max(end), 0);
         for MetaWrite { at, bytes } in [first, link, last].into_iter().flatten() {
             self.put(at.0, &bytes);
         }

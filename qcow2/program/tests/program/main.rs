@@ -9,6 +9,7 @@ mod compare;
 mod convert;
 mod create;
 mod dd;
+mod hostile;
 mod info;
 mod map;
 mod measure;

@@ -72,6 +72,18 @@ impl Place {
         Answer::of(&self.ours(args).output().expect("the program runs"))
     }
 
+    /// What our program answers where it has 512 MiB of addresses and 5 seconds of a processor. A signal, or a minute
+    /// without an answer, is a code of 124 or above.
+    pub(crate) fn limited(&self, args: &[&str]) -> Answer {
+        let mut line = vec!["-k", "1", "60", "prlimit", "--as=536870912", "--cpu=5", "--core=0"];
+        line.push(env!("CARGO_BIN_EXE_qcow2"));
+        line.extend(args);
+        let mut command = self.command("timeout", &line);
+        // Each arena of the allocator reserves 64 MiB of addresses, used or not.
+        command.env("MALLOC_ARENA_MAX", "2");
+        Answer::of(&command.output().expect("timeout and prlimit run"))
+    }
+
     /// What qemu-img answers.
     pub(crate) fn qemu_img(&self, args: &[&str]) -> Answer {
         Answer::of(&self.command("qemu-img", args).output().expect("qemu-img runs"))

@@ -1,0 +1,138 @@
+//! A corpus of images that lie, made from sound ones of every kind: each field at its limits, each table cut off, each
+//! structure over another. None may make the library panic or hang, read or write what is not the image's, or make a
+//! sound image worse. `SENDENSE_TEST_ROUNDS=100` tells every lie.
+
+mod anatomy;
+mod exercise;
+mod samples;
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anatomy::{Anatomy, Mutant};
+use block::BlockDevice;
+use exercise::{Outcome, exercise};
+use qcow2::{BitmapError, CheckOptions, CreateOptions, Error, Image, OpenOptions, Passphrase};
+use samples::{KINDS, SECRET, sample};
+
+/// What nothing takes unless it hangs: the machine may be busy with other tests.
+const HANGS_AFTER: Duration = Duration::from_secs(120);
+
+/// How many lies of a kind are told.
+fn limit(usual: usize) -> usize {
+    let factor = std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok());
+    usual * factor.unwrap_or(1)
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+}
+
+/// Uses all these images, and says what became of each.
+fn use_all(mutants: impl Iterator<Item = Mutant>, passphrases: &[Passphrase]) -> Vec<Outcome> {
+    let mut outcomes = Vec::new();
+    for Mutant { what, bytes } in mutants {
+        let (tell, hear) = mpsc::channel();
+        let passphrases = passphrases.to_vec();
+        let worker = std::thread::spawn(move || {
+            let outcome = block_on(exercise(&bytes, &passphrases));
+            // Nobody listens any more where this came too late.
+            let _late = tell.send(outcome);
+        });
+        match hear.recv_timeout(HANGS_AFTER) {
+            Ok(outcome) => outcomes.push(outcome),
+            Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs where {what}"),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                assert!(worker.join().is_ok(), "it breaks where {what}");
+            }
+        }
+    }
+    outcomes
+}
+
+/// Tells the lies of one kind of image.
+fn lie_with(kind: &'static str, fields: usize, overlaps: usize) {
+    let sound = block_on(sample(kind));
+    let passphrases = [Passphrase::new(SECRET)];
+    let outcome = block_on(exercise(&sound.bytes, &passphrases));
+    let all_good = Outcome { opened: true, opened_for_writing: true, clean: true, repaired: true };
+    assert_eq!(outcome, all_good, "{kind} as it is");
+    let anatomy = Anatomy::of(&sound.bytes);
+    let liars = use_all(anatomy.liars(limit(fields)), &passphrases);
+    assert!(!liars.is_empty());
+    let refused = liars.iter().filter(|outcome| !outcome.opened || !outcome.clean).count();
+    assert!(refused * 4 > liars.len(), "{kind}: {refused} of {} lies are noticed", liars.len());
+    use_all(anatomy.overlaps(limit(overlaps)), &passphrases);
+    use_all(anatomy.stumps(), &passphrases);
+}
+
+macro_rules! kinds {
+    ($($kind:ident: $fields:literal, $overlaps:literal;)*) => {
+        $(#[test]
+        fn $kind() {
+            lie_with(stringify!($kind), $fields, $overlaps);
+        })*
+    };
+}
+
+mod an_image_that_lies_is_refused_or_flagged {
+    use super::lie_with;
+
+    kinds! {
+        plain: 500, 100;
+        v2: 300, 50;
+        large: 300, 50;
+        narrow: 300, 50;
+        wide: 300, 100;
+        extended: 300, 50;
+        deflate: 300, 100;
+        zstd: 300, 50;
+        snapshots: 500, 100;
+        bitmaps: 500, 100;
+        data_file: 300, 50;
+        raw_data_file: 200, 50;
+        backing: 200, 50;
+    }
+
+    #[cfg(feature = "luks")]
+    kinds! {
+        luks: 100, 20;
+    }
+}
+
+#[test]
+fn the_kinds_have_a_sample_each() {
+    for kind in KINDS {
+        let sample = block_on(sample(kind));
+        assert_eq!(sample.name, kind);
+        let anatomy = Anatomy::of(&sample.bytes);
+        assert!(anatomy.fields.len() > 20 && anatomy.structures.len() > 4, "{kind}");
+    }
+}
+
+#[test]
+fn an_empty_disk_takes_no_bitmap() {
+    block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("empty");
+        Image::create(&path, &CreateOptions::new(0)).await.unwrap();
+        let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+        let refused = image.add_bitmap("of nothing", 512, true).await;
+        let reason = BitmapError::EmptyDisk;
+        assert!(matches!(refused, Err(Error::Bitmap { reason: found, .. }) if found == reason));
+        image.close().await.unwrap();
+        let report = Image::check(&path, CheckOptions::default(), |_| {}).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+    });
+}
+
+/// The committed seeds of the fuzz target are these same images.
+#[test]
+#[ignore = "writes fuzz/corpus/qcow2_image anew"]
+fn the_seeds_are_written() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/qcow2_image");
+    for kind in KINDS {
+        let sample = block_on(sample(kind));
+        std::fs::write(format!("{folder}/{kind}"), sample.bytes).unwrap();
+    }
+}

@@ -6,11 +6,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{
-    BlockDevice, ByteRange, Durability, HostFile, MemoryDevice, MemoryStorage, ZeroMode,
-};
+use block::{BlockDevice, ByteRange, Durability, HostFile, MemoryDevice, MemoryStorage, ZeroMode};
 use bytes::Bytes;
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::arbitrary::{self, Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use qcow2::{
     BackingFormat, Compression, CreateOptions, Error, Image, OpenOptions, Preallocation, Repair,
@@ -24,6 +22,9 @@ const MAX_OPERATIONS: usize = 64;
 /// The most snapshots and the most bitmaps at a time.
 const MAX_NAMES: usize = 5;
 const SECTOR: u64 = 512;
+
+/// Set to see the operations of an input.
+const SHOW: &str = "FUZZ_SHOW";
 
 /// What the image is made like.
 #[derive(Arbitrary, Debug)]
@@ -265,14 +266,22 @@ impl World {
 
     async fn discard(&mut self, at: u32, len: u32) {
         let range = self.range(at, u64::from(len));
-        self.changed(range);
         let done = self.image.discard(range, Durability::Deferred).await;
         done.expect("a sound image takes a discard");
         let now = self.image.read(range).await.expect("a sound image reads").to_vec();
         let old = self.part(range);
         let fits = now.iter().zip(&*old).all(|(now, old)| *now == 0 || now == old);
         assert!(fits, "{range:?}: neither zeros nor what was there");
+        // Parts of clusters stay as they are, and are no change.
+        let differ: Vec<u64> = (range.start()..)
+            .zip(now.iter().zip(&*old))
+            .filter(|(_, (a, b))| a != b)
+            .map(|(at, _)| at)
+            .collect();
         old.copy_from_slice(&now);
+        if let (Some(first), Some(last)) = (differ.first(), differ.last()) {
+            self.changed(ByteRange::between(*first, *last + 1));
+        }
     }
 
     async fn resize(&mut self, size: u64, prepared: bool) {
@@ -405,13 +414,26 @@ impl World {
     }
 }
 
-fuzz_target!(|plan: (Shape, Vec<Operation>)| {
-    let (shape, operations) = plan;
+fuzz_target!(|data: &[u8]| {
+    let mut input = Unstructured::new(data);
+    let Ok(shape) = input.arbitrary::<Shape>() else { return };
+    let show = std::env::var_os(SHOW).is_some();
+    if show {
+        eprintln!("{shape:?}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     runtime.expect("a runtime").block_on(async {
         let Some(mut world) = World::new(&shape).await else { return };
-        for operation in operations.iter().take(MAX_OPERATIONS) {
-            world.apply(operation).await;
+        for _ in 0..MAX_OPERATIONS {
+            // What is left at the end makes an operation with zeros for what it lacks.
+            let Ok(operation) = input.arbitrary::<Operation>() else { break };
+            if show {
+                eprintln!("{operation:?}");
+            }
+            world.apply(&operation).await;
+            if input.is_empty() {
+                break;
+            }
         }
         world.close().await;
     });

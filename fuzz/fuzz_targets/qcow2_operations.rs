@@ -19,6 +19,8 @@ use qcow2::{
 const MAX_BYTES: u64 = 1 << 20;
 /// The most operations of one input.
 const MAX_OPERATIONS: usize = 64;
+/// The most times that an input closes the image, which reads and checks all of it.
+const MAX_REOPENS: u32 = 8;
 /// The most snapshots and the most bitmaps at a time.
 const MAX_NAMES: usize = 5;
 const SECTOR: u64 = 512;
@@ -87,6 +89,7 @@ struct World {
     snapshots: Vec<Snapshot>,
     bitmaps: Vec<Bitmap>,
     named: u32,
+    reopened: u32,
 }
 
 impl Shape {
@@ -153,7 +156,7 @@ impl World {
         disk.resize(index(options.size_bytes), 0);
         let image = Self::open(&storage, data.as_ref(), below.as_ref()).await.expect("a new image");
         let (snapshots, bitmaps) = (Vec::new(), Vec::new());
-        Some(Self { storage, data, below, image, disk, snapshots, bitmaps, named: 0 })
+        Some(Self { storage, data, below, image, disk, snapshots, bitmaps, named: 0, reopened: 0 })
     }
 
     async fn open(
@@ -241,7 +244,7 @@ impl World {
                 done.expect("what was made can be deleted");
             }
             Operation::Flush => self.image.flush().await.expect("a flush"),
-            Operation::Reopen => self.reopen().await,
+            Operation::Reopen if self.reopened < MAX_REOPENS => self.reopen().await,
             _ => self.bitmap(operation).await,
         }
     }
@@ -407,6 +410,7 @@ impl World {
     }
 
     async fn reopen(&mut self) {
+        self.reopened += 1;
         self.close().await;
         let opened = Self::open(&self.storage, self.data.as_ref(), self.below.as_ref()).await;
         self.image = opened.expect("what was closed opens again");

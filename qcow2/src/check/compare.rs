@@ -110,7 +110,12 @@ pub(super) async fn compare(
             last = (at, file.read(ByteRange::between(at, at + geometry.bytes())).await?);
         }
         let mut block = last.1.to_vec();
-        let changed = comparison.block(start, next, &mut block).map_err(|_| scattered(file))?;
+        let mut changed = comparison.block(start, next, &mut block).map_err(|_| scattered(file))?;
+        if repair == Repair::All {
+            // Left by a write of refcounts whose clusters never came; they would be leaks once the file reaches there.
+            changed.extend(comparison.forget_outside(next - start, per_block, &mut block));
+            changed.dedup();
+        }
         write_sectors(file, HostOffset(at), &block, &changed).await?;
     }
     comparison.without_block(next, outside.0).map_err(|_| scattered(file))?;
@@ -187,6 +192,18 @@ impl Comparison<'_> {
             }
         }
         Ok(changed)
+    }
+
+    /// Clears the refcounts `from..end` of a block, whose clusters are not in the file. Says which sectors changed.
+    fn forget_outside(&self, from: u64, end: u64, block: &mut [u8]) -> Vec<u64> {
+        let mut changed = Vec::new();
+        for slot in from..end {
+            if self.width.get(block, slot) != 0 && self.width.set(block, slot, 0) {
+                changed.push((slot << self.width.order()) / 8 / SECTOR_BYTES);
+            }
+        }
+        changed.dedup();
+        changed
     }
 
     /// A block for clusters that nothing references. Hostile images have very many of them, most often the same.

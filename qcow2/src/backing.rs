@@ -58,8 +58,9 @@ impl Place {
     /// # Errors
     /// [`ReferenceError::Replaced`], [`Error::Host`].
     pub(crate) async fn open(&self, options: &OpenOptions) -> Result<HostFile, Error> {
-        // Files of an engine of the caller's are where that says, in no folder of ours.
-        let confined = self.confined.as_ref().filter(|_| options.engine.is_none());
+        // Files in memory lie in no folder.
+        let in_memory = options.engine.as_ref().is_some_and(|engine| engine.name() == "memory");
+        let confined = self.confined.as_ref().filter(|_| !in_memory);
         let Some((root, allowed)) = confined else { return options.open_file(&self.path).await };
         let replaced = || {
             let name = self.path.display().to_string();

@@ -28,7 +28,8 @@ use crate::units::HostOffset;
 /// All methods of [`BlockDevice`] can be called from any number of tasks at once, on any runtime.
 ///
 /// **Order.** Requests that overlap are ordered by locks on guest ranges, widened to clusters: reads and overwrites of
-/// what is allocated share, whatever changes the mapping excludes. No lock on the image is held while bytes move.
+/// what is allocated share, whatever changes the mapping excludes, and overwrites of the same bytes take turns. No
+/// lock on the image is held while bytes move.
 ///
 /// **Durability.** Metadata changes live in memory until [`BlockDevice::flush`]. At every moment the file on disk is an
 /// image in which at most clusters are leaked; what a flush covered reads back.
@@ -54,6 +55,8 @@ pub(crate) struct Inner {
     pub(crate) core: Arc<Mutex<Core>>,
     /// Guest ranges, widened to clusters.
     pub(crate) guests: RangeLock,
+    /// Guest bytes that are being overwritten in place, by requests that share the locks on their clusters.
+    pub(crate) overwrites: RangeLock,
     /// Host ranges of tables that are being loaded.
     loads: RangeLock,
     /// Held by the flush that runs.
@@ -103,6 +106,7 @@ impl Image {
                 info,
                 core,
                 guests: RangeLock::new(),
+                overwrites: RangeLock::new(),
                 loads: RangeLock::new(),
                 flush_gate: Arc::new(AsyncMutex::new(())),
                 flushes_begun: AtomicU64::new(0),

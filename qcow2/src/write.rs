@@ -125,7 +125,9 @@ impl Inner {
         // Another request may have changed the mapping before the lock was ours.
         let plan = self.change(&live, |core| core.plan_in_place(range)).await?;
         let Some(moves) = plan else { return Ok(None) };
-        let hold: Hold = Some(Arc::new(guard));
+        // Overwrites of the same bytes take turns: one whose future was dropped must not land behind a later one.
+        let turn = self.overwrites.lock_exclusive(range).await;
+        let hold: Hold = Some(Arc::new((guard, turn)));
         self.run_moves(&live, &moves, content, &hold).await.map(Some)
     }
 

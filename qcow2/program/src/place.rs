@@ -22,7 +22,9 @@ impl Place {
     /// `./path`, as for qemu.
     pub(crate) fn parse(name: &str) -> anyhow::Result<Self> {
         if let Some(path) = name.strip_prefix("file:") {
-            return Ok(Self::File(path.into()));
+            // As it is told again, it has to be a path for everybody.
+            let is_plain = !path.split('/').next().is_some_and(|first| first.contains(':'));
+            return Ok(Self::File(if is_plain { path.into() } else { Path::new(".").join(path) }));
         }
         let Some((scheme, _)) = name.split_once(':').filter(|(scheme, _)| !scheme.contains('/'))
         else {
@@ -66,7 +68,8 @@ mod tests {
         assert_eq!(file("a.img"), Place::File("a.img".into()));
         assert_eq!(file("./a:b"), Place::File("./a:b".into()));
         assert_eq!(file("/x/nbd://y"), Place::File("/x/nbd://y".into()));
-        assert_eq!(file("file:a:b"), Place::File("a:b".into()));
+        assert_eq!(file("file:/a:b"), Place::File("/a:b".into()));
+        assert_eq!(file("file:a:b"), Place::File("./a:b".into()));
         assert!(matches!(file("nbd://h/e"), Place::Nbd { .. }));
         assert!(matches!(file("nbd+unix:///?socket=/x"), Place::Nbd { .. }));
         for name in ["json:{}", "http://x/y", "nbd://", "nbds://h", "a:b"] {

@@ -268,3 +268,32 @@ fn images_with_their_data_elsewhere_live_in_every_shape() {
         }
     }
 }
+
+#[test]
+fn what_a_snapshot_of_qemu_shares_is_copied_in_every_shape() {
+    for (n, options) in CONFIGURATIONS.iter().enumerate() {
+        if options.contains("refcount_bits=1") && !options.contains("refcount_bits=16") {
+            // A cluster cannot have two users.
+            continue;
+        }
+        for compressed in [false, true] {
+            if compressed && options.contains("preallocation") {
+                continue;
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let len = 1_500_000 / 512 * 512;
+            let (path, disk) = converted(dir.path(), options, compressed, len);
+            let name = path.to_str().unwrap();
+            qemu_img(&["snapshot", "-c", "then", name]);
+            let (mut model, mut random) = (disk.clone(), Random(n as u64 + 1300));
+            for turn in 0..3 {
+                lives_once(&path, &mut model, &mut random, &format!("{options}, turn {turn}"));
+            }
+            let raw = dir.path().join("then.raw");
+            qemu_img(&["convert", "-O", "raw", "-l", "then", name, raw.to_str().unwrap()]);
+            assert!(std::fs::read(raw).unwrap() == disk, "{options}: the snapshot");
+            qemu_img(&["snapshot", "-d", "then", name]);
+            assert!(qemu_check(&path).is_clean(), "{options}: without the snapshot");
+        }
+    }
+}

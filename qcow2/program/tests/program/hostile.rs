@@ -50,7 +50,7 @@ impl Host {
         answer
     }
 
-    /// Runs all commands that only look at an image, and says whether any was content.
+    /// Runs all commands that only look at an image: info, check, map, convert.
     fn look(&self, name: &str, what: &str) -> Vec<Answer> {
         let looks = [
             vec!["info", "-f", "qcow2", "--output", "json", name],
@@ -170,7 +170,7 @@ fn cve_2014_0143_lengths_of_tables_do_not_wrap_around() {
 fn cve_2014_0144_fields_of_the_header_are_looked_at_before_they_are_used() {
     let most = u64::from(u32::MAX);
     with_fields("backing", &[("header_length", most), ("backing_file_size", most)]);
-    with_fields("backing", &[("backing_file_offset", u64::MAX - 3), ("magic length", 0)][..1]);
+    with_fields("backing", &[("backing_file_offset", u64::MAX - 3), ("backing_file_offset", 90)]);
     with_fields("plain", &[("refcount_table_offset", 0x201), ("l1_table_offset", 0x1_0000_0201)]);
     with_fields("snapshots", &[("snapshots_offset", 0xffff_ffff_ffff_fe00)]);
 }
@@ -292,7 +292,7 @@ fn cve_2022_47951_an_extent_outside_is_not_read() {
 /// An image whose data file is another name than the sample's.
 fn with_data_file(name: &str) -> Vec<u8> {
     let mut bytes = block_on(sample("plain")).bytes;
-    // The second reserved word of the format behind the fixed fields: extensions start there in our images.
+    // Behind the fields that every header of version 3 has.
     let start = 104;
     let mut extension = 0x4441_5441u32.to_be_bytes().to_vec();
     extension.extend_from_slice(&u32::try_from(name.len()).unwrap().to_be_bytes());

@@ -277,7 +277,9 @@ fn what_a_snapshot_of_qemu_shares_is_copied_in_every_shape() {
             continue;
         }
         for compressed in [false, true] {
-            if compressed && options.contains("preallocation") {
+            let narrow = options.contains("refcount_bits=2");
+            if compressed && (narrow || options.contains("preallocation")) {
+                // Streams share clusters, which would have more users than they can count.
                 continue;
             }
             let dir = tempfile::tempdir().unwrap();

@@ -39,7 +39,7 @@ impl Layout {
         let width =
             RefcountWidth::new(bits.trailing_zeros()).ok_or(InvalidOption::RefcountBits(bits))?;
         let preallocation = options.preallocated();
-        let l1_entries = geometry.l1_entries(options.size_bytes).max(1);
+        let l1_entries = geometry.l1_entries(options.size_bytes);
         let mapped = match preallocation {
             Preallocation::Off => 0,
             _ => geometry.clusters(options.size_bytes),
@@ -93,7 +93,8 @@ impl Layout {
         let luks = self.luks();
         let header = &mut self.header;
         header.version = options.version.number();
-        header.l1_at = HostOffset(l1_at);
+        // A disk without bytes has no table: it is nowhere, as in QEMU's images.
+        header.l1_at = HostOffset(if header.l1_entries == 0 { 0 } else { l1_at });
         header.refcount_table_at = HostOffset(table_at);
         header.refcount_table_clusters = self.table_clusters;
         header.refcount_order = self.width.order();

@@ -51,3 +51,27 @@ fn measure_refuses_what_contradicts_itself() {
         assert!(!ours.err.is_empty());
     }
 }
+
+#[test]
+fn no_image_is_larger_than_measure_says() {
+    let place = Place::new();
+    let measured = |args: &[&str]| {
+        let answer = place.qcow2(&[&["measure", "--output=json", "-O", "qcow2"], args].concat());
+        answer.good().json()["required"].as_u64().unwrap()
+    };
+    let len = |name: &str| std::fs::metadata(place.path(name)).unwrap().len();
+    for size in ["0", "1", "65536", "3000000", "1G"] {
+        place.qcow2(&["create", "-f", "raw", "a.raw", size]).good();
+        let raw = std::fs::OpenOptions::new().write(true).open(place.path("a.raw")).unwrap();
+        let data = 200_000.min(len("a.raw"));
+        std::os::unix::fs::FileExt::write_all_at(&raw, &vec![1; usize::try_from(data).unwrap()], 0)
+            .unwrap();
+        for options in ["cluster_size=512", "cluster_size=64k", "cluster_size=2M"] {
+            let required = measured(&["-o", options, "-f", "raw", "a.raw"]);
+            let line = ["convert", "-f", "raw", "-O", "qcow2", "-o", options, "a.raw", "a.qcow2"];
+            place.qcow2(&line).good();
+            place.qemu_img(&["check", "a.qcow2"]).good();
+            assert!(len("a.qcow2") <= required, "{size} {options}: {}", len("a.qcow2"));
+        }
+    }
+}

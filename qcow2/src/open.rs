@@ -350,7 +350,6 @@ async fn open_with_header(
     let read_only = options.read_only || file.is_read_only();
     let cipher =
         encryption::unlock(&file, &header, &options.passphrases, options.unlock_time).await?;
-    let geometry = header.geometry;
     if !read_only && header.is_corrupt() {
         return Err(fault(Fault::Unsupported(Feature::WritingCorrupt)));
     }
@@ -367,19 +366,24 @@ async fn open_with_header(
         Some(_) if !read_only => return Err(snapshot_error(&file, SnapshotError::ReadOnly)),
         Some(wanted) => view_of(&file, header, wanted).await?,
     };
+    let unlock_time = options.unlock_time;
+    let live = Live { file, data, backing, below, cipher, unlock_time };
+    start(live, header, read_only).await
+}
+
+/// An image on files that are open, with all that its header asks for.
+pub(crate) async fn start(live: Live, header: Header, read_only: bool) -> Result<Image, Error> {
     let limits = Limits {
         size_bytes: header.size_bytes,
         read_only,
-        preferred_bytes: u32::try_from(geometry.bytes()).unwrap_or(u32::MAX),
+        preferred_bytes: u32::try_from(header.geometry.bytes()).unwrap_or(u32::MAX),
         can_discard: !read_only,
         // Version 2 has no flag for them; without a backing file an absent cluster is as good.
-        fast_zeroes: !read_only && (header.version >= 3 || backing.is_none()),
+        fast_zeroes: !read_only && (header.version >= 3 || live.backing.is_none()),
     };
     let facts = Facts::new(&header);
-    let backing_bytes = backing.as_ref().map(|backing| backing.limits().size_bytes);
-    let core = load_core(&file, header, backing_bytes, !read_only).await?;
-    let unlock_time = options.unlock_time;
-    let live = Live { file, data, backing, below, cipher, unlock_time };
+    let backing_bytes = live.backing.as_ref().map(|backing| backing.limits().size_bytes);
+    let core = load_core(&live.file, header, backing_bytes, !read_only).await?;
     let image = Image::assemble(live, core, limits, facts);
     if !read_only {
         let inner = &image.inner;

@@ -7,10 +7,10 @@ use crate::check::compare::{Compared, compare, scattered};
 use crate::check::copied::{Fix, check_copied};
 use crate::check::overlap::Overlaps;
 use crate::check::report::CheckReport;
+use crate::check::snapshots::short_snapshots;
 use crate::error::Error;
 use crate::header::Header;
 use crate::progress::Progress;
-use crate::snapshots::read_snapshots;
 use crate::tally::{EntryPlace, Finding, Tally, Visitor};
 
 /// The most entries with reserved space that is no cluster that one repair puts right.
@@ -66,11 +66,8 @@ pub(super) async fn examine(
     let overlaps = Overlaps::find(&mut tally, header.geometry, &compared, &mut report);
     let overlaps = overlaps.map_err(|_| scattered(file))?;
     if !tally.incomplete {
-        let table = read_snapshots(file, header).await?;
-        for (snapshot, entry) in (0u64..).zip(&table.entries) {
-            if header.version >= 3 && entry.disk_bytes.is_none() {
-                report.add(Finding::ShortSnapshot { snapshot }, 1);
-            }
+        for snapshot in short_snapshots(file, header).await? {
+            report.add(Finding::ShortSnapshot { snapshot }, 1);
         }
     }
     report.image_end_bytes = compared.end.0 << header.geometry.bits();

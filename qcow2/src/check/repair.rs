@@ -9,6 +9,7 @@ use crate::check::copied::{Fix, check_copied};
 use crate::check::examine::{self, Examined, examine};
 use crate::check::rebuild::rebuild;
 use crate::check::report::{CheckReport, Refusal};
+use crate::check::snapshots::complete_snapshots;
 use crate::check::{Repair, read_header};
 use crate::error::Error;
 use crate::fields::{ALL_ALLOCATED, ALL_ZERO, ZERO, halves};
@@ -89,11 +90,15 @@ pub(super) async fn repair(
 async fn finish(
     file: &HostFile,
     repair: Repair,
-    done: CheckReport,
+    mut done: CheckReport,
     progress: Watch<'_>,
 ) -> Result<CheckReport, Error> {
-    let header = read_header(file).await?;
+    let mut header = read_header(file).await?;
     let mut report = examine::report(file, &header, progress).await?;
+    if repair == Repair::All && complete_snapshots(file, &report, &mut done).await? {
+        header = read_header(file).await?;
+        report = examine::report(file, &header, progress).await?;
+    }
     report.repaired = done.repaired;
     report.leaks_fixed = done.leaks_fixed;
     report.corruptions_fixed = done.corruptions_fixed;

@@ -328,7 +328,7 @@ fn bitmaps_that_became_worthless_are_given_up_by_a_full_repair() {
 }
 
 #[test]
-fn a_snapshot_that_does_not_tell_its_disk_is_found_as_qemu_finds_it() {
+fn a_snapshot_that_does_not_tell_its_disk_is_found_and_told_it_as_qemu_does() {
     let dir = tempfile::tempdir().unwrap();
     let path = make(dir.path(), "v2");
     let mut layout = Layout::of(&path);
@@ -360,4 +360,23 @@ fn a_snapshot_that_does_not_tell_its_disk_is_found_as_qemu_finds_it() {
     let report = check(&path, Repair::None);
     let (_, json) = qemu_check(&path, None);
     assert_eq!((report.corruptions, field(&json, "corruptions")), (2, 2), "{report:#?} {json:#}");
+    let disks = |path: &Path| ["one", "two"].map(|name| read_snapshot(path, name));
+    let before = (disks(&path), read_by_qemu(&path));
+    let report = check(&path, Repair::Leaks);
+    assert_eq!((report.corruptions, report.corruptions_fixed), (2, 0), "not by this");
+    let report = check(&path, Repair::All);
+    assert!(report.is_clean() && report.corruptions_fixed == 2, "{report:#?}");
+    let (code, json) = qemu_check(&path, None);
+    assert_eq!(code, 0, "{json:#}");
+    assert!((disks(&path), read_by_qemu(&path)) == before, "no disk has changed");
+}
+
+/// What a snapshot holds.
+fn read_snapshot(path: &Path, name: &str) -> Vec<u8> {
+    block_on(async {
+        let image = Image::open(path, OpenOptions::reading().snapshot(name)).await.unwrap();
+        let bytes = read_all(&image).await;
+        image.close().await.unwrap();
+        bytes
+    })
 }

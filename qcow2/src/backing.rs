@@ -145,7 +145,8 @@ impl Trail {
         let format = match format {
             None => return Err(refused(ReferenceError::NoFormat)),
             Some(b"qcow2") => BackingFormat::Qcow2,
-            Some(b"raw") => BackingFormat::Raw,
+            // QEMU's drivers of files are formats by name, too: that of the bytes as they are.
+            Some(b"raw" | b"file" | b"host_device") => BackingFormat::Raw,
             Some(b"vmdk") => BackingFormat::Vmdk,
             Some(other) => {
                 let other = String::from_utf8_lossy(other).into_owned();

@@ -54,7 +54,8 @@ impl FromStr for Format {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "qcow2" => Ok(Self::Qcow2),
-            "raw" => Ok(Self::Raw),
+            // QEMU's drivers of files are formats by name, too: that of the bytes as they are.
+            "raw" | "file" | "host_device" => Ok(Self::Raw),
             "vmdk" => Ok(Self::Vmdk),
             _ => Err(format!("Unknown file format '{text}': qcow2, raw and vmdk are known")),
         }

@@ -308,7 +308,7 @@ pub(crate) fn preallocation(value: &str) -> anyhow::Result<Preallocation> {
 pub(crate) fn backing_format(name: &str) -> anyhow::Result<BackingFormat> {
     match name {
         "qcow2" => Ok(BackingFormat::Qcow2),
-        "raw" => Ok(BackingFormat::Raw),
+        "raw" | "file" | "host_device" => Ok(BackingFormat::Raw),
         "vmdk" => Ok(BackingFormat::Vmdk),
         other => {
             bail!("Unknown file format '{other}' of a backing file: qcow2, raw and vmdk are known")

@@ -159,3 +159,25 @@ fn a_base_is_named_as_the_image_names_it_before_it_is_sought_here() {
     assert_eq!(place.read("base"), stranger);
     place.qcow2(&["commit", "-b", "sub/base", "sub/top"]).good();
 }
+
+#[test]
+fn the_drivers_of_files_are_the_raw_format_below_an_image() {
+    let place = Place::new();
+    place.write_raw("base.raw", 1 << 20, 3);
+    // As qemu-img records it.
+    place.qemu_img(&["create", "-f", "qcow2", "-b", "base.raw", "-F", "file", "a.qcow2"]).good();
+    place.qemu_img(&["create", "-f", "qcow2", "b.qcow2", "1M"]).good();
+    let line = ["rebase", "-u", "-b", "base.raw", "-F", "host_device", "b.qcow2"];
+    place.qemu_img(&line).good();
+    for name in ["a.qcow2", "b.qcow2"] {
+        place.qcow2(&["compare", "-F", "raw", name, "base.raw"]).good();
+    }
+    // What we record is what all read.
+    place.qcow2(&["create", "-f", "qcow2", "-b", "base.raw", "-F", "file", "c.qcow2"]).good();
+    place.qcow2(&["rebase", "-u", "-b", "base.raw", "-F", "host_device", "b.qcow2"]).good();
+    for name in ["b.qcow2", "c.qcow2"] {
+        let info = place.qcow2(&["info", "--output=json", name]).good().json();
+        assert_eq!(info["backing-filename-format"], "raw", "{name}");
+        place.qemu_img(&["compare", "-F", "raw", name, "base.raw"]).good();
+    }
+}

@@ -249,10 +249,13 @@ async fn cluster_bytes(path: &Path) -> u64 {
     seen.with_context(|| could_not_open(path)).map_or(1, |seen| seen.info.cluster_bytes.max(1))
 }
 
-/// One line for each finding, in the words that scripts know where there are some.
+/// One line for each finding, in the words that scripts know where there are some. Wrong counts are told before they
+/// are told to be repaired.
 fn tell_findings(found: &CheckReport, cluster_bytes: u64) {
     let mut err = std::io::stderr().lock();
-    let lines = (found.repaired.iter().map(|finding| (finding, true)))
+    let counts = found.repaired.iter().filter(|finding| is_count(finding));
+    let lines = (counts.map(|finding| (finding, false)))
+        .chain(found.repaired.iter().map(|finding| (finding, true)))
         .chain(found.findings.iter().map(|finding| (finding, false)));
     for (finding, repaired) in lines {
         let _unheard = writeln!(err, "{}", line(finding, repaired, cluster_bytes));
@@ -265,26 +268,31 @@ fn tell_findings(found: &CheckReport, cluster_bytes: u64) {
     }
 }
 
+fn is_count(finding: &Finding) -> bool {
+    matches!(finding, Finding::Leaked { .. } | Finding::CountTooLow { .. })
+}
+
 fn line(finding: &Finding, repaired: bool, cluster_bytes: u64) -> String {
     let cluster = |at: &HostOffset| at.0 / cluster_bytes;
+    let verb = match finding {
+        _ if repaired => "Repairing",
+        Finding::Leaked { .. } => "Leaked",
+        _ => "ERROR",
+    };
     match finding {
-        Finding::Leaked { at, refcount, references } => {
-            let verb = if repaired { "Repairing" } else { "Leaked" };
-            format!("{verb} cluster {} refcount={refcount} reference={references}", cluster(at))
-        }
-        Finding::CountTooLow { at, refcount, references } => {
-            let verb = if repaired { "Repairing" } else { "ERROR" };
+        Finding::Leaked { at, refcount, references }
+        | Finding::CountTooLow { at, refcount, references } => {
             format!("{verb} cluster {} refcount={refcount} reference={references}", cluster(at))
         }
         Finding::CopiedFlag { entry, raw, refcount } => {
-            let verb = if repaired { "Repairing" } else { "ERROR" };
             let what = match entry.table {
                 TableKind::L2 => format!("data cluster: l2_entry={raw:x}"),
                 _ => format!("L2 cluster: l1_index={} l1_entry={raw:x}", entry.index),
             };
-            format!("{verb} OFLAG_COPIED {what} refcount={refcount} ({entry})")
+            // Where it was matters to whoever has to put it right.
+            let place = if repaired { String::new() } else { format!(" ({entry})") };
+            format!("{verb} OFLAG_COPIED {what} refcount={refcount}{place}")
         }
-        other if repaired => format!("Repairing {other}"),
-        other => format!("ERROR {other}"),
+        other => format!("{verb} {other}"),
     }
 }

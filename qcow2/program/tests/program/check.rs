@@ -72,6 +72,26 @@ fn a_leak_is_found_and_repaired() {
 }
 
 #[test]
+fn what_is_repaired_is_told_in_the_words_of_qemu() {
+    let place = Place::new();
+    image(&place);
+    spoil(&place, |bytes| {
+        // The header counts twice, and the flag of the L2 table is off.
+        let at = refcounts(bytes);
+        bytes[at + 1] = 2;
+        let l1 = be64(bytes, 40);
+        bytes[l1] &= 0x7f;
+    });
+    let spoilt = place.read("a.qcow2");
+    let theirs = place.qemu_img(&["check", "-r", "all", "a.qcow2"]).good();
+    std::fs::write(place.path("a.qcow2"), &spoilt).unwrap();
+    let ours = place.qcow2(&["check", "-r", "all", "a.qcow2"]).good();
+    assert_eq!(ours.err, theirs.err);
+    assert_eq!(ours.out, theirs.out);
+    assert!(ours.err.contains("Leaked") && ours.err.contains("Repairing OFLAG_COPIED"), "{ours:?}");
+}
+
+#[test]
 fn a_refcount_that_is_too_low_is_found_and_repaired() {
     let place = Place::new();
     image(&place);

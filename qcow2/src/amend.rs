@@ -193,7 +193,7 @@ fn check_snapshots(present: &Present) -> Result<(), ChangeError> {
         entry.disk_bytes.unwrap_or(size_bytes) == size_bytes
             && u32::try_from(entry.vm_state_bytes).is_ok()
     });
-    let what = "snapshots of another size, or with 4 GiB of state and more,";
+    let what = "snapshots of another size or with 4 GiB of state";
     if fits { Ok(()) } else { Err(ChangeError::NotInVersion2 { what }) }
 }
 

@@ -65,11 +65,12 @@ fn run(cli: cli::Cli) -> anyhow::Result<u8> {
 
 /// Prints help, or what is wrong with the command line.
 fn misuse(error: &clap::Error) -> ExitCode {
-    // Nobody is left to tell where the output is closed.
-    let _unheard = error.print();
     if !error.use_stderr() {
+        // Nobody is left to tell where the output is closed.
+        let _unheard = error.print();
         return ExitCode::SUCCESS;
     }
+    output::report_misuse(error);
     let compares = std::env::args().nth(1).is_some_and(|command| command == "compare");
     ExitCode::from(if compares { COMPARE_FAILURE } else { FAILURE })
 }

@@ -47,6 +47,13 @@ pub(crate) fn report(error: &anyhow::Error) {
     let _unheard = writeln!(io::stderr(), "{}: {}", own_name(), text_of(error));
 }
 
+/// Writes what is wrong with the command line, which begins as every error does.
+pub(crate) fn report_misuse(error: &clap::Error) {
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let _unheard = write!(io::stderr(), "{}: {text}", own_name());
+}
+
 /// The name under which the program was called: a link named `qemu-img` answers as scripts expect of that.
 fn own_name() -> String {
     let called = std::env::args_os().next();

@@ -1,14 +1,14 @@
 //! Where the bytes of a disk come from, through all layers of its chain: what `qemu-img map` shows. Reading them, and
 //! what one layer says alone, stand with reading.
 
-use std::path::{Path, PathBuf};
-use std::pin::Pin;
+use std::path::PathBuf;
 
-use block::{BlockDevice, ByteRange, MAX_EXTENTS};
+use block::{ByteRange, MAX_EXTENTS};
 
 use crate::error::Error;
-use crate::image::{Image, Live};
-use crate::mapping::{Extent, Place};
+use crate::image::Image;
+use crate::mapping::Place;
+use crate::resolve::{Clusters, Layer, Part, Source};
 use crate::units::HostOffset;
 
 /// The most extents of one answer of [`Image::map_chain`].
@@ -70,80 +70,45 @@ impl Image {
     pub async fn map_chain(&self, range: ByteRange) -> Result<Vec<MapExtent>, Error> {
         self.inner.limits().check_read(range)?;
         let mut all = Vec::new();
-        map_layers(self, range, 0, &mut all).await?;
+        let mut rest = range;
+        while !rest.is_empty() && all.len() <= MAX_MAP_EXTENTS {
+            let answers = self.inner.resolve(rest, MAX_EXTENTS, Clusters::Free).await?;
+            rest = ByteRange::between(answers.end(), rest.end());
+            for part in &answers.parts {
+                let layer = &answers.layers[part.depth];
+                match part.source {
+                    Source::Layer(place) => push(&mut all, tell(layer, *part, place)),
+                    Source::Device => map_device(layer, *part, &mut all).await?,
+                }
+                if all.len() > MAX_MAP_EXTENTS {
+                    break;
+                }
+            }
+        }
         all.truncate(MAX_MAP_EXTENTS);
         Ok(all)
     }
 }
 
-type Mapping<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
-
-/// Appends what `image` and the layers below it say of `range`, or stops when there is enough.
-fn map_layers<'a>(
-    image: &'a Image,
-    range: ByteRange,
-    depth: usize,
-    all: &'a mut Vec<MapExtent>,
-) -> Mapping<'a> {
-    Box::pin(async move {
-        let live = image.inner.live()?;
-        let mut rest = range;
-        while !rest.is_empty() && all.len() <= MAX_MAP_EXTENTS {
-            let found = image.inner.step(&live, |core| core.lookup(rest, MAX_EXTENTS)).await?;
-            let end = found.last().map_or(rest.end(), |last| last.range.end());
-            for extent in found {
-                let here = tell(&live, image.path(), extent, depth);
-                let (Place::Unallocated { .. }, Some(backing)) = (extent.place, &live.backing)
-                else {
-                    push(all, here);
-                    continue;
-                };
-                let end = backing.limits().size_bytes;
-                let below = extent.range.intersection(ByteRange::between(0, end));
-                if !below.is_empty() {
-                    map_below(image, &live, &**backing, below, depth + 1, all).await?;
-                }
-                if below.len() < extent.range.len() && all.len() <= MAX_MAP_EXTENTS {
-                    let start = extent.range.start() + below.len();
-                    let host = here.host.map(|host| host + below.len());
-                    let range = ByteRange::between(start, extent.range.end());
-                    push(all, MapExtent { range, host, ..here });
-                }
-                if all.len() > MAX_MAP_EXTENTS {
-                    return Ok(());
-                }
-            }
-            rest = ByteRange::between(end, rest.end());
-        }
-        Ok(())
-    })
-}
-
-/// Appends what the backing device of `image` says of `range`, a part of it.
-async fn map_below(
-    image: &Image,
-    live: &Live,
-    backing: &dyn BlockDevice,
-    range: ByteRange,
-    depth: usize,
-    all: &mut Vec<MapExtent>,
-) -> Result<(), Error> {
+/// Appends what the device below `layer` says of a part, or stops when there is enough.
+async fn map_device(layer: &Layer, part: Part, all: &mut Vec<MapExtent>) -> Result<(), Error> {
+    let live = &layer.live;
+    let Some(backing) = &live.backing else { return Ok(()) };
     let (path, is_raw) = match &live.below {
-        Some(Below::Image(below)) => return map_layers(below, range, depth, all).await,
         Some(Below::Raw(path)) => (path.clone(), true),
         Some(Below::Other(path)) => (path.clone(), false),
-        None => (PathBuf::new(), false),
+        Some(Below::Image(_)) | None => (PathBuf::new(), false),
     };
-    let mut rest = range;
+    let mut rest = part.range;
     while !rest.is_empty() && all.len() <= MAX_MAP_EXTENTS {
         let found =
-            backing.extents(rest).await.map_err(|error| image.inner.backing_error(error))?;
+            backing.extents(rest).await.map_err(|error| layer.image.backing_error(error))?;
         for extent in &found {
             push(
                 all,
                 MapExtent {
                     range: extent.range,
-                    depth,
+                    depth: part.depth + 1,
                     layer: path.clone(),
                     present: is_raw || extent.allocated || !extent.zero,
                     data: !extent.zero,
@@ -160,9 +125,10 @@ async fn map_below(
     Ok(())
 }
 
-/// What one layer says of an extent.
-fn tell(live: &Live, path: &Path, extent: Extent, depth: usize) -> MapExtent {
-    let (present, data, host) = match extent.place {
+/// What a layer says of a part.
+fn tell(layer: &Layer, part: Part, place: Place) -> MapExtent {
+    let Layer { image, live, .. } = layer;
+    let (present, data, host) = match place {
         Place::Unallocated { host } => (false, false, host),
         Place::Zero { host } => (true, false, host),
         Place::Data { host, .. } => (true, true, Some(host)),
@@ -170,18 +136,18 @@ fn tell(live: &Live, path: &Path, extent: Extent, depth: usize) -> MapExtent {
     };
     // Cipher text is nothing that could be read there.
     let host = host.filter(|_| live.cipher.is_none());
-    let layer = match (&live.data, host) {
+    let path = match (&live.data, host) {
         (Some(data), Some(_)) => data.path(),
-        _ => path,
+        _ => &image.path,
     };
     MapExtent {
-        range: extent.range,
-        depth,
-        layer: layer.to_owned(),
+        range: part.range,
+        depth: part.depth,
+        layer: path.to_owned(),
         present,
         data,
         zero: !data,
-        compressed: matches!(extent.place, Place::Compressed(_)),
+        compressed: matches!(place, Place::Compressed(_)),
         host: host.map(|HostOffset(host)| host),
     }
 }

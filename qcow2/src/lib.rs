@@ -109,6 +109,7 @@ mod read;
 mod refcount;
 mod republish;
 mod resize;
+mod resolve;
 pub mod sans_io;
 mod snapshot;
 mod snapshots;

@@ -2,7 +2,6 @@
 //! backing files. Which paths may be followed is decided in `backing`.
 
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -209,36 +208,63 @@ impl Image {
     }
 }
 
-type Opening = Pin<Box<dyn Future<Output = Result<Image, Error>> + Send>>;
+/// A layer whose file is open, and which waits for those below it.
+struct Opened {
+    file: HostFile,
+    data: Option<HostFile>,
+    header: Header,
+    options: OpenOptions,
+}
+
+/// What lies below a layer, and what is known of it.
+type Lower = (Arc<dyn BlockDevice>, Below);
 
 /// Opens an image and everything below it; `trail` is what was passed on the way, and `place` where a reference led.
-pub(crate) fn open_chain(
+///
+/// In a loop: down to the lowest layer, and up again. A chain may be deeper than a stack.
+pub(crate) async fn open_chain(
     path: PathBuf,
     place: Option<Found>,
     options: OpenOptions,
     trail: Trail,
-) -> Opening {
-    Box::pin(async move {
-        let file = match place {
+) -> Result<Image, Error> {
+    let (mut path, mut place, mut options, mut trail) = (path, place, options, trail);
+    let mut above: Vec<Opened> = Vec::new();
+    let (mut top, mut lower) = loop {
+        let file = match &place {
             Some(place) => place.open(&options).await?,
             None => options.open_file(&path).await?,
         };
-        let mut trail = trail.enter(&path, file.id())?;
+        trail = trail.enter(&path, file.id())?;
         let header = read_header(&file).await?;
         let data = open_data(&path, &header, &options, &trail).await?;
         if let Some(data) = &data {
             trail = trail.beside(data.path(), data.id())?;
         }
-        let backing: Option<(Arc<dyn BlockDevice>, Below)> = match &header.backing_name {
-            None => None,
-            Some(name) => {
-                let found =
-                    trail.resolve(&path, name, header.extensions.backing_format.as_deref())?;
-                Some(open_below(found, options.below(), trail).await?)
+        let below = options.below();
+        let found = header
+            .backing_name
+            .as_ref()
+            .map(|name| trail.resolve(&path, name, header.extensions.backing_format.as_deref()));
+        let opened = Opened { file, data, header, options };
+        match found.transpose()? {
+            None => break (opened, None),
+            Some(found) if found.format == BackingFormat::Qcow2 => {
+                above.push(opened);
+                (path, place, options) = (found.path.clone(), Some(found), below);
             }
-        };
-        open_with_header(file, data, header, backing, &options).await
-    })
+            Some(found) => break (opened, Some(open_other(&found, &below, trail).await?)),
+        }
+    };
+    loop {
+        let Opened { file, data, header, options } = top;
+        let image = open_with_header(file, data, header, lower, &options).await?;
+        match above.pop() {
+            None => return Ok(image),
+            Some(next) => top = next,
+        }
+        lower = Some((Arc::new(image.clone()) as _, Below::Image(image)));
+    }
 }
 
 /// Opens what lies below an image, for reading.
@@ -247,24 +273,19 @@ pub(crate) async fn open_found(
     below: OpenOptions,
     trail: Trail,
 ) -> Result<Arc<dyn BlockDevice>, Error> {
-    Ok(open_below(found, below, trail).await?.0)
+    if found.format == BackingFormat::Qcow2 {
+        return Ok(Arc::new(open_chain(found.path.clone(), Some(found), below, trail).await?));
+    }
+    Ok(open_other(&found, &below, trail).await?.0)
 }
 
-/// As [`open_found`], with what is known of the device.
-async fn open_below(
-    found: Found,
-    below: OpenOptions,
-    trail: Trail,
-) -> Result<(Arc<dyn BlockDevice>, Below), Error> {
+/// Opens what is not a QCOW2 image.
+async fn open_other(found: &Found, options: &OpenOptions, trail: Trail) -> Result<Lower, Error> {
     let path = found.path.clone();
-    Ok(match found.format {
-        BackingFormat::Qcow2 => {
-            let image = open_chain(path, Some(found), below, trail).await?;
-            (Arc::new(image.clone()) as _, Below::Image(image))
-        }
-        BackingFormat::Raw => (open_raw(&found, &below, &trail).await?, Below::Raw(path)),
-        BackingFormat::Vmdk => (open_vmdk(&path, &below, trail).await?, Below::Other(path)),
-    })
+    if found.format == BackingFormat::Vmdk {
+        return Ok((open_vmdk(&path, options, trail).await?, Below::Other(path)));
+    }
+    Ok((open_raw(found, options, &trail).await?, Below::Raw(path)))
 }
 
 async fn open_raw(
@@ -342,7 +363,7 @@ async fn open_with_header(
     file: HostFile,
     data: Option<HostFile>,
     header: Header,
-    backing: Option<(Arc<dyn BlockDevice>, Below)>,
+    backing: Option<Lower>,
     options: &OpenOptions,
 ) -> Result<Image, Error> {
     let (backing, below) = backing.unzip();

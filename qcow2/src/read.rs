@@ -1,13 +1,15 @@
 //! Reading, and telling how a range is stored: in this layer alone, or through the whole chain.
 
-use block::{
-    BlockDevice, ByteRange, Extent as DeviceExtent, MAX_EXTENTS, Segment, Segments, try_join_all,
-};
+use std::sync::Arc;
+
+use block::{ByteRange, Extent as DeviceExtent, MAX_EXTENTS, Segment, Segments, try_join_all};
 
 use crate::data::read_data;
 use crate::error::Error;
-use crate::image::{Inner, Live};
-use crate::mapping::{Extent, Place};
+use crate::image::Inner;
+use crate::mapping::Place;
+use crate::resolve::{Answers, Clusters, Layer, Part, Source};
+use crate::units::HostOffset;
 
 /// The largest single read of the host, in bytes. Longer extents are read in pieces, at once.
 const READ_BYTES: u64 = 2 << 20;
@@ -38,115 +40,55 @@ pub struct LayerExtent {
 
 impl Inner {
     /// Reads a range of the disk.
-    pub(crate) async fn read(&self, range: ByteRange) -> Result<Segments, Error> {
-        // Refused at once where the image is closing, instead of waiting until it is closed.
-        self.live()?;
-        let _guard = self.guests.lock_shared(self.widen(range)).await;
-        let live = self.live()?;
+    pub(crate) async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Segments, Error> {
         let mut all = Segments::default();
         let mut rest = range;
         while !rest.is_empty() {
-            let extents = self.step(&live, |core| core.lookup(rest, READ_EXTENTS)).await?;
-            let end = extents.last().map_or(rest.end(), |last| last.range.end());
-            let pieces: Vec<Extent> = extents.iter().flat_map(cut).collect();
-            match pieces.as_slice() {
-                [one] => all.extend(self.read_extent(&live, *one).await?),
-                many => {
-                    let reads = many.iter().map(|one| self.read_extent(&live, *one));
+            let answers = self.resolve(rest, READ_EXTENTS, Clusters::Locked).await?;
+            rest = ByteRange::between(answers.end(), rest.end());
+            match answers.parts.as_slice() {
+                [one] if one.range.len() <= READ_BYTES => all.extend(answers.read(*one).await?),
+                parts => {
+                    let reads = parts.iter().flat_map(cut).map(|part| answers.read(part));
                     for segments in try_join_all(reads).await? {
                         all.extend(segments);
                     }
                 }
             }
-            rest = ByteRange::between(end, rest.end());
         }
         Ok(all)
-    }
-
-    async fn read_extent(&self, live: &Live, extent: Extent) -> Result<Segments, Error> {
-        let range = extent.range;
-        match (extent.place, &live.backing) {
-            (Place::Data { host, .. }, _) => {
-                let at = ByteRange::between(host.0, host.0.saturating_add(range.len()));
-                let bytes = read_data(live, at).await?;
-                Ok(Segments(vec![Segment::Data(bytes)]))
-            }
-            (Place::Compressed(stream), _) => {
-                let bytes = self.inflate(live, stream, range).await?;
-                Ok(Segments(vec![Segment::Data(bytes)]))
-            }
-            (Place::Unallocated { .. }, Some(backing)) => {
-                let end = backing.limits().size_bytes;
-                let below = range.intersection(ByteRange::between(0, end));
-                let mut segments = if below.is_empty() {
-                    Segments::default()
-                } else {
-                    backing.read(below).await.map_err(|error| self.backing_error(error))?
-                };
-                segments.push(Segment::Zero(range.len() - below.len()));
-                Ok(segments)
-            }
-            (Place::Zero { .. } | Place::Unallocated { .. }, _) => {
-                Ok(Segments(vec![Segment::Zero(range.len())]))
-            }
-        }
     }
 
     /// How a range of the disk is stored, through all layers. May end before the range does.
-    pub(crate) async fn extents(&self, range: ByteRange) -> Result<Vec<DeviceExtent>, Error> {
-        let live = self.live()?;
+    pub(crate) async fn extents(
+        self: &Arc<Self>,
+        range: ByteRange,
+    ) -> Result<Vec<DeviceExtent>, Error> {
         let mut all: Vec<DeviceExtent> = Vec::new();
         let mut rest = range;
-        while !rest.is_empty() && all.len() < MAX_EXTENTS {
-            let here = self.step(&live, |core| core.lookup(rest, MAX_EXTENTS)).await?;
-            for extent in here {
-                match (extent.place, &live.backing) {
-                    (Place::Data { .. } | Place::Compressed(_), _) => {
-                        push(&mut all, extent.range, true, false);
+        while !rest.is_empty() && all.len() <= MAX_EXTENTS {
+            let answers = self.resolve(rest, MAX_EXTENTS, Clusters::Free).await?;
+            rest = ByteRange::between(answers.end(), rest.end());
+            for part in &answers.parts {
+                match part.source {
+                    Source::Layer(Place::Data { .. } | Place::Compressed(_)) => {
+                        push(&mut all, part.range, true, false);
                     }
-                    (Place::Zero { host }, _) => push(&mut all, extent.range, host.is_some(), true),
-                    (Place::Unallocated { .. }, None) => push(&mut all, extent.range, false, true),
-                    (Place::Unallocated { .. }, Some(backing)) => {
-                        self.extents_below(&**backing, extent.range, &mut all).await?;
+                    Source::Layer(Place::Zero { host }) => {
+                        push(&mut all, part.range, host.is_some(), true);
                     }
+                    Source::Layer(Place::Unallocated { .. }) => {
+                        push(&mut all, part.range, false, true);
+                    }
+                    Source::Device => answers.extents(*part, MAX_EXTENTS, &mut all).await?,
                 }
                 if all.len() > MAX_EXTENTS {
-                    all.truncate(MAX_EXTENTS);
-                    return Ok(all);
+                    break;
                 }
             }
-            rest = ByteRange::between(all.last().map_or(rest.end(), |e| e.range.end()), rest.end());
         }
+        all.truncate(MAX_EXTENTS);
         Ok(all)
-    }
-
-    async fn extents_below(
-        &self,
-        backing: &dyn BlockDevice,
-        range: ByteRange,
-        all: &mut Vec<DeviceExtent>,
-    ) -> Result<(), Error> {
-        let end = backing.limits().size_bytes;
-        let mut below = range.intersection(ByteRange::between(0, end));
-        while !below.is_empty() && all.len() <= MAX_EXTENTS {
-            let found = backing.extents(below).await.map_err(|error| self.backing_error(error))?;
-            for extent in &found {
-                push(all, extent.range, extent.allocated, extent.zero);
-            }
-            // A device that answers nothing promises nothing.
-            let Some(last) = found.last() else {
-                push(all, below, true, false);
-                break;
-            };
-            below = ByteRange::between(last.range.end(), below.end());
-        }
-        if all.len() <= MAX_EXTENTS {
-            let behind = ByteRange::between(range.start().max(end), range.end());
-            if !behind.is_empty() {
-                push(all, behind, false, true);
-            }
-        }
-        Ok(())
     }
 
     /// How a range of the disk is stored in this layer alone. Covers all of the range.
@@ -175,18 +117,70 @@ impl Inner {
     }
 }
 
-/// Cuts an extent of data into pieces that one host operation reads.
-fn cut(extent: &Extent) -> Vec<Extent> {
-    let Place::Data { host, exclusive } = extent.place else { return vec![*extent] };
-    let start = extent.range.start();
+impl Answers {
+    /// The bytes of a part.
+    async fn read(&self, part: Part) -> Result<Segments, Error> {
+        let Part { range, depth, source } = part;
+        let Layer { image, live, .. } = &self.layers[depth];
+        let bytes = match (source, &live.backing) {
+            (Source::Device, Some(backing)) => {
+                return backing.read(range).await.map_err(|error| image.backing_error(error));
+            }
+            (Source::Layer(Place::Data { host, .. }), _) => {
+                let at = ByteRange::between(host.0, host.0.saturating_add(range.len()));
+                read_data(live, at).await?
+            }
+            (Source::Layer(Place::Compressed(stream)), _) => {
+                image.inflate(live, stream, range).await?
+            }
+            (Source::Device | Source::Layer(Place::Zero { .. } | Place::Unallocated { .. }), _) => {
+                return Ok(Segments(vec![Segment::Zero(range.len())]));
+            }
+        };
+        Ok(Segments(vec![Segment::Data(bytes)]))
+    }
+
+    /// Appends how a part that a device answers for is stored, or stops where there are more than `most`.
+    async fn extents(
+        &self,
+        part: Part,
+        most: usize,
+        all: &mut Vec<DeviceExtent>,
+    ) -> Result<(), Error> {
+        let Layer { image, live, .. } = &self.layers[part.depth];
+        let Some(backing) = &live.backing else { return Ok(()) };
+        let mut rest = part.range;
+        while !rest.is_empty() && all.len() <= most {
+            let found = backing.extents(rest).await.map_err(|error| image.backing_error(error))?;
+            for extent in &found {
+                push(all, extent.range, extent.allocated, extent.zero);
+            }
+            // A device that answers nothing promises nothing.
+            let Some(last) = found.last() else {
+                push(all, rest, true, false);
+                break;
+            };
+            rest = ByteRange::between(last.range.end(), rest.end());
+        }
+        Ok(())
+    }
+}
+
+/// Cuts data into pieces that one host operation reads.
+fn cut(part: &Part) -> Vec<Part> {
+    let Source::Layer(Place::Data { host, exclusive }) = part.source else { return vec![*part] };
     let mut pieces = Vec::new();
-    let mut done = 0;
-    while done < extent.range.len() {
-        let len = READ_BYTES.min(extent.range.len() - done);
-        let range = ByteRange::between(start + done, start + done + len);
-        let host = crate::units::HostOffset(host.0 + done);
-        pieces.push(Extent { range, place: Place::Data { host, exclusive } });
-        done += len;
+    let mut rest = part.range;
+    while !rest.is_empty() {
+        let start = rest.start();
+        let range = ByteRange::between(start, rest.end().min(start.saturating_add(READ_BYTES)));
+        let host = HostOffset(host.0 + (start - part.range.start()));
+        pieces.push(Part {
+            range,
+            source: Source::Layer(Place::Data { host, exclusive }),
+            ..*part
+        });
+        rest = ByteRange::between(range.end(), rest.end());
     }
     pieces
 }

@@ -156,6 +156,8 @@ fn the_deepest_chain_reads_and_one_more_is_refused() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
     // On a worker thread: its stack is the small one.
     let deepest = qcow2::MAX_CHAIN_DEPTH;
+    let owns = move |n: usize| n < deepest && (n.is_multiple_of(16) || n + 1 == deepest);
+    let stripe = |n: usize| pattern(1 + n as u64, 4096);
     let paths: Vec<_> = (0..=deepest).map(at).collect();
     let work = async move {
         for (n, path) in paths.iter().enumerate() {
@@ -164,17 +166,23 @@ fn the_deepest_chain_reads_and_one_more_is_refused() {
                 options = options.backing(format!("{}.qcow2", n - 1), BackingFormat::Qcow2);
             }
             Image::create(path, &options).await.unwrap();
-            if n < 2 {
+            if owns(n) {
                 let image = Image::open(path, OpenOptions::writing()).await.unwrap();
-                let data = pattern(1 + n as u64, 8192);
-                image.write(n as u64 * 4096, data.into(), Durability::Durable).await.unwrap();
+                image.write(n as u64 * 4096, stripe(n).into(), Durability::Durable).await.unwrap();
                 image.close().await.unwrap();
             }
         }
         let image = Image::open(&paths[paths.len() - 2], OpenOptions::reading()).await.unwrap();
-        let read = image.read(range(0, 12288)).await.unwrap().to_vec();
-        assert!(read[..4096] == pattern(1, 8192)[..4096] && read[4096..] == pattern(2, 8192));
-        assert_eq!(image.extents(range(0, MIB)).await.unwrap().len(), 2);
+        let read = image.read(range(0, MIB)).await.unwrap().to_vec();
+        for (n, found) in read.chunks(4096).enumerate() {
+            let expected = if owns(n) { stripe(n) } else { vec![0; 4096] };
+            assert!(found == expected, "the stripe of layer {n}");
+        }
+        let stripes = image.extents(range(0, MIB)).await.unwrap();
+        assert_eq!(stripes.iter().filter(|extent| !extent.zero).count(), 17);
+        let map = image.map_chain(range(0, MIB)).await.unwrap();
+        let owners: Vec<_> = map.iter().filter(|e| e.data).map(|e| deepest - 1 - e.depth).collect();
+        assert_eq!(owners, (0..deepest).filter(|n| owns(*n)).collect::<Vec<_>>());
         let deeper = Image::open(&paths[paths.len() - 1], OpenOptions::reading()).await;
         assert!(matches!(deeper, Err(qcow2::Error::Reference { .. })));
     };

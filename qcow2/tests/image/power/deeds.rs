@@ -8,7 +8,7 @@ use block::{BlockDevice, ByteRange, DeviceError, Durability, ZeroMode};
 use qcow2::{Error, Image, OpenOptions, ResizeOptions};
 use tokio::task::{JoinHandle, yield_now};
 
-use super::ledger::{Baseline, Event, Flush, Kept, Ledger};
+use super::ledger::{Baseline, Event, Flush, Kept, Ledger, Mark};
 use super::setup::{Files, SECTOR};
 use crate::crowd::{Random, Value};
 
@@ -342,7 +342,7 @@ fn structure(random: &mut Random, ledger: &Ledger, files: &Files, number: u64) -
 
 /// Writes what was done into the ledger.
 pub(super) fn note(ledger: &mut Ledger, done: Vec<Done>) {
-    let before = ledger.content();
+    let (before, mark) = (ledger.content(), ledger.mark());
     let structures: Vec<&Done> = done.iter().filter(|done| done.deed.sectors().is_none()).collect();
     for done in done.iter().filter(|done| done.deed.sectors().is_some()) {
         let sectors = done.deed.sectors().unwrap().clone();
@@ -365,11 +365,11 @@ pub(super) fn note(ledger: &mut Ledger, done: Vec<Done>) {
         }
     }
     for done in structures.into_iter().filter(|done| !done.is_dropped) {
-        note_structure(ledger, done, &before);
+        note_structure(ledger, done, &before, &mark);
     }
 }
 
-fn note_structure(ledger: &mut Ledger, done: &Done, before: &[Value]) {
+fn note_structure(ledger: &mut Ledger, done: &Done, before: &[Value], mark: &Mark) {
     match &done.deed {
         Deed::Flush => ledger.flushes.push(Flush { began: done.began_at, durable: done.now }),
         Deed::TakeSnapshot(name) => {
@@ -407,8 +407,7 @@ fn note_structure(ledger: &mut Ledger, done: &Done, before: &[Value]) {
         }
         Deed::Resize(sectors) => ledger.resized(done.event(*sectors)),
         Deed::AddBitmap | Deed::ClearBitmap => {
-            let after = ledger.content();
-            let content = before.iter().copied().zip(after).collect();
+            let content = ledger.since(mark);
             ledger.baselines.push(Baseline { began: done.began, durable: done.now, content });
         }
         _ => {}

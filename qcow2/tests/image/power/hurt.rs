@@ -168,7 +168,7 @@ impl Run {
         let Some(done) = lost.iter().find(changes) else { return };
         let listed = self.image.bitmaps().await.unwrap();
         if listed.iter().any(|bitmap| bitmap.name == BITMAP) {
-            let content = before.content().into_iter().zip(self.ledger.content()).collect();
+            let content = self.ledger.since(&before.mark());
             let durable = usize::MAX;
             self.ledger.baselines.push(Baseline { began: done.began, durable, content });
         }

@@ -57,8 +57,15 @@ pub(super) struct Kept {
 pub(super) struct Baseline {
     pub began: usize,
     pub durable: usize,
-    /// What each sector held; two values where it changed at the same time.
-    pub content: Vec<(Value, Value)>,
+    /// What each sector may have held: several values where it changed at the same time.
+    pub content: Vec<Vec<Value>>,
+}
+
+/// How much was known at a moment.
+#[derive(Clone, Debug)]
+pub(super) struct Mark {
+    size: u64,
+    events: Vec<usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -94,6 +101,20 @@ impl Ledger {
     /// What the disk reads like now.
     pub(super) fn content(&self) -> Vec<Value> {
         (0..self.size()).map(|sector| self.last(sector)).collect()
+    }
+
+    /// The present, to come back to with [`Ledger::since`].
+    pub(super) fn mark(&self) -> Mark {
+        Mark { size: self.size(), events: self.sectors.iter().map(Vec::len).collect() }
+    }
+
+    /// What the sectors that were always there held at a mark, and all that they have held since.
+    pub(super) fn since(&self, mark: &Mark) -> Vec<Vec<Value>> {
+        let size = usize::try_from(mark.size.min(self.size())).unwrap();
+        let known = self.sectors.iter().zip(&mark.events).take(size);
+        known
+            .map(|(all, events)| all[events - 1..].iter().map(|event| event.value).collect())
+            .collect()
     }
 
     pub(super) fn push(&mut self, sector: u64, event: Event<Value>) {

@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::BlockDevice;
 
+use crate::admission::Admission;
 use crate::extent_source::ExtentSource;
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportFacts, MetaContext};
 use crate::limits::Limits;
+use crate::peer::Peer;
 use crate::signal::Signal;
 use crate::wire::MAX_STRING_BYTES;
 
@@ -23,6 +25,10 @@ pub struct Export {
     read_only: bool,
     default_export: bool,
     sources: Vec<(String, Arc<dyn ExtentSource>)>,
+    admission: Admission,
+    preferred_bytes: Option<u32>,
+    rotational: bool,
+    withheld: u16,
 }
 
 impl std::fmt::Debug for Export {
@@ -41,6 +47,10 @@ impl Export {
             read_only: false,
             default_export: false,
             sources: Vec::new(),
+            admission: Admission::default(),
+            preferred_bytes: None,
+            rotational: false,
+            withheld: 0,
         }
     }
 
@@ -73,12 +83,57 @@ impl Export {
         self
     }
 
-    pub(crate) fn is_default(&self) -> bool {
-        self.default_export
+    /// Who may use it, of those who may connect at all. Others neither see it in lists nor get in.
+    #[must_use]
+    pub fn admission(mut self, admission: Admission) -> Self {
+        self.admission = admission;
+        self
     }
 
-    pub(crate) fn name(&self) -> &str {
+    /// Tells clients another preferred size of requests than the device's, in bytes: a power of two from 512 on.
+    #[must_use]
+    pub fn preferred_bytes(mut self, bytes: u32) -> Self {
+        self.preferred_bytes = Some(bytes);
+        self
+    }
+
+    /// Tells clients that the device is a rotating disk, so that they sort their requests.
+    #[must_use]
+    pub fn rotational(mut self, rotational: bool) -> Self {
+        self.rotational = rotational;
+        self
+    }
+
+    /// Does not tell clients of these abilities, given as [`transmission_flag`](crate::wire::transmission_flag)s.
+    #[must_use]
+    pub fn withhold(mut self, flags: u16) -> Self {
+        self.withheld = flags;
+        self
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
         &self.name
+    }
+
+    fn is_default(&self) -> bool {
+        self.default_export || self.name.is_empty()
+    }
+
+    /// Whether `other` is the same to clients, whatever its name, and whether or not it is the default one.
+    fn is_like(&self, other: &Self) -> bool {
+        let source = |(a, b): (&(String, Arc<dyn ExtentSource>), &(String, _))| {
+            a.0 == b.0 && Arc::ptr_eq(&a.1, &b.1)
+        };
+        Arc::ptr_eq(&self.device, &other.device)
+            && self.description == other.description
+            && self.read_only == other.read_only
+            && self.admission == other.admission
+            && self.preferred_bytes == other.preferred_bytes
+            && self.rotational == other.rotational
+            && self.withheld == other.withheld
+            && self.sources.len() == other.sources.len()
+            && self.sources.iter().zip(&other.sources).all(source)
     }
 }
 
@@ -191,6 +246,8 @@ pub(crate) struct Served {
     pub(crate) device: Arc<dyn BlockDevice>,
     pub(crate) sources: HashMap<Arc<str>, Arc<dyn ExtentSource>>,
     pub(crate) tally: Tally,
+    /// As it was asked for.
+    origin: Export,
     /// Connections that are to leave see this raised.
     pub(crate) closing: Signal,
     connections: Arc<Gauge>,
@@ -217,6 +274,7 @@ impl Served {
         if is_bad(&export.name) || is_bad(&export.description) {
             return Err(ExportError::BadString);
         }
+        let origin = export.clone();
         let mut contexts = vec![MetaContext::Allocation];
         let mut sources = HashMap::new();
         for (name, source) in export.sources {
@@ -237,7 +295,9 @@ impl Served {
             description: export.description,
             size_bytes: device.size_bytes,
             read_only: export.read_only || device.read_only,
-            preferred_bytes: device.preferred_bytes,
+            preferred_bytes: export.preferred_bytes.unwrap_or(device.preferred_bytes),
+            rotational: export.rotational,
+            withheld: export.withheld,
             max_payload_bytes: limits.max_payload_bytes,
             contexts,
         };
@@ -246,6 +306,7 @@ impl Served {
             device: export.device,
             sources,
             tally: Tally::default(),
+            origin,
             closing: Signal::default(),
             connections: Arc::default(),
         })
@@ -255,6 +316,25 @@ impl Served {
     pub(crate) fn attach(self: &Arc<Self>) -> Attachment {
         self.tally.connections.fetch_add(1, Ordering::Relaxed);
         Attachment { export: Arc::clone(self), _held: Arc::new(self.connections.hold()) }
+    }
+
+    pub(crate) fn is_default(&self) -> bool {
+        self.origin.is_default()
+    }
+
+    /// Whether this client may use it.
+    pub(crate) fn permits(&self, peer: &Peer) -> bool {
+        self.origin.admission.permits(peer)
+    }
+
+    /// Whether a client could not tell it from `other`, of the same name.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.origin.is_like(&other.origin)
+    }
+
+    /// How many connections hold it.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.count()
     }
 
     /// Waits until no connection holds it.

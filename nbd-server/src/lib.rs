@@ -35,6 +35,7 @@
 //! Durability is the device's: a write is answered when the device says it is done, `FUA` when it says it is durable,
 //! and `FLUSH` reaches the one device that all connections share, so it covers them all (`CAN_MULTI_CONN`).
 
+mod admission;
 pub mod block_status;
 #[cfg(feature = "client")]
 pub mod client;
@@ -49,13 +50,18 @@ mod limits;
 mod listener;
 mod negotiate;
 mod outlet;
+mod peer;
+mod replace;
 pub mod reply;
 pub mod request;
 mod server;
 mod signal;
 pub mod wire;
 
+pub use admission::{Admission, ClientRule, ClientRuleError};
 pub use export::{Counters, Export, ExportError, ExportStatus, Removal};
 pub use extent_source::{DIRTY, ExtentSource, FlaggedExtent};
 pub use limits::Limits;
+pub use peer::Peer;
+pub use replace::{Replaced, Retired};
 pub use server::{Server, ServerConfig, ShutdownReport};

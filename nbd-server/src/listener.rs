@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, UnixListener, UnixStream, tcp, unix};
 
+use crate::peer::Peer;
 use crate::server::Server;
 
 /// Connections that the kernel keeps for us until they are accepted.
@@ -18,13 +19,17 @@ const BACKLOG: u32 = 1024;
 /// How long accepting rests after it failed, for instance because no file descriptor is left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// A connection: its two halves, and who is at the other end.
+pub(crate) type Accepted<R, W> = (R, W, Peer);
+
 /// Something that accepts connections.
 pub(crate) trait Listener: Send + Sync + 'static {
     type Reader: AsyncRead + Send + Unpin + 'static;
     type Writer: AsyncWrite + Send + Unpin + 'static;
 
     /// The next connection.
-    fn next(&self) -> impl Future<Output = io::Result<(Self::Reader, Self::Writer)>> + Send;
+    fn next(&self)
+    -> impl Future<Output = io::Result<Accepted<Self::Reader, Self::Writer>>> + Send;
 }
 
 /// Accepts until the server stops, then closes the listener.
@@ -35,7 +40,7 @@ pub(crate) async fn accept<L: Listener>(server: Server, listener: L) {
             accepted = listener.next() => accepted,
         };
         match accepted {
-            Ok((reader, writer)) => server.serve_halves(reader, writer),
+            Ok((reader, writer, peer)) => server.serve_halves(reader, writer, peer),
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -66,11 +71,12 @@ impl Listener for Tcp {
     type Reader = tcp::OwnedReadHalf;
     type Writer = tcp::OwnedWriteHalf;
 
-    async fn next(&self) -> io::Result<(Self::Reader, Self::Writer)> {
-        let (stream, _) = self.0.accept().await?;
+    async fn next(&self) -> io::Result<Accepted<Self::Reader, Self::Writer>> {
+        let (stream, address) = self.0.accept().await?;
         // Fails only where the peer is gone already, which the first read finds out.
         let _ = stream.set_nodelay(true);
-        Ok(stream.into_split())
+        let (reader, writer) = stream.into_split();
+        Ok((reader, writer, Peer::Tcp(address)))
     }
 }
 
@@ -100,8 +106,11 @@ impl Listener for Unix {
     type Reader = unix::OwnedReadHalf;
     type Writer = unix::OwnedWriteHalf;
 
-    async fn next(&self) -> io::Result<(Self::Reader, Self::Writer)> {
-        Ok(self.listener.accept().await?.0.into_split())
+    async fn next(&self) -> io::Result<Accepted<Self::Reader, Self::Writer>> {
+        let (stream, _) = self.listener.accept().await?;
+        let peer = stream.peer_cred().map_or(Peer::Unknown, |cred| Peer::Unix { uid: cred.uid() });
+        let (reader, writer) = stream.into_split();
+        Ok((reader, writer, peer))
     }
 }
 

@@ -10,6 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::export::Attachment;
 use crate::handshake::{Agreement, Close, Handshake, Progress};
+use crate::peer::Peer;
 use crate::server::{Shared, Visitor};
 
 /// Room for input beyond what the machine asks for: an option is small.
@@ -27,6 +28,7 @@ pub(crate) struct Entered {
 /// Negotiates; `None` where the connection is to be closed.
 pub(crate) async fn negotiate<R, W>(
     shared: &Arc<Shared>,
+    peer: &Peer,
     reader: &mut R,
     writer: &mut W,
 ) -> io::Result<Option<Entered>>
@@ -38,10 +40,10 @@ where
         shared.stopping.raised().await;
         sleep(shared.limits.close_timeout).await;
     };
-    let haggling = timeout(shared.limits.handshake_timeout, haggle(shared, reader, writer));
+    let haggling = timeout(shared.limits.handshake_timeout, haggle(shared, peer, reader, writer));
     tokio::select! {
         done = haggling => done.unwrap_or_else(|_| {
-            tracing::info!(limit = ?shared.limits.handshake_timeout, "a handshake took too long");
+            tracing::info!(%peer, limit = ?shared.limits.handshake_timeout, "a handshake took too long");
             Ok(None)
         }),
         () = stopped => Ok(None),
@@ -50,6 +52,7 @@ where
 
 async fn haggle<R, W>(
     shared: &Arc<Shared>,
+    peer: &Peer,
     reader: &mut R,
     writer: &mut W,
 ) -> io::Result<Option<Entered>>
@@ -58,7 +61,7 @@ where
     W: AsyncWrite + Unpin,
 {
     let mut machine = Handshake::new(&shared.limits);
-    let mut visitor = Visitor::new(shared);
+    let mut visitor = Visitor::new(shared, peer);
     let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
     Handshake::greet(&mut out);
     loop {
@@ -88,7 +91,7 @@ where
             }
             Progress::Close(Close::Aborted) => return Ok(None),
             Progress::Close(why) => {
-                tracing::info!(%why, "closing a connection in the handshake");
+                tracing::info!(%peer, %why, "closing a connection in the handshake");
                 return Ok(None);
             }
         }

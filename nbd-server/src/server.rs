@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use crate::admission::Admission;
 use crate::connection;
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
@@ -23,6 +24,8 @@ use crate::intake::Arriving;
 use crate::limits::Limits;
 use crate::listener;
 use crate::negotiate::negotiate;
+use crate::peer::Peer;
+use crate::replace::{Replaced, Retired, settle};
 use crate::signal::Signal;
 
 /// How a server is set up.
@@ -64,6 +67,7 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) arriving: Arc<Arriving>,
     table: RwLock<Table>,
+    policy: RwLock<Policy>,
     /// Nothing new is accepted, what is open comes to its end.
     pub(crate) stopping: Signal,
     /// Whatever is still open is dropped.
@@ -72,14 +76,36 @@ pub(crate) struct Shared {
     listeners: Mutex<Vec<JoinHandle<()>>>,
 }
 
+/// What holds for every client.
+#[derive(Debug)]
+struct Policy {
+    admission: Admission,
+    listing: bool,
+}
+
 #[derive(Debug, Default)]
-struct Table {
-    exports: BTreeMap<String, Arc<Served>>,
+pub(crate) struct Table {
+    pub(crate) exports: BTreeMap<String, Arc<Served>>,
     /// The name of the export that the empty name stands for.
     default: Option<String>,
 }
 
 impl Table {
+    pub(crate) fn insert(&mut self, served: Served) -> Result<(), ExportError> {
+        let name = served.facts.name.clone();
+        if self.exports.contains_key(&name) {
+            return Err(ExportError::Duplicate(name));
+        }
+        if served.is_default() {
+            if let Some(taken) = &self.default {
+                return Err(ExportError::DefaultTaken(taken.clone()));
+            }
+            self.default = Some(name.clone());
+        }
+        self.exports.insert(name, Arc::new(served));
+        Ok(())
+    }
+
     fn find(&self, name: &str) -> Option<&Arc<Served>> {
         match (&self.default, name) {
             (Some(default), "") => self.exports.get(default),
@@ -96,6 +122,7 @@ impl Server {
             arriving: Arc::new(Arriving::new(&limits)),
             limits,
             table: RwLock::default(),
+            policy: RwLock::new(Policy { admission: Admission::default(), listing: true }),
             stopping: Signal::default(),
             forced: Signal::default(),
             connections: Arc::default(),
@@ -136,8 +163,16 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        self.serve_stream_of(stream, Peer::Unknown);
+    }
+
+    /// Serves one client of whom the caller knows who it is.
+    pub fn serve_stream_of<S>(&self, stream: S, peer: Peer)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let (reader, writer) = tokio::io::split(stream);
-        self.serve_halves(reader, writer);
+        self.serve_halves(reader, writer, peer);
     }
 
     /// Waits until the server is told to stop.
@@ -145,12 +180,16 @@ impl Server {
         self.shared.stopping.raised().await;
     }
 
-    /// Serves one client, or closes the connection where there are too many.
-    pub(crate) fn serve_halves<R, W>(&self, reader: R, writer: W)
+    /// Serves one client, or closes the connection where it may not connect or there are too many.
+    pub(crate) fn serve_halves<R, W>(&self, reader: R, writer: W, peer: Peer)
     where
         R: AsyncRead + Send + Unpin + 'static,
         W: AsyncWrite + Send + Unpin + 'static,
     {
+        if !self.shared.policy.read().admission.permits(&peer) {
+            tracing::warn!(%peer, "a client that may not connect is refused");
+            return;
+        }
         let Some(held) = self.shared.connections.try_hold(self.shared.limits.connections) else {
             tracing::warn!(limit = self.shared.limits.connections, "too many connections");
             return;
@@ -159,7 +198,7 @@ impl Server {
         tokio::spawn(async move {
             let _held: Held = held;
             tokio::select! {
-                () = serve(&shared, reader, writer) => {}
+                () = serve(&shared, reader, writer, &peer) => {}
                 () = shared.forced.raised() => {}
             }
         });
@@ -170,24 +209,44 @@ impl Server {
     /// # Errors
     /// [`ExportError`].
     pub fn add_export(&self, export: Export) -> Result<(), ExportError> {
-        let default = export.is_default() || export.name().is_empty();
         let served = Served::new(export, &self.shared.limits)?;
-        let name = served.facts.name.clone();
         let mut table = self.shared.table.write();
         if self.shared.stopping.is_raised() {
             return Err(ExportError::ShuttingDown);
         }
-        if table.exports.contains_key(&name) {
-            return Err(ExportError::Duplicate(name));
+        table.insert(served)
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    /// Makes `next` the table.
+    pub(crate) fn exchange(&self, mut next: Table, how: Removal) -> Result<Replaced, ExportError> {
+        let mut table = self.shared.table.write();
+        if self.shared.stopping.is_raised() {
+            return Err(ExportError::ShuttingDown);
         }
-        if default {
-            if let Some(taken) = &table.default {
-                return Err(ExportError::DefaultTaken(taken.clone()));
-            }
-            table.default = Some(name.clone());
+        let mut replaced = settle(&table.exports, &mut next);
+        replaced.default_changed = table.default != next.default;
+        *table = next;
+        drop(table);
+        if how == Removal::Cut {
+            let gone = |name: &str| replaced.removed.iter().any(|removed| removed == name);
+            replaced.retired.iter().filter(|one| gone(one.name())).for_each(Retired::cut);
         }
-        table.exports.insert(name, Arc::new(served));
-        Ok(())
+        Ok(replaced)
+    }
+
+    /// Sets who may connect, from the next connection on. By default everybody. Exports can have rules of their own:
+    /// [`Export::admission`].
+    pub fn set_admission(&self, admission: Admission) {
+        self.shared.policy.write().admission = admission;
+    }
+
+    /// Sets whether clients may list the exports. By default they may, and are shown those that they may use.
+    pub fn set_listing(&self, listing: bool) {
+        self.shared.policy.write().listing = listing;
     }
 
     /// Removes an export and returns its device once no connection and no request uses it; the caller closes it.
@@ -266,12 +325,12 @@ impl Server {
 }
 
 /// One client from its first byte to its last.
-async fn serve<R, W>(shared: &Arc<Shared>, mut reader: R, mut writer: W)
+async fn serve<R, W>(shared: &Arc<Shared>, mut reader: R, mut writer: W, peer: &Peer)
 where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
 {
-    match negotiate(shared, &mut reader, &mut writer).await {
+    match negotiate(shared, peer, &mut reader, &mut writer).await {
         Ok(Some(entered)) => connection::transmit(shared, entered, reader, writer).await,
         Ok(None) => connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await,
         Err(error) => tracing::debug!(%error, "a client left during the handshake"),
@@ -281,13 +340,14 @@ where
 /// The table as one negotiating client sees it.
 pub(crate) struct Visitor {
     shared: Arc<Shared>,
+    peer: Peer,
     /// The export that was entered last.
     pub(crate) entered: Option<Attachment>,
 }
 
 impl Visitor {
-    pub(crate) fn new(shared: &Arc<Shared>) -> Self {
-        Self { shared: Arc::clone(shared), entered: None }
+    pub(crate) fn new(shared: &Arc<Shared>, peer: &Peer) -> Self {
+        Self { shared: Arc::clone(shared), peer: peer.clone(), entered: None }
     }
 
     fn find<T>(&self, name: &str, then: impl FnOnce(&Arc<Served>) -> T) -> Result<T, Unavailable> {
@@ -296,7 +356,13 @@ impl Visitor {
             return Err(Unavailable::ShuttingDown);
         }
         // Still under the lock: an export that was found cannot be removed before it is held.
-        table.find(name).map(then).ok_or(Unavailable::Unknown)
+        let served = table.find(name).ok_or(Unavailable::Unknown)?;
+        if !served.permits(&self.peer) {
+            let (export, peer) = (&served.facts.name, &self.peer);
+            tracing::warn!(%peer, export, "a client may not use the export");
+            return Err(Unavailable::Forbidden);
+        }
+        Ok(then(served))
     }
 }
 
@@ -305,7 +371,12 @@ impl ExportDirectory for Visitor {
         let table = self.shared.table.read();
         let entry =
             |served: &Arc<Served>| (served.facts.name.clone(), served.facts.description.clone());
-        table.exports.values().map(entry).collect()
+        let permitted = table.exports.values().filter(|served| served.permits(&self.peer));
+        permitted.map(entry).collect()
+    }
+
+    fn lists(&self) -> bool {
+        self.shared.policy.read().listing
     }
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {

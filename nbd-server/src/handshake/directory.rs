@@ -49,6 +49,10 @@ pub struct ExportFacts {
     pub preferred_bytes: u32,
     /// The longest READ or WRITE, in bytes: a power of two.
     pub max_payload_bytes: u32,
+    /// Whether clients should sort their requests, as for a rotating disk.
+    pub rotational: bool,
+    /// Transmission flags that are not told although the device could.
+    pub withheld: u16,
     /// What BLOCK_STATUS can tell.
     pub contexts: Vec<MetaContext>,
 }
@@ -71,7 +75,11 @@ impl ExportFacts {
         if structured {
             flags |= flag::SEND_DF;
         }
-        flags
+        if self.rotational {
+            flags |= flag::ROTATIONAL;
+        }
+        // What every reply with flags has, and what protects the image, cannot be left out.
+        flags & !(self.withheld & !(flag::HAS_FLAGS | flag::READ_ONLY))
     }
 
     /// Minimum, preferred and maximum block size, in bytes.
@@ -89,6 +97,8 @@ impl ExportFacts {
 pub enum Unavailable {
     /// There is none of that name.
     Unknown,
+    /// This client may not use it.
+    Forbidden,
     /// The server is stopping.
     ShuttingDown,
 }
@@ -98,6 +108,7 @@ impl Unavailable {
     pub(super) fn reply(self) -> (u32, &'static str) {
         match self {
             Self::Unknown => (wire::reply::ERR_UNKNOWN, "there is no export of that name"),
+            Self::Forbidden => (wire::reply::ERR_POLICY, "the client may not use the export"),
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
         }
     }
@@ -107,6 +118,11 @@ impl Unavailable {
 pub trait ExportDirectory {
     /// Name and description of every export, in the order to show them.
     fn list(&mut self) -> Vec<(String, String)>;
+
+    /// Whether clients may ask for that at all.
+    fn lists(&self) -> bool {
+        true
+    }
 
     /// Looks an export up; the empty name means the default one.
     ///
@@ -137,6 +153,8 @@ mod tests {
             read_only,
             preferred_bytes,
             max_payload_bytes: wire::MAX_PAYLOAD_BYTES,
+            rotational: false,
+            withheld: 0,
             contexts: vec![MetaContext::Allocation],
         }
     }
@@ -154,6 +172,16 @@ mod tests {
         assert_ne!(flags & flag::READ_ONLY, 0);
         let changes = flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
         assert_eq!(flags & changes, 0);
+    }
+
+    #[test]
+    fn withheld_flags_are_not_told_but_those_that_protect_are() {
+        let withheld = flag::SEND_FLUSH | flag::READ_ONLY | flag::HAS_FLAGS;
+        let facts = ExportFacts { withheld, rotational: true, ..facts(true, 4096) };
+        let flags = facts.transmission_flags(true);
+        assert_eq!(flags & flag::SEND_FLUSH, 0);
+        let told = flag::HAS_FLAGS | flag::READ_ONLY | flag::ROTATIONAL;
+        assert_eq!(flags & told, told);
     }
 
     #[test]

@@ -420,6 +420,10 @@ fn refuse(why: Unavailable, answer: &mut Answer<'_>) {
 
 /// LIST: every export with its description.
 fn list(exports: &mut dyn ExportDirectory, answer: &mut Answer<'_>) {
+    if !exports.lists() {
+        answer.error(reply::ERR_POLICY, "this server does not list its exports");
+        return;
+    }
     for (name, description) in exports.list() {
         answer.reply(reply::SERVER, |out| {
             out.put_u32(u32::try_from(name.len()).unwrap_or(u32::MAX));

@@ -34,6 +34,8 @@ impl ExportDirectory for Two {
             read_only,
             preferred_bytes: 65_536,
             max_payload_bytes: 32 << 20,
+            rotational: false,
+            withheld: 0,
             contexts: vec![MetaContext::Allocation],
         })
     }

@@ -14,6 +14,8 @@ fn agreement(read_only: bool, structured: bool) -> Agreement {
             read_only,
             preferred_bytes: 4096,
             max_payload_bytes: 32 << 20,
+            rotational: false,
+            withheld: 0,
             contexts: vec![context.clone()],
         },
         structured,

@@ -6,5 +6,7 @@ mod lifecycle;
 mod own_client;
 mod peers;
 mod raw;
+#[cfg(feature = "client")]
+mod replace;
 mod stalled;
 mod transmission;

@@ -43,6 +43,13 @@ impl Raw {
         Self::with_buffer(server, 64 << 10)
     }
 
+    /// A client of which the server knows who it is.
+    pub(crate) fn of(server: &Server, peer: nbd_server::Peer) -> Self {
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        server.serve_stream_of(theirs, peer);
+        Self { stream: ours }
+    }
+
     /// A client that has entered "disk" with structured replies and `base:allocation`.
     pub(crate) async fn entered(server: &Server) -> Self {
         let mut raw = Self::new(server);

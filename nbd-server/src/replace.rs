@@ -1,0 +1,120 @@
+//! Replacing the table of exports while clients use it: all of the new table or nothing. Opening and closing images is
+//! the caller's.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use block::BlockDevice;
+
+use crate::export::{Export, ExportError, Removal, Served};
+use crate::server::{Server, Table};
+
+/// What [`Server::replace_exports`] changed, by the names of exports.
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct Replaced {
+    /// Exports that are new.
+    pub added: Vec<String>,
+    /// Exports that are another thing for new connections. Connections that were open go on as before.
+    pub changed: Vec<String>,
+    /// Exports that are gone.
+    pub removed: Vec<String>,
+    /// Exports that are as they were, with their connections and counters.
+    pub kept: Vec<String>,
+    /// Whether another export is the default one.
+    pub default_changed: bool,
+    /// What was taken out of the table, for each export that was removed or changed.
+    pub retired: Vec<Retired>,
+}
+
+impl Replaced {
+    /// Whether anything is other than before.
+    pub fn is_empty(&self) -> bool {
+        self.retired.is_empty() && self.added.is_empty() && !self.default_changed
+    }
+}
+
+/// An export that is in the table no more and may still have connections.
+#[derive(Debug)]
+pub struct Retired {
+    served: Arc<Served>,
+}
+
+impl Retired {
+    /// The name it had.
+    pub fn name(&self) -> &str {
+        &self.served.facts.name
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Arc<dyn BlockDevice> {
+        &self.served.device
+    }
+
+    /// How many connections hold it.
+    pub fn connections(&self) -> usize {
+        self.served.connections()
+    }
+
+    /// Closes the connections that it still has, as [`Removal::Cut`] does.
+    pub fn cut(&self) {
+        self.served.closing.raise();
+    }
+
+    /// Waits until no connection and no request uses it. Its device can be closed then, unless another export has it,
+    /// too.
+    pub async fn unused(&self) {
+        self.served.unheld().await;
+    }
+}
+
+impl Server {
+    /// Makes `exports` the table, at one stroke: a client sees the old table or the new one. Where the table cannot be
+    /// had, for instance because two exports have one name, nothing changes.
+    ///
+    /// An export is kept, its connections and counters untouched, where one of the same name has the same device, the
+    /// same sources of contexts (the very same [`Arc`]s) and equal properties. One that differs is changed: new clients
+    /// get the new export, open connections stay with the old one. `how` says what becomes of connections of exports
+    /// that are removed.
+    ///
+    /// Devices are never closed here: [`Replaced::retired`] tells when those that left are unused.
+    ///
+    /// # Errors
+    /// [`ExportError`].
+    pub fn replace_exports(
+        &self,
+        exports: impl IntoIterator<Item = Export>,
+        how: Removal,
+    ) -> Result<Replaced, ExportError> {
+        let mut next = Table::default();
+        for export in exports {
+            next.insert(Served::new(export, self.limits())?)?;
+        }
+        self.exchange(next, how)
+    }
+}
+
+/// Merges what stays of `old` into `next`, and tells the difference.
+pub(crate) fn settle(old: &BTreeMap<String, Arc<Served>>, next: &mut Table) -> Replaced {
+    let mut replaced = Replaced::default();
+    for (name, served) in &mut next.exports {
+        match old.get(name) {
+            None => replaced.added.push(name.clone()),
+            Some(known) if known.is_like(served) => {
+                *served = Arc::clone(known);
+                replaced.kept.push(name.clone());
+            }
+            Some(known) => {
+                replaced.changed.push(name.clone());
+                replaced.retired.push(Retired { served: Arc::clone(known) });
+            }
+        }
+    }
+    for (name, served) in old {
+        if !next.exports.contains_key(name) {
+            replaced.removed.push(name.clone());
+            replaced.retired.push(Retired { served: Arc::clone(served) });
+        }
+    }
+    replaced
+}

@@ -34,6 +34,7 @@ mod power;
 mod repairing;
 mod resizing;
 mod sans_io;
+mod sendable;
 mod shape;
 mod snapshot_crash;
 mod snapshots;

@@ -9,6 +9,7 @@ cc gcc
 debugfs e2fsprogs
 fio fio
 mkfs.ext4 e2fsprogs
+mkfs.xfs xfsprogs
 nbdcopy libnbd-bin
 nbdinfo libnbd-bin
 nbdkit nbdkit
@@ -51,7 +52,8 @@ install_programs() {
     install_packages $(tr ' ' '\n' <<<"$missing" | sort -u)
 }
 
-# Debian's python3 has no way to make an environment before its package of that name is there; any other may not either.
+# Debian's python3 has no way to make an environment with pip in it before its package of that name is there; any other
+# may not either. One without pip takes its packages from the pip outside.
 make_environment() {
     rm -rf "$1"
     python3 -m venv "$1" >/dev/null 2>&1 && return 0
@@ -60,7 +62,21 @@ make_environment() {
         python3 -m virtualenv -q "$1"
         return
     fi
+    if python3 -m pip --python "$(command -v python3)" --version >/dev/null 2>&1; then
+        python3 -m venv --without-pip "$1" >/dev/null 2>&1 && return 0
+        rm -rf "$1"
+    fi
     install_packages python3-venv && python3 -m venv "$1"
+}
+
+pip_install() {
+    local environment="$1"
+    shift
+    if "$environment/bin/python3" -m pip --version >/dev/null 2>&1; then
+        "$environment/bin/python3" -m pip install "$@"
+    else
+        python3 -m pip --python "$environment/bin/python3" install "$@"
+    fi
 }
 
 install_readers() {
@@ -72,8 +88,7 @@ install_readers() {
     fi
     make_environment "$folder"
     printf '%s' "$readers" >"$folder/requirements.txt"
-    "$folder/bin/python3" -m pip install -q --disable-pip-version-check --no-deps \
-        -r "$folder/requirements.txt"
+    pip_install "$folder" -q --disable-pip-version-check --no-deps -r "$folder/requirements.txt"
     mv "$folder/requirements.txt" "$folder/readers"
 }
 

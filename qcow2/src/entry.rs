@@ -2,16 +2,11 @@
 //! rest; what to do about an outcome is decided elsewhere.
 
 use crate::error::{Corruption, TableKind};
+use crate::fields::{
+    COMPRESSED, COPIED, EntryFields, EntryKind, HOST_OFFSET, L1_RESERVED, L2_RESERVED,
+    REFCOUNT_TABLE_RESERVED, StreamFields, ZERO,
+};
 use crate::units::{ClusterGeometry, HOST_OFFSET_END, HostOffset, Run, SECTOR_BYTES, index};
-
-/// Bit 63: the refcount of what the entry points at is exactly one.
-const COPIED: u64 = 1 << 63;
-/// Bit 62 of an L2 entry: a compressed cluster.
-const COMPRESSED: u64 = 1 << 62;
-/// Bit 0 of an L2 entry: the cluster reads as zeros.
-const ZERO: u64 = 1;
-/// Bits 9 to 55: a host offset.
-const HOST_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// What decides how the entries of an image are read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,13 +45,15 @@ impl L1Entry {
     ///
     /// Source: qcow2 specification, "Cluster mapping", L1 table entry.
     pub(crate) fn decode(raw: u64, geometry: ClusterGeometry) -> Result<Self, Corruption> {
-        if raw & !(HOST_OFFSET | COPIED) != 0 {
+        if raw & L1_RESERVED != 0 {
             return Err(Corruption::ReservedBits { table: TableKind::L1, raw });
         }
-        Ok(match place(raw, TableKind::L1, geometry, false)? {
-            None => Self::Absent,
-            Some(hosted) => Self::Table(hosted),
-        })
+        let host = raw & HOST_OFFSET;
+        // Without a table the flag tells nothing, as QEMU has it; a check calls it wrong.
+        if host == 0 {
+            return Ok(Self::Absent);
+        }
+        Ok(Self::Table(Hosted::decode(raw, host, TableKind::L1, geometry)?))
     }
 
     /// The bits of an entry.
@@ -159,7 +156,8 @@ impl EntryFormat {
     /// extended L2 entries.
     pub(crate) fn decode(&self, raw: u64, bitmap: u64) -> Result<L2Entry, Corruption> {
         let reserved = Err(Corruption::ReservedBits { table: TableKind::L2, raw });
-        if raw & COMPRESSED != 0 {
+        let kind = self.fields().kind(raw);
+        if kind == EntryKind::Compressed {
             // The bitmap of a compressed cluster is all zero, and an external data file holds none.
             if self.external_data || bitmap != 0 {
                 return reserved;
@@ -167,11 +165,13 @@ impl EntryFormat {
             return self.decode_stream(raw).map_or(reserved, |s| Ok(L2Entry::Compressed(s)));
         }
         let has_zero_flag = self.version >= 3 && !self.geometry.is_extended();
-        let known = HOST_OFFSET | COPIED | if has_zero_flag { ZERO } else { 0 };
-        if raw & !known != 0 {
+        if raw & (L2_RESERVED | if has_zero_flag { 0 } else { ZERO }) != 0 {
             return reserved;
         }
-        let host = place(raw, TableKind::L2, self.geometry, self.external_data)?;
+        let host = match kind {
+            EntryKind::Hosted(at) => Some(Hosted::decode(raw, at, TableKind::L2, self.geometry)?),
+            _ => None,
+        };
         if self.geometry.is_extended() {
             let (alloc, zero) = halves(bitmap);
             if alloc & zero != 0 || (host.is_none() && alloc != 0) {
@@ -200,29 +200,26 @@ impl EntryFormat {
         }
     }
 
-    /// The first bit of a compressed descriptor that does not belong to the offset.
-    fn stream_bits(&self) -> u32 {
-        62 - (self.geometry.bits() - 8)
+    /// How the bits of L2 entries are taken apart.
+    pub(crate) const fn fields(&self) -> EntryFields {
+        EntryFields { extended: self.geometry.is_extended(), external_data: self.external_data }
     }
 
     /// Where compressed clusters must end at the latest: their offsets have no more bits.
     pub(crate) fn stream_end(&self) -> u64 {
-        HOST_OFFSET_END.min(1 << self.stream_bits())
+        HOST_OFFSET_END.min(1 << StreamFields::of(self.geometry).offset_bits)
     }
 
     /// `None` for an offset behind everything that the format can address.
     fn decode_stream(&self, raw: u64) -> Option<Stream> {
-        let bits = self.stream_bits();
-        let at = raw & ((1 << bits) - 1);
-        let more = raw >> bits & ((1 << (self.geometry.bits() - 8)) - 1);
-        let len = (more + 1) * SECTOR_BYTES - at % SECTOR_BYTES;
+        let (at, len) = StreamFields::of(self.geometry).decode(raw);
         (at < HOST_OFFSET_END).then_some(Stream { at: HostOffset(at), len })
     }
 
     fn encode_stream(&self, stream: Stream) -> u64 {
         let last = stream.at.0 + stream.len.saturating_sub(1);
         let more = last / SECTOR_BYTES - stream.at.0 / SECTOR_BYTES;
-        COMPRESSED | more << self.stream_bits() | stream.at.0
+        COMPRESSED | more << StreamFields::of(self.geometry).offset_bits | stream.at.0
     }
 }
 
@@ -230,6 +227,19 @@ impl Hosted {
     /// A place that only one entry uses.
     pub(crate) const fn exclusive(at: HostOffset) -> Self {
         Self { at, exclusive: true }
+    }
+
+    /// The place at `host` that the entry `raw` names.
+    fn decode(
+        raw: u64,
+        host: u64,
+        table: TableKind,
+        geometry: ClusterGeometry,
+    ) -> Result<Self, Corruption> {
+        if !geometry.is_aligned(host) {
+            return Err(Corruption::Unaligned { table, raw });
+        }
+        Ok(Self { at: HostOffset(host), exclusive: raw & COPIED != 0 })
     }
 
     fn encode(self) -> u64 {
@@ -243,24 +253,6 @@ fn halves(bitmap: u64) -> (Mask, Mask) {
     (half(bitmap), half(bitmap >> 32))
 }
 
-fn place(
-    raw: u64,
-    table: TableKind,
-    geometry: ClusterGeometry,
-    external_data: bool,
-) -> Result<Option<Hosted>, Corruption> {
-    let offset = raw & HOST_OFFSET;
-    if !geometry.is_aligned(offset) {
-        return Err(Corruption::Unaligned { table, raw });
-    }
-    let exclusive = raw & COPIED != 0;
-    // Only an external data file has guest data at its start.
-    if offset == 0 && exclusive && !external_data {
-        return Err(Corruption::ReservedBits { table, raw });
-    }
-    Ok((offset != 0 || exclusive).then_some(Hosted { at: HostOffset(offset), exclusive }))
-}
-
 /// Reads a refcount table entry: the offset of a refcount block, or `None`.
 ///
 /// # Errors
@@ -272,7 +264,7 @@ pub(crate) fn refcount_block(
     geometry: ClusterGeometry,
 ) -> Result<Option<HostOffset>, Corruption> {
     let table = TableKind::RefcountTable;
-    if raw & 0x1ff != 0 {
+    if raw & REFCOUNT_TABLE_RESERVED != 0 {
         return Err(Corruption::ReservedBits { table, raw });
     }
     if !geometry.is_aligned(raw) {
@@ -380,11 +372,22 @@ mod tests {
         assert!(matches!(l2(0x50200), Err(Corruption::Unaligned { .. })));
         assert!(matches!(l2(0x50002), Err(Corruption::ReservedBits { .. })));
         assert!(matches!(l2(1 << 56), Err(Corruption::ReservedBits { .. })));
-        assert!(matches!(l2(COPIED), Err(Corruption::ReservedBits { .. })));
         assert!(L1Entry::decode(0x50001, geometry).is_err());
         assert!(refcount_block(0x50001, geometry).is_err());
         assert!(refcount_block(0x50200, geometry).is_err());
         assert_eq!(refcount_block(1 << 60, geometry), Ok(Some(HostOffset(1 << 60))));
+    }
+
+    #[test]
+    fn the_copied_flag_alone_is_no_place() {
+        assert_eq!(standard().decode(COPIED, 0), Ok(cluster(None, 0, 0)));
+        assert_eq!(standard().decode(COPIED | ZERO, 0), Ok(cluster(None, 0, 1)));
+        assert_eq!(extended().decode(COPIED, 1 << 32), Ok(cluster(None, 0, 1)));
+        assert!(matches!(extended().decode(COPIED, 1), Err(Corruption::SubclusterBits { .. })));
+        assert_eq!(L1Entry::decode(COPIED, standard().geometry), Ok(L1Entry::Absent));
+        // Zeros at the start of an external file are nowhere, too: other guest clusters lie elsewhere.
+        let external = EntryFormat { external_data: true, ..standard() };
+        assert_eq!(external.decode(COPIED | ZERO, 0), Ok(cluster(None, 0, 1)));
     }
 
     proptest! {
@@ -397,11 +400,14 @@ mod tests {
             let format = EntryFormat { geometry, version, external_data };
             if let Ok(entry) = format.decode(raw, bitmap) {
                 let bitmap = if geometry.is_extended() { bitmap } else { 0 };
-                // Compressed clusters never carry the flag that we leave out.
-                let raw = if raw & COMPRESSED != 0 { raw & !COPIED } else { raw };
+                // The flag means nothing for compressed clusters and without a place, and is left out.
+                let kind = format.fields().kind(raw);
+                let hosted = matches!(kind, EntryKind::Hosted(_));
+                let raw = if hosted { raw } else { raw & !COPIED };
                 prop_assert_eq!(format.encode(entry), [raw, bitmap]);
             }
             if let Ok(entry) = L1Entry::decode(raw, geometry) {
+                let raw = if raw & HOST_OFFSET == 0 { raw & !COPIED } else { raw };
                 prop_assert_eq!(entry.encode(), raw);
             }
         }

@@ -1,7 +1,7 @@
-//! The bit fields of L1, L2 and table entries, taken apart without a judgement: what a check needs, which goes on where
-//! decoding for reading and writing refuses.
+//! The bit fields of L1, L2 and table entries, and how they are taken apart without a judgement, which is what a check
+//! needs. Decoding for reading and writing, which refuses what breaks the format, builds on it in `entry`.
 
-use crate::units::ClusterGeometry;
+use crate::units::{ClusterGeometry, SECTOR_BYTES};
 
 /// Bit 63 of L1 and L2 entries: the refcount of what the entry points at is exactly one.
 pub(crate) const COPIED: u64 = 1 << 63;
@@ -43,11 +43,6 @@ pub(crate) struct EntryFields {
 }
 
 impl EntryFields {
-    /// The length of an entry in bytes.
-    pub(crate) const fn bytes(self) -> u64 {
-        if self.extended { 16 } else { 8 }
-    }
-
     /// The kind of an entry, told by its first half.
     pub(crate) const fn kind(self, raw: u64) -> EntryKind {
         let host = raw & HOST_OFFSET;
@@ -65,13 +60,28 @@ impl EntryFields {
     }
 }
 
-/// Where the stream of a compressed entry starts, and its length up to the end of the last sector named, in bytes.
-pub(crate) const fn compressed(raw: u64, geometry: ClusterGeometry) -> (u64, u64) {
-    let count_bits = geometry.bits() - 8;
-    let count_at = 62 - count_bits;
-    let at = raw & ((1 << count_at) - 1);
-    let sectors = ((raw >> count_at) & ((1 << count_bits) - 1)) + 1;
-    (at, sectors * 512 - (at & 511))
+/// How the entry of a compressed cluster splits into an offset and a count of sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StreamFields {
+    /// The bits of the offset, which are the lowest.
+    pub offset_bits: u32,
+    /// The bits of the count, which follow up to [`COMPRESSED`].
+    count_bits: u32,
+}
+
+impl StreamFields {
+    /// Source: qcow2 specification, "Compressed Clusters Descriptor".
+    pub(crate) const fn of(geometry: ClusterGeometry) -> Self {
+        let count_bits = geometry.bits() - 8;
+        Self { offset_bits: COMPRESSED.trailing_zeros() - count_bits, count_bits }
+    }
+
+    /// Where the stream starts, and its length up to the end of the last sector named, in bytes.
+    pub(crate) const fn decode(self, raw: u64) -> (u64, u64) {
+        let at = raw & ((1 << self.offset_bits) - 1);
+        let more = (raw >> self.offset_bits) & ((1 << self.count_bits) - 1);
+        (at, (more + 1) * SECTOR_BYTES - at % SECTOR_BYTES)
+    }
 }
 
 /// The entry at the start of `bytes`: its first half, and its second where there is one.
@@ -86,9 +96,9 @@ mod tests {
 
     #[test]
     fn a_compressed_entry_counts_sectors_from_that_of_its_first_byte() {
-        let geometry = ClusterGeometry::of_bytes(65536).unwrap();
+        let fields = StreamFields::of(ClusterGeometry::of_bytes(65536).unwrap());
         let raw = COMPRESSED | (2 << 54) | 0x50301;
-        assert_eq!(compressed(raw, geometry), (0x50301, 3 * 512 - 0x101));
+        assert_eq!(fields.decode(raw), (0x50301, 3 * 512 - 0x101));
     }
 
     #[test]
@@ -96,6 +106,8 @@ mod tests {
         let inside = EntryFields { extended: false, external_data: false };
         let outside = EntryFields { extended: false, external_data: true };
         assert_eq!(inside.kind(COPIED), EntryKind::Absent);
+        assert_eq!(inside.kind(COPIED | ZERO), EntryKind::Zero);
+        assert_eq!(outside.kind(COPIED | ZERO), EntryKind::Zero);
         assert_eq!(outside.kind(COPIED), EntryKind::Hosted(0));
         assert_eq!(outside.kind(ZERO), EntryKind::Zero);
         assert_eq!(inside.kind(0x50000 | ZERO), EntryKind::Hosted(0x50000));

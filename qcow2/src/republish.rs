@@ -360,11 +360,7 @@ impl Work<'_> {
         let range = ByteRange::between(place.at.0, place.at.0.saturating_add(place.bytes()));
         let mut l1 = from_big_endian(&self.live.file.read(range).await?);
         l1.resize(index(needed), 0);
-        let format = present.header.entry_format();
-        let fields = EntryFields {
-            extended: self.geometry.is_extended(),
-            external_data: format.external_data,
-        };
+        let fields = present.header.entry_format().fields();
         let at_once = (BATCH_BYTES / self.geometry.bytes()).clamp(1, BATCH_TABLES);
         let used: Vec<usize> = (0..l1.len()).filter(|at| l1.get(*at) != Some(&0)).collect();
         for batch in used.chunks(index(at_once)) {
@@ -410,7 +406,7 @@ impl Work<'_> {
     /// An L2 table with the COPIED flags that it has to have, or `None` where it has them.
     fn with_flags(&self, table: &Bytes, fields: EntryFields) -> Option<Bytes> {
         let mut changed: Option<Vec<u8>> = None;
-        let step = index(fields.bytes());
+        let step = index(self.geometry.l2_entry_bytes());
         for (number, entry) in table.chunks_exact(step).enumerate() {
             let (raw, _) = halves(entry);
             let wanted = match fields.kind(raw) {

@@ -6,7 +6,8 @@
 use std::collections::HashSet;
 
 use crate::error::{Corruption, Fault, TableKind};
-use crate::units::{ClusterGeometry, HOST_OFFSET_END, HostOffset, SECTOR_BYTES, index};
+use crate::fields::HOST_OFFSET;
+use crate::units::{ClusterGeometry, HOST_OFFSET_END, HostOffset, index};
 
 /// The most bitmaps in an image.
 pub const MAX_BITMAPS: u32 = 65_535;
@@ -36,8 +37,7 @@ const RESERVED_FLAGS: u32 = !(IN_USE | AUTO | EXTRA_DATA_COMPATIBLE);
 
 /// Bits of a bitmap table entry.
 const ALL_ONES: u64 = 1;
-const TABLE_OFFSET: u64 = (HOST_OFFSET_END - 1) & !(SECTOR_BYTES - 1);
-const TABLE_RESERVED: u64 = !(TABLE_OFFSET | ALL_ONES);
+const TABLE_RESERVED: u64 = !(HOST_OFFSET | ALL_ONES);
 
 /// The content of the bitmaps header extension: where the directory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,7 +283,7 @@ impl BitmapCluster {
     /// [`Corruption::ReservedBits`], [`Corruption::Unaligned`].
     pub(crate) fn decode(raw: u64, geometry: ClusterGeometry) -> Result<Self, Corruption> {
         let table = TableKind::Bitmap;
-        let offset = raw & TABLE_OFFSET;
+        let offset = raw & HOST_OFFSET;
         if raw & TABLE_RESERVED != 0 || (offset != 0 && raw & ALL_ONES != 0) {
             return Err(Corruption::ReservedBits { table, raw });
         }

@@ -37,11 +37,7 @@ pub(super) async fn check_copied(
     examined: &mut Examined,
     fix: Fix,
 ) -> Result<(), Error> {
-    let format = header.entry_format();
-    let entries = EntryFields {
-        extended: header.geometry.is_extended(),
-        external_data: format.external_data,
-    };
+    let entries = header.entry_format().fields();
     let geometry = header.geometry;
     l1_table(file, header, examined, fix).await?;
     let tables = std::mem::take(&mut examined.tally.tables);
@@ -116,7 +112,7 @@ impl L2Table<'_> {
     /// Puts right what may be. Says which sectors changed.
     fn check(&mut self, bytes: &mut [u8]) -> Vec<u64> {
         let mut changed = Vec::new();
-        let step = self.entries.bytes();
+        let step = self.geometry.l2_entry_bytes();
         // A table that is no cluster lies over others; what is right in one may be wrong in the other.
         let fix = if self.geometry.is_aligned(self.at.0) { self.fix } else { Fix::None };
         for place in 0..bytes.len() as u64 / step {

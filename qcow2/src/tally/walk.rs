@@ -8,8 +8,8 @@ use block::{ByteRange, HostFile, is_zero, try_join_all};
 use crate::bitmap::codec::BitmapCluster;
 use crate::error::{Corruption, Error, Fault, Feature, TableKind};
 use crate::fields::{
-    self, ALL_ALLOCATED, COPIED, EntryFields, EntryKind, HOST_OFFSET, L1_RESERVED, L2_RESERVED,
-    REFCOUNT_TABLE_RESERVED, ZERO,
+    ALL_ALLOCATED, COPIED, EntryFields, EntryKind, HOST_OFFSET, L1_RESERVED, L2_RESERVED,
+    REFCOUNT_TABLE_RESERVED, StreamFields, ZERO, halves,
 };
 use crate::header::Header;
 use crate::mapping::from_big_endian;
@@ -471,9 +471,9 @@ impl Walk<'_> {
 
     fn l2_table(&mut self, table: TableUse, bytes: &[u8]) -> Result<(), TooScattered> {
         let mut next = None;
-        let step = self.entries.bytes();
+        let step = self.geometry.l2_entry_bytes();
         for (place, bytes) in (0u64..).zip(bytes.chunks_exact(index(step))) {
-            let (raw, bitmap) = fields::halves(bytes);
+            let (raw, bitmap) = halves(bytes);
             if raw == 0 && bitmap == 0 {
                 continue;
             }
@@ -550,7 +550,7 @@ impl Walk<'_> {
         self.tally.active.allocated += u64::from(table.active);
         self.tally.active.compressed += u64::from(table.active);
         self.tally.active.fragmented += u64::from(table.active);
-        let (at, len) = fields::compressed(raw, self.geometry);
+        let (at, len) = StreamFields::of(self.geometry).decode(raw);
         self.data(at, len, entry, table.all)
     }
 

@@ -4,10 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use qcow2::{CheckOptions, CheckReport, Error, Finding, Image, Repair};
+use block::{BlockDevice, Durability};
+use qcow2::{CheckOptions, CheckReport, Error, Finding, Image, OpenOptions, Repair};
 use serde_json::Value;
 
-use crate::common::{block_on, qemu_create, qemu_img, qemu_io};
+use crate::common::{block_on, qemu_create, qemu_img, qemu_io, read_all};
 use crate::memory::rounds;
 
 const SECRET: [&str; 2] = ["--object", "secret,id=key,data=passphrase"];
@@ -328,6 +329,70 @@ fn damage_is_found_and_repaired_with_compression_subclusters_and_bitmaps() {
     for kind in ["compressed", "extended", "bitmaps"] {
         damage_and_judge(kind);
     }
+}
+
+/// The disk as we read it.
+async fn read_by_us(path: &Path) -> Vec<u8> {
+    let image = Image::open(path, OpenOptions::reading()).await.unwrap();
+    let content = read_all(&image).await;
+    image.close().await.unwrap();
+    content
+}
+
+#[test]
+fn a_copied_flag_without_a_place_is_read_and_judged_as_qemu_does() {
+    const COPIED: u64 = 1 << 63;
+    for (kind, flags) in [
+        ("plain", COPIED),
+        ("plain", COPIED | 1),
+        ("compressed", COPIED),
+        ("extended", COPIED),
+        ("data_file", COPIED | 1),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = make(dir.path(), kind);
+        let mut layout = Layout::of(&path);
+        let damaged = *layout.l2().last().unwrap();
+        layout.put(damaged, flags);
+        if kind == "extended" {
+            // Half of its subclusters read as zeros.
+            layout.put(damaged + 8, 0xffff << 32);
+        }
+        std::fs::write(&path, &layout.bytes).unwrap();
+        let what = format!("{kind} {flags:#x}");
+        let report = assert_agrees(&path, &what);
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}");
+        block_on(async {
+            assert!(Some(read_by_us(&path).await) == read_by_qemu(&path), "{what}");
+            let image = Image::open(&path, OpenOptions::writing()).await.unwrap();
+            let (at, bytes) = (4 << 20, vec![0xaa; 64 << 10]);
+            image.write(at, bytes.into(), Durability::Deferred).await.unwrap();
+            image
+                .write(3000 << 10, vec![0xbb; 40 << 10].into(), Durability::Deferred)
+                .await
+                .unwrap();
+            image.close().await.unwrap();
+            assert!(Some(read_by_us(&path).await) == read_by_qemu(&path), "{what}, written");
+        });
+        let report = assert_agrees(&path, &what);
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}, written");
+    }
+}
+
+#[test]
+fn a_copied_flag_without_a_table_is_read_as_qemu_does_and_called_corrupt() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), "plain");
+    let mut layout = Layout::of(&path);
+    let damaged = *layout.l1().first().unwrap();
+    layout.put(damaged, 1 << 63);
+    std::fs::write(&path, &layout.bytes).unwrap();
+    // QEMU takes the header for a table, and so counts it twice.
+    let report = assert_agrees(&path, "no table");
+    assert!(report.corruptions > 0, "{report:#?}");
+    let content = block_on(read_by_us(&path));
+    assert!(content.iter().any(|byte| *byte != 0));
+    assert!(Some(content) == read_by_qemu(&path));
 }
 
 /// The disk as QEMU reads it, where it can.

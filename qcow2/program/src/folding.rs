@@ -29,7 +29,7 @@ pub(crate) fn options(
     })
 }
 
-/// The path of an image that is to change: a qcow2 file.
+/// The path of an image that is to change: a qcow2 file, which its options do not call read-only.
 ///
 /// # Errors
 /// Everything else.
@@ -37,6 +37,7 @@ pub(crate) fn top(named: &Named) -> anyhow::Result<&Path> {
     let Some(path) = named.place.path() else {
         bail!("{}: an export has no backing file here", named.place);
     };
+    named.how(&How::writing(None))?;
     match named.format.map_or_else(|| format::recognise(path), Ok)? {
         Format::Qcow2 => Ok(path),
         other => bail!("{}: images in {other} have no backing file", path.display()),

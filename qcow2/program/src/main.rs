@@ -20,6 +20,7 @@ mod size;
 mod splice;
 mod stop;
 mod target;
+mod tuning;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

@@ -17,6 +17,7 @@ use crate::options::{OptionList, switch};
 use crate::output;
 use crate::place::Place;
 use crate::secret::Secrets;
+use crate::tuning::is_tuning;
 
 /// What all images of a command line may do.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -77,6 +78,8 @@ pub(crate) struct Named {
     pub(crate) format: Option<Format>,
     /// Whether QEMU's locks are taken.
     pub(crate) locking: bool,
+    /// Whether it is read although others may be changing it.
+    pub(crate) shared: bool,
     /// Whether it must not be changed.
     pub(crate) read_only: bool,
     /// The external data file, where it is not to be the one that the image names.
@@ -90,7 +93,7 @@ impl Named {
     }
 
     fn of(place: Place, format: Option<Format>) -> Self {
-        Self { place, format, locking: true, read_only: false, data_file: None }
+        Self { place, format, locking: true, shared: false, read_only: false, data_file: None }
     }
 
     /// A plain name, or with `image_opts` a list of options.
@@ -109,6 +112,22 @@ impl Named {
         let list = OptionList::parse_implied(name, "file")?;
         from_options(&list).with_context(|| format!("Could not open '{name}'"))
     }
+
+    /// How it is opened where `how` is asked for.
+    ///
+    /// # Errors
+    /// For writing, what its options allow to be read only.
+    pub(crate) fn how(&self, how: &How) -> anyhow::Result<How> {
+        for (is, option) in [(self.read_only, "read-only=on"), (self.shared, "force-share=on")] {
+            let place = &self.place;
+            ensure!(!(is && how.writing), "Could not open '{place}': {option}, and this writes");
+        }
+        Ok(How {
+            shared: how.shared || self.shared || !self.locking,
+            data_file: self.data_file.clone(),
+            ..how.clone()
+        })
+    }
 }
 
 fn from_options(list: &OptionList) -> anyhow::Result<Named> {
@@ -117,7 +136,7 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
     let mut protocol = "file";
     let mut nbd = Vec::new();
     let mut locking = true;
-    let (mut read_only, mut data_file) = (false, None);
+    let (mut shared, mut read_only, mut data_file) = (false, false, None);
     for (name, value) in list.iter() {
         match name {
             "driver" if matches!(value, "file" | "host_device" | "nbd") => {
@@ -129,7 +148,7 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
             "file" | "filename" | "file.filename" => path = Some(value),
             "locking" | "file.locking" if value == "auto" => {}
             "locking" | "file.locking" => locking = switch(name, value)?,
-            "force-share" => locking = !switch(name, value)?,
+            "force-share" => shared = switch(name, value)?,
             "read-only" => read_only = switch(name, value)?,
             "data-file" | "data-file.filename" | "data-file.file.filename" => {
                 match Place::parse(value)? {
@@ -141,9 +160,7 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
                 let plain = matches!(value, "raw" | "file" | "host_device");
                 ensure!(plain, "Option '{name}': a data file is a raw file, not '{value}'");
             }
-            _ if is_tuning(name) => {}
-            // Every secret is tried.
-            "encrypt.key-secret" | "encrypt.format" => {}
+            _ if is_tuning(name, value)? => {}
             _ => match name.strip_prefix("file.").unwrap_or(name) {
                 key @ ("host" | "port" | "path" | "export" | "uri") => nbd.push((key, value)),
                 key if key.starts_with("server.") => nbd.push((key, value)),
@@ -158,33 +175,7 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
         }
         other => bail!("Unknown protocol '{other}', or options of another one"),
     };
-    Ok(Named { place, format, locking, read_only, data_file })
-}
-
-/// Options that change how fast or in how much memory QEMU works, and nothing of what an image holds: they may be
-/// given, and do nothing here.
-fn is_tuning(name: &str) -> bool {
-    let name = name.strip_prefix("data-file.").unwrap_or(name);
-    let name = name.strip_prefix("file.").unwrap_or(name);
-    let exact = [
-        "aio",
-        "auto-read-only",
-        "cache-clean-interval",
-        "cache-size",
-        "detect-zeroes",
-        "discard",
-        "l2-cache-entry-size",
-        "l2-cache-size",
-        "lazy-refcounts",
-        "node-name",
-        "overlap-check",
-        "pr-manager",
-        "refcount-cache-size",
-    ];
-    // With a prefix: the file below is opened as the image needs it.
-    exact.contains(&name)
-        || name == "read-only"
-        || ["cache.", "overlap-check.", "pass-discard-"].iter().any(|begin| name.starts_with(begin))
+    Ok(Named { place, format, locking, shared, read_only, data_file })
 }
 
 /// How `-l` names a snapshot.
@@ -344,15 +335,7 @@ pub(crate) async fn open(named: &Named, how: &How, access: &Access) -> anyhow::R
         Some(format) => format,
         None => format::recognise(path)?,
     };
-    ensure!(
-        !(named.read_only && how.writing),
-        "Could not open '{place}': read-only=on, and this writes"
-    );
-    let how = &How {
-        shared: how.shared || !named.locking,
-        data_file: named.data_file.clone(),
-        ..how.clone()
-    };
+    let how = &named.how(how)?;
     if format == Format::Vmdk && how.writing {
         bail!("Could not open '{place}': vmdk images are only read");
     }
@@ -484,6 +467,7 @@ mod tests {
             "file=x,cache=none",
             "driver=nbd",
             "file=x,data-file=nbd://h/e",
+            "file=x,discard=often",
         ] {
             assert!(named(text).is_err(), "{text}");
         }
@@ -498,6 +482,20 @@ mod tests {
         );
         let image = image.unwrap();
         assert_eq!((image.read_only, image.data_file), (true, Some("b".into())));
+    }
+
+    #[test]
+    fn what_is_shared_or_read_only_is_not_opened_for_writing() {
+        let (reading, writing) = (How::reading(None, false), How::writing(None));
+        for option in ["read-only=on", "force-share=on"] {
+            let named = named(&format!("file=x,{option}")).unwrap();
+            assert!(named.how(&reading).is_ok());
+            assert!(named.how(&writing).unwrap_err().to_string().contains(option));
+        }
+        let unlocked = named("file=x,file.locking=off").unwrap();
+        assert!(unlocked.how(&writing).unwrap().shared);
+        assert!(named("file=x,force-share=on").unwrap().how(&reading).unwrap().shared);
+        assert!(!named("file=x").unwrap().how(&reading).unwrap().shared);
     }
 
     #[test]

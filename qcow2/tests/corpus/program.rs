@@ -79,8 +79,7 @@ fn comparable(map: &Value) -> Value {
 fn assert_same(place: &Place, recipe: &Recipe, when: &str) {
     let program = program();
     let secret = format!("secret,id=key,data={}", crate::qemu::PASSPHRASE);
-    // It takes no option that says what to do with discards.
-    let options = Place::options(recipe).replace(",discard=unmap", "");
+    let options = Place::options(recipe);
     let mut all = Vec::new();
     for command in COMMANDS {
         // Only an encrypted image needs more than its name.

@@ -19,8 +19,8 @@ use crate::stop::Stop;
 /// Say whether an image is consistent, and repair it
 ///
 /// Ends with 0 where it is, 2 where it is corrupted, 3 where clusters are leaked and nothing else is wrong, 1 where
-/// the check could not be made, and 63 where the format has no checks. After a repair the code tells what is still
-/// wrong. Each finding is a line on standard error, up to 100 of each kind.
+/// the check or the repair could not be made, and 63 where the format has no checks. After a repair the code tells
+/// what is still wrong. Each finding is a line on standard error, up to 100 of each kind.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the image; qcow2 is recognised, everything else is said
@@ -174,12 +174,12 @@ impl Result {
         text
     }
 
+    /// What is wrong with an image that could be checked.
     fn code(&self) -> u8 {
-        match (self.check_errors, self.corruptions, self.leaks) {
-            (0, 0, 0) => 0,
-            (0, 0, _) => LEAKS,
-            (0, _, _) => CORRUPT,
-            _ => FAILED,
+        match (self.corruptions, self.leaks) {
+            (0, 0) => 0,
+            (0, _) => LEAKS,
+            (_, _) => CORRUPT,
         }
     }
 }
@@ -195,16 +195,18 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let Some(path) = named.place.path() else {
         bail!("{}: an export is a disk, and has nothing to check", options.file);
     };
+    let how = named.how(&match options.repair {
+        None => How::reading(None, options.force_share),
+        Some(_) => How::writing(None),
+    })?;
     if named.format.map_or_else(|| format::recognise(path), Ok)? != Format::Qcow2 {
         // Opened, so that what is not there at all is no matter of formats.
-        open::open(&named, &How::reading(None, options.force_share), &options.access)
-            .await?
-            .close()
-            .await?;
+        let how = How::reading(None, how.shared);
+        open::open(&named, &how, &options.access).await?.close().await?;
         report(&anyhow::anyhow!("This image format does not support checks"));
         return Ok(NO_CHECKS);
     }
-    let found = check(path, &options, stop).await?;
+    let found = check(path, &how, &options, stop).await?;
     tell_findings(&found, cluster_bytes(path).await);
     let result = Result::of(&found, options.file.clone());
     match options.output {
@@ -215,29 +217,31 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     if let Some(refused) = &found.refused {
         report(&anyhow::anyhow!("{}: not repaired: {refused}", path.display()));
     }
-    if result.check_errors > 0 {
+    let failed = result.check_errors > 0 || found.refused.is_some();
+    if failed {
         report(&anyhow::anyhow!("Check failed"));
     }
-    Ok(result.code())
+    Ok(if failed { FAILED } else { result.code() })
 }
 
-async fn check(path: &Path, options: &Options, stop: &Stop) -> anyhow::Result<CheckReport> {
+async fn check(
+    path: &Path,
+    how: &How,
+    options: &Options,
+    stop: &Stop,
+) -> anyhow::Result<CheckReport> {
     let what = CheckOptions {
         repair: match options.repair {
             None => Repair::None,
             Some(What::Leaks) => Repair::Leaks,
             Some(What::All) => Repair::All,
         },
-        lock: !options.force_share,
+        lock: !how.shared,
     };
     let progress = Progress::new(options.progress, options.quiet, 1);
-    let how = match options.repair {
-        None => How::reading(None, options.force_share),
-        Some(_) => How::writing(None),
-    };
     let told = |now: qcow2::Progress| progress.set(now.done_bytes, now.total_bytes);
     let found = stop.or(async {
-        Image::check(path, what, told).await.map_err(|error| open::explained(error, path, &how))
+        Image::check(path, what, told).await.map_err(|error| open::explained(error, path, how))
     });
     let found = found.await;
     progress.end(found.is_ok());

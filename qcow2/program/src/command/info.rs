@@ -98,7 +98,7 @@ async fn inspect(named: &Named, options: &Options, faults: &mut Faults) -> anyho
         Place::File(path) => path,
         Place::Nbd { .. } => return of_export(named, &options.access).await,
     };
-    let how = How::reading(None, options.force_share || !named.locking);
+    let how = named.how(&How::reading(None, options.force_share))?;
     match named.format.map_or_else(|| format::recognise(path), Ok)? {
         Format::Qcow2 => of_qcow2(path, &how, faults).await,
         other => of_disk(path, other, &how, &options.access).await,

@@ -56,16 +56,16 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let Some(path) = named.place.path() else {
         bail!("{}: the size of an export is its server's matter", options.file);
     };
+    let how = named.how(&How::writing(None))?;
     match named.format.map_or_else(|| format::recognise(path), Ok)? {
         Format::Qcow2 => {
-            let how = How::writing(None);
             let image = open::open_qcow2(path, &how, &options.access).await?;
             let done = stop.or(resize_qcow2(&image, &options, preallocation)).await;
             let closed = block::BlockDevice::close(&image).await;
             done?;
             closed.context("error while closing the image")?;
         }
-        Format::Raw => stop.or(resize_raw(path, &options, preallocation)).await?,
+        Format::Raw => stop.or(resize_raw(path, &how, &options, preallocation)).await?,
         Format::Vmdk => bail!("{}: vmdk images are only read", options.file),
     }
     if !options.quiet {
@@ -114,11 +114,13 @@ async fn resize_qcow2(
 
 async fn resize_raw(
     path: &Path,
+    how: &How,
     options: &Options,
     preallocation: Preallocation,
 ) -> anyhow::Result<()> {
-    let file = HostFile::open(path, block::OpenOptions::writing()).await;
-    let file = file.map_err(|error| open::explained(error, path, &How::writing(None)))?;
+    let host = block::OpenOptions { lock: !how.shared, ..block::OpenOptions::writing() };
+    let file = HostFile::open(path, host).await;
+    let file = file.map_err(|error| open::explained(error, path, how))?;
     ensure!(!file.is_fixed_len(), "{}: a device keeps its size", path.display());
     let now = file.len();
     let size = new_size(options, now, preallocation)?;

@@ -1,5 +1,6 @@
 //! What the tests share: a folder for each, the two programs in it, and JSON to compare.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -92,6 +93,17 @@ impl Place {
     /// What another program, which must succeed, answers.
     pub(crate) fn tool(&self, program: &str, args: &[&str]) -> Answer {
         Answer::of(&self.command(program, args).output().expect("the program runs")).good()
+    }
+
+    /// What a program answers to somebody who is not root, and so bound by permissions.
+    pub(crate) fn as_nobody(&self, program: &str, args: &[&str]) -> Answer {
+        let is_root = std::fs::metadata("/proc/self").expect("a Linux").uid() == 0;
+        let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", program];
+        let mut command = match is_root {
+            true => self.command("setpriv", &[&nobody, args].concat()),
+            false => self.command(program, args),
+        };
+        Answer::of(&command.output().expect("the program runs"))
     }
 
     /// Another program, started.

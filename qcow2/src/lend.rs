@@ -6,7 +6,7 @@ use std::sync::Arc;
 use block::{ByteRange, Hold, HostFile, MAX_EXTENTS, RangeGuard, RawDevice};
 use bytes::{Bytes, BytesMut};
 
-use crate::data::{data_file, read_data, write_data};
+use crate::data::{data_file, read_data, write_data, zero_data};
 use crate::error::Error;
 use crate::image::{Image, Inner, Live};
 use crate::mapping::Place;
@@ -116,6 +116,11 @@ pub(crate) enum Content<'a> {
     Bytes(u64, &'a Bytes),
     /// What another image has in the same place.
     Lent(&'a Lent),
+    /// Zeros that the host makes: in space of their own if it `keeps` space for them, by holes otherwise.
+    Zeros {
+        /// Whether space is taken.
+        keeps: bool,
+    },
 }
 
 impl Content<'_> {
@@ -124,6 +129,7 @@ impl Content<'_> {
         match self {
             Self::Bytes(start, bytes) => Ok(crate::plan::slice_of(bytes, *start, range)),
             Self::Lent(lent) => lent.read(range).await,
+            Self::Zeros { .. } => Ok(Bytes::from(vec![0; index(range.len())])),
         }
     }
 
@@ -134,6 +140,7 @@ impl Content<'_> {
                 block::is_zero(&crate::plan::slice_of(bytes, *start, range))
             }
             Self::Lent(_) => false,
+            Self::Zeros { .. } => true,
         }
     }
 
@@ -148,6 +155,15 @@ impl Content<'_> {
         match self {
             Self::Lent(lent) if live.cipher.is_none() => {
                 lent.copy_to(data_file(live), range, host.0, hold).await
+            }
+            Self::Zeros { keeps } if live.cipher.is_none() => {
+                let at = ByteRange::between(host.0, host.0.saturating_add(range.len()));
+                if !keeps {
+                    // What a failed write has left behind the end must not show, and holes are made before it.
+                    data_file(live).ensure_len(at.end()).await?;
+                }
+                zero_data(live, at, *keeps, hold).await?;
+                Ok(0)
             }
             _ => {
                 let bytes = self.read(range).await?;

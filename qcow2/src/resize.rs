@@ -164,18 +164,32 @@ impl Inner {
         if area.is_empty() {
             return Ok(());
         }
+        // What lies behind the end in the last cluster is no part of the disk.
+        let end = area.end().next_multiple_of(self.cluster_bytes());
+        let whole = ByteRange::between(area.start(), end);
+        let plain = live.data.is_none() && live.cipher.is_none();
+        let (shows_through, extended) = {
+            let core = self.core.lock();
+            let below = core.backing_bytes.unwrap_or(0);
+            (below > area.start(), core.geometry.is_extended())
+        };
         match mode {
-            Preallocation::Full => self.write_zeros_as_data(area, true, Reach::Tables).await?,
-            _ if self.info.raw_data => self.map_raw_data(area).await?,
-            Preallocation::Off => {
-                self.write_zeroes(area, ZeroMode::default(), Reach::Tables).await?;
+            Preallocation::Full => self.write_zeros_as_data(area, true, Reach::Tables).await,
+            _ if self.info.raw_data => self.map_raw_data(area).await,
+            Preallocation::Off => self.write_zeroes(area, ZeroMode::default(), Reach::Tables).await,
+            // As QEMU does: zeros over a backing file are flagged, others are clusters in a hole.
+            Preallocation::Metadata if plain && !shows_through && !extended => {
+                self.reserve_zeros(whole, false, Reach::Tables).await
+            }
+            Preallocation::Falloc if plain && (shows_through || !extended) => {
+                self.reserve_zeros(whole, true, Reach::Tables).await
             }
             Preallocation::Metadata | Preallocation::Falloc => {
                 let mode = ZeroMode { keep_allocated: true, fast_only: false };
-                self.write_zeroes(area, mode, Reach::Tables).await?;
+                let area = if live.data.is_none() { whole } else { area };
+                self.write_zeroes(area, mode, Reach::Tables).await
             }
         }
-        Ok(())
     }
 
     /// Maps all of an area to the same place of the data file, which reads like the disk.

@@ -18,6 +18,8 @@ use crate::units::index;
 
 /// The longest single write of zeros as data, in bytes.
 const ZEROS_BYTES: u64 = 2 << 20;
+/// The most that is reserved at once, in bytes: others wait for it.
+const RESERVED_BYTES: u64 = 64 << 20;
 
 /// How far a change may reach, once it has its lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -302,6 +304,22 @@ impl Inner {
             drop(guard);
             for part in rest {
                 self.write_zeros_as_data(part, how == Clear::AllocatedZeroes, reach).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a range host clusters with zeros that nobody writes, as data: with space on the host if it `keeps` some,
+    /// otherwise as holes. Parts of clusters are written.
+    pub(crate) async fn reserve_zeros(
+        &self,
+        range: ByteRange,
+        keeps: bool,
+        reach: Reach,
+    ) -> Result<(), Error> {
+        for piece in range.pieces(RESERVED_BYTES) {
+            for piece in piece.pieces(self.info.l2_coverage) {
+                self.write_piece(piece, &Content::Zeros { keeps }, true, reach).await?;
             }
         }
         Ok(())

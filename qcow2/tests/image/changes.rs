@@ -134,6 +134,45 @@ fn growth_makes_in_advance_what_it_is_told_to() {
 }
 
 #[test]
+fn what_is_made_in_advance_reads_as_zeros_where_others_left_their_bytes() {
+    for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        for can_punch in [true, false] {
+            block_on(async {
+                let storage = MemoryStorage::new();
+                if !can_punch {
+                    storage.without_fallocate();
+                }
+                let options = CreateOptions::new(4 * MIB).cluster_bytes(4096);
+                Image::create_on(&host(&storage), &options).await.unwrap();
+                let open = || Image::open_on(host(&storage), None, OpenOptions::writing());
+                let image = open().await.unwrap();
+                let data = pattern(7, 3 << 20);
+                image.write(MIB, data.into(), Durability::Durable).await.unwrap();
+                // Behind it, so that the file keeps its length.
+                image.write(0, vec![9; 4096].into(), Durability::Durable).await.unwrap();
+                image.discard(range(MIB, 3 * MIB), Durability::Durable).await.unwrap();
+                image.close().await.unwrap();
+                let before = storage.snapshot().len() as u64;
+                let image = open().await.unwrap();
+                let how = ResizeOptions { preallocation, ..ResizeOptions::default() };
+                // Ends inside a cluster.
+                image.resize(6 * MIB + 512, &how).await.unwrap();
+                let disk = read_all(&image).await;
+                assert!(disk[4096..].iter().all(|byte| *byte == 0), "{preallocation:?}");
+                let area = range(4 * MIB, 2 * MIB + 512);
+                let extents = image.extents(area).await.unwrap();
+                assert!(extents.iter().all(|extent| extent.allocated), "{extents:?}");
+                image.close().await.unwrap();
+                let after = storage.snapshot();
+                assert!((after.len() as u64) < before + MIB, "{before}: nothing is used again");
+                let found = check(&after);
+                found.assert_clean(&format!("{preallocation:?} {can_punch}"));
+            });
+        }
+    }
+}
+
+#[test]
 fn sizes_that_cannot_be_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.qcow2");

@@ -11,8 +11,8 @@ use crate::wire::allocation;
 /// A run of bytes with the same flags in one context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor {
-    /// In bytes, never 0.
-    pub len: u32,
+    /// In bytes, never 0; at most 32 bits where the request's length had no more.
+    pub len: u64,
     /// The context's flags.
     pub flags: u32,
 }
@@ -40,8 +40,6 @@ pub struct Descriptors {
 
 impl Descriptors {
     /// For a request about `range` with at most `limit` descriptors in the reply.
-    ///
-    /// `range` comes from a request, so its length fits 32 bits.
     pub fn new(range: ByteRange, limit: usize) -> Self {
         Self { rest: range, limit, done: Vec::new(), full: false }
     }
@@ -86,26 +84,23 @@ impl Descriptors {
             if extent.range.start() > self.rest.start() || range.is_empty() {
                 return Err(BrokenExtents);
             }
-            self.push_one(range.len(), extent.flags)?;
+            self.push_one(range.len(), extent.flags);
         }
         Ok(())
     }
 
-    fn push_one(&mut self, len: u64, flags: u32) -> Result<(), BrokenExtents> {
-        let len = u32::try_from(len).map_err(|_| BrokenExtents)?;
+    fn push_one(&mut self, len: u64, flags: u32) {
         let is_full = self.done.len() >= self.limit;
         match self.done.last_mut() {
-            Some(last) if last.flags == flags => {
-                last.len = last.len.checked_add(len).ok_or(BrokenExtents)?;
-            }
+            // All of them lie in one range, whose length fits.
+            Some(last) if last.flags == flags => last.len += len,
             _ if is_full => {
                 self.full = true;
-                return Ok(());
+                return;
             }
             _ => self.done.push(Descriptor { len, flags }),
         }
-        self.rest = ByteRange::between(self.rest.start() + u64::from(len), self.rest.end());
-        Ok(())
+        self.rest = ByteRange::between(self.rest.start() + len, self.rest.end());
     }
 
     /// The descriptors, in order.
@@ -154,6 +149,16 @@ mod tests {
         assert_eq!(status().push(&[extent(0, 10, true, true)]), Err(BrokenExtents));
     }
 
+    #[test]
+    fn a_request_of_2_to_the_62_is_one_descriptor() {
+        let all = ByteRange::between(0, 1 << 62);
+        let mut status = Descriptors::new(all, 16);
+        status
+            .push(&[extent(0, 1 << 40, false, true), extent(1 << 40, 1 << 62, false, true)])
+            .unwrap();
+        assert_eq!(status.into_vec(), [Descriptor { len: 1 << 62, flags: 3 }]);
+    }
+
     proptest! {
         #[test]
         fn descriptors_cover_the_range_from_its_start_without_passing_it(
@@ -171,7 +176,7 @@ mod tests {
             }
             status.push(&extents).unwrap();
             let done = status.into_vec();
-            let sum: u64 = done.iter().map(|one| u64::from(one.len)).sum();
+            let sum: u64 = done.iter().map(|one| one.len).sum();
             prop_assert!(!done.is_empty() && done.len() <= limit);
             prop_assert!(sum <= wanted);
             prop_assert!(done.iter().all(|one| one.len > 0));

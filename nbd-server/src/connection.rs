@@ -21,14 +21,14 @@ use tokio::time::{sleep, timeout};
 use crate::execute::{broken, execute};
 use crate::export::Attachment;
 use crate::gauge::Gauge;
-use crate::handshake::Agreement;
+use crate::handshake::{Agreement, SelectedContext};
 use crate::intake::Intake;
 use crate::negotiate::Entered;
 use crate::outlet::{Outgoing, write_replies};
-use crate::reply::Answer;
-use crate::request::{Command, Refusal, Verdict, judge, payload_bytes};
+use crate::reply::{Answer, Asked};
+use crate::request::{Command, Refusal, Verdict, judge, judge_filter, payload_bytes};
 use crate::server::Shared;
-use crate::wire::Request;
+use crate::wire::{Headers, Request};
 
 /// Why no more requests are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ enum End {
     Disconnected,
     /// The client closed or broke its end.
     Gone,
-    /// The client sent something that is no request.
+    /// The client sent something that is no request, or a request behind which no other can be found.
     NoRequest,
     /// The client began a payload and did not get on with it.
     Stalled,
@@ -105,7 +105,7 @@ where
 {
     let Entered { agreement, attachment, input } = entered;
     let limits = &shared.limits;
-    let structured = agreement.structured;
+    let headers = agreement.headers;
     let session = Arc::new(Session {
         shared: Arc::clone(shared),
         agreement,
@@ -116,7 +116,7 @@ where
     // As many places as tickets: handing a reply on never waits.
     let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
     let (replies, outgoing) = mpsc::channel(places.min(Semaphore::MAX_PERMITS));
-    let mut writing = Abort(tokio::spawn(write_replies(writer, outgoing, structured)));
+    let mut writing = Abort(tokio::spawn(write_replies(writer, outgoing, headers)));
     let mut intake = Intake::new(reader, input, Arc::clone(&shared.arriving));
     let end = tokio::select! {
         end = take_requests(&session, &mut intake, &replies) => end,
@@ -166,15 +166,28 @@ async fn take_requests<R: AsyncRead + Unpin>(
     replies: &mpsc::Sender<Outgoing>,
 ) -> End {
     loop {
-        let Ok(Some(header)) = intake.header().await else { return End::Gone };
-        let Some(request) = Request::decode(&header) else {
+        let Ok(Some(request)) = next_request(intake, session.agreement.headers).await else {
+            return End::Gone;
+        };
+        let Some(request) = request else {
             tracing::info!("a request does not begin with its magic number");
             return End::NoRequest;
         };
         let taken = match judge(&request, &session.agreement) {
             Verdict::Disconnect => return End::Disconnected,
             Verdict::Refuse(refusal) => refuse(session, intake, replies, &request, refusal).await,
-            Verdict::Execute(command) => start(session, intake, replies, &request, command).await,
+            Verdict::Abandon(refusal) => {
+                tracing::info!(%refusal, "a request behind which no other can be found");
+                // An error means that the client is gone.
+                let _ = decline(session, replies, &request, refusal).await;
+                return End::NoRequest;
+            }
+            Verdict::Filter { payload_bytes } => {
+                filter(session, intake, replies, &request, payload_bytes).await
+            }
+            Verdict::Execute(command) => {
+                start(session, intake, replies, &request, command, None).await
+            }
         };
         match taken {
             Ok(()) => {}
@@ -193,6 +206,47 @@ async fn take_requests<R: AsyncRead + Unpin>(
     }
 }
 
+/// Reads a request header of the kind that was negotiated; `None` inside where it is none, outside where nothing comes.
+async fn next_request<R: AsyncRead + Unpin>(
+    intake: &mut Intake<R>,
+    headers: Headers,
+) -> io::Result<Option<Option<Request>>> {
+    Ok(match headers {
+        Headers::Simple | Headers::Structured => {
+            intake.header().await?.map(|header| Request::decode(&header))
+        }
+        Headers::Extended => intake.header().await?.map(|header| Request::decode_extended(&header)),
+    })
+}
+
+/// Answers a request without reading on.
+async fn decline(
+    session: &Session,
+    replies: &mpsc::Sender<Outgoing>,
+    request: &Request,
+    refusal: Refusal,
+) -> io::Result<()> {
+    let ticket = session.admit(0).await?;
+    session.answer_refusal(replies, request.into(), refusal, ticket).await
+}
+
+/// Reads the payload of a BLOCK_STATUS, which says what it asks, and starts or refuses it.
+async fn filter<R: AsyncRead + Unpin>(
+    session: &Arc<Session>,
+    intake: &mut Intake<R>,
+    replies: &mpsc::Sender<Outgoing>,
+    request: &Request,
+    payload_bytes: u32,
+) -> io::Result<()> {
+    let payload = intake.question(payload_bytes).await?;
+    match judge_filter(request, &payload, &session.agreement) {
+        Ok((command, contexts)) => {
+            start(session, intake, replies, request, command, Some(contexts)).await
+        }
+        Err(refusal) => decline(session, replies, request, refusal).await,
+    }
+}
+
 /// Consumes the payload of a refused request, and answers it.
 async fn refuse<R: AsyncRead + Unpin>(
     session: &Session,
@@ -202,24 +256,28 @@ async fn refuse<R: AsyncRead + Unpin>(
     refusal: Refusal,
 ) -> io::Result<()> {
     let ticket = session.admit(0).await?;
-    intake.discard(payload_bytes(request)).await?;
-    session.answer_refusal(replies, request.cookie, refusal, ticket).await
+    intake.discard(payload_bytes(request, session.agreement.headers)).await?;
+    session.answer_refusal(replies, request.into(), refusal, ticket).await
 }
 
-/// Reads the payload and lets the device work on the request, without waiting for it.
+/// Reads the payload of a WRITE and lets the device work on the request, without waiting for it. A BLOCK_STATUS tells
+/// of `contexts`, or of all that were selected.
 async fn start<R: AsyncRead + Unpin>(
     session: &Arc<Session>,
     intake: &mut Intake<R>,
     replies: &mpsc::Sender<Outgoing>,
     request: &Request,
     command: Command,
+    contexts: Option<Vec<SelectedContext>>,
 ) -> io::Result<()> {
     let ticket = session.admit(cost(command, session.shared.limits.status_extents)).await?;
+    let asked = Asked::from(request);
     let payload = match command {
         Command::Write { range, durability } => {
-            let first = intake.piece(range.start(), request.len).await?;
+            let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
+            let first = intake.piece(range.start(), len).await?;
             if (first.len() as u64) < range.len() {
-                let write = LongWrite { cookie: request.cookie, range, durability, ticket };
+                let write = LongWrite { asked, range, durability, ticket };
                 return write_in_pieces(session, intake, replies, write, first).await;
             }
             first
@@ -229,14 +287,16 @@ async fn start<R: AsyncRead + Unpin>(
     // From here to the hold nothing waits, so that a closing connection cannot miss this request.
     if session.is_closing() {
         let refusal = Refusal::ShuttingDown;
-        return session.answer_refusal(replies, request.cookie, refusal, ticket).await;
+        return session.answer_refusal(replies, asked, refusal, ticket).await;
     }
     let executing = session.executing.hold();
-    let (session, replies, cookie) = (Arc::clone(session), replies.clone(), request.cookie);
+    let (session, replies) = (Arc::clone(session), replies.clone());
     tokio::spawn(async move {
-        let answer = session.answer(command, payload).await;
+        let contexts = contexts.as_ref().unwrap_or(&session.agreement.contexts);
+        let answer = session.work(command, payload, contexts).await;
+        session.count(&answer);
         // An error means that the client is gone; the work is done all the same.
-        let _ = replies.send(Outgoing { cookie, answer, ticket }).await;
+        let _ = replies.send(Outgoing { asked, answer, ticket }).await;
         drop(executing);
     });
     Ok(())
@@ -244,7 +304,7 @@ async fn start<R: AsyncRead + Unpin>(
 
 /// A WRITE whose payload is taken in pieces.
 struct LongWrite {
-    cookie: u64,
+    asked: Asked,
     range: ByteRange,
     durability: Durability,
     ticket: Ticket,
@@ -259,20 +319,20 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
     write: LongWrite,
     first: Bytes,
 ) -> io::Result<()> {
-    let LongWrite { cookie, range, durability, ticket } = write;
+    let LongWrite { asked, range, durability, ticket } = write;
     let (mut at, mut payload, mut pieces) = (range.start(), first, Vec::new());
     loop {
         let piece = ByteRange::between(at, at + payload.len() as u64);
         let left = u32::try_from(range.end() - piece.end()).unwrap_or(u32::MAX);
         // As in `start`: from here to the hold, and from the last piece to the answer, nothing waits.
         if session.is_closing() {
-            intake.discard(left).await?;
-            return session.answer_refusal(replies, cookie, Refusal::ShuttingDown, ticket).await;
+            intake.discard(left.into()).await?;
+            return session.answer_refusal(replies, asked, Refusal::ShuttingDown, ticket).await;
         }
         let (executing, worker) = (session.executing.hold(), Arc::clone(session));
         pieces.push(tokio::spawn(async move {
             let command = Command::Write { range: piece, durability: Durability::Deferred };
-            let answer = worker.work(command, payload).await;
+            let answer = worker.work(command, payload, &[]).await;
             drop(executing);
             answer
         }));
@@ -290,10 +350,10 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
             done.map(|done| done.unwrap_or_else(|_| broken("the write was given up")));
         let mut answer = answers.find(|answer| *answer != Answer::Done).unwrap_or(Answer::Done);
         if answer == Answer::Done && durability == Durability::Durable {
-            answer = session.work(Command::Flush, Bytes::new()).await;
+            answer = session.work(Command::Flush, Bytes::new(), &[]).await;
         }
         session.count(&answer);
-        let _ = replies.send(Outgoing { cookie, answer, ticket }).await;
+        let _ = replies.send(Outgoing { asked, answer, ticket }).await;
         drop(executing);
     });
     Ok(())
@@ -332,7 +392,7 @@ impl Session {
     async fn answer_refusal(
         &self,
         replies: &mpsc::Sender<Outgoing>,
-        cookie: u64,
+        asked: Asked,
         refusal: Refusal,
         ticket: Ticket,
     ) -> io::Result<()> {
@@ -340,27 +400,15 @@ impl Session {
         tally.requests.fetch_add(1, Ordering::Relaxed);
         tally.errors.fetch_add(1, Ordering::Relaxed);
         let answer = Answer::Failed { error: refusal.error(), text: refusal.to_string() };
-        let sent = replies.send(Outgoing { cookie, answer, ticket }).await;
+        let sent = replies.send(Outgoing { asked, answer, ticket }).await;
         sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
-    /// Executes a command and counts the request.
-    async fn answer(&self, command: Command, payload: Bytes) -> Answer {
-        let answer = self.work(command, payload).await;
-        self.count(&answer);
-        answer
-    }
-
     /// Executes a command. A device that panics fails this one request.
-    async fn work(&self, command: Command, payload: Bytes) -> Answer {
+    async fn work(&self, command: Command, payload: Bytes, contexts: &[SelectedContext]) -> Answer {
         let export = &self.attachment.export;
-        let work = execute(
-            export,
-            command,
-            payload,
-            &self.agreement.contexts,
-            self.shared.limits.status_extents,
-        );
+        let limit = self.shared.limits.status_extents;
+        let work = execute(export, command, payload, contexts, limit);
         let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
         done.unwrap_or_else(|_| broken("the device broke down"))
     }

@@ -60,8 +60,12 @@ pub(crate) async fn execute(
     }
 }
 
-/// Asks the device, or what else knows a context, until the range is covered or the reply is full. Every context is
-/// told the same way.
+/// The most often that one request asks for extents in each context. A range of many terabytes can have any number of
+/// them behind one descriptor; a client that is told less asks again from there.
+const STATUS_ASKS: usize = 64;
+
+/// Asks the device, or what else knows a context, until the range is covered, the reply is full or enough was asked.
+/// Every context is told the same way.
 async fn block_status(
     export: &Served,
     range: ByteRange,
@@ -71,7 +75,8 @@ async fn block_status(
     let mut replies = Vec::with_capacity(contexts.len());
     for selected in contexts {
         let mut status = Descriptors::new(range, limit);
-        while let Some(rest) = status.rest() {
+        for _ in 0..STATUS_ASKS {
+            let Some(rest) = status.rest() else { break };
             let told = match &selected.context {
                 MetaContext::Allocation => {
                     let extents = export.device.extents(rest).await;

@@ -16,7 +16,6 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::limits::Limits;
-use crate::wire::REQUEST_BYTES;
 
 /// What is read ahead for headers; at most this much of each piece of a payload is copied once more.
 const AHEAD_BYTES: usize = 16 << 10;
@@ -77,9 +76,9 @@ impl<R: AsyncRead + Unpin> Intake<R> {
         &mut self.reader
     }
 
-    /// The next header; `None` where the stream ends before it begins.
-    pub(crate) async fn header(&mut self) -> io::Result<Option<[u8; REQUEST_BYTES]>> {
-        while self.ahead.len() < REQUEST_BYTES {
+    /// The next header, of `N` bytes; `None` where the stream ends before it begins.
+    pub(crate) async fn header<const N: usize>(&mut self) -> io::Result<Option<[u8; N]>> {
+        while self.ahead.len() < N {
             if self.fill().await? == 0 {
                 return if self.ahead.is_empty() {
                     Ok(None)
@@ -88,7 +87,7 @@ impl<R: AsyncRead + Unpin> Intake<R> {
                 };
             }
         }
-        let mut header = [0; REQUEST_BYTES];
+        let mut header = [0; N];
         self.ahead.copy_to_slice(&mut header);
         Ok(Some(header))
     }
@@ -128,15 +127,27 @@ impl<R: AsyncRead + Unpin> Intake<R> {
         Ok(buffer.freeze())
     }
 
+    /// A payload of `len` bytes that is part of the question; the caller bounds it.
+    ///
+    /// # Errors
+    /// Those of [`Intake::piece`].
+    pub(crate) async fn question(&mut self, len: u32) -> io::Result<Bytes> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        while self.ahead.len() < len {
+            self.fill_more().await?;
+        }
+        Ok(self.ahead.split_to(len).freeze())
+    }
+
     /// Consumes the next `len` bytes of a payload without keeping them.
     ///
     /// # Errors
     /// Those of [`Intake::piece`].
-    pub(crate) async fn discard(&mut self, len: u32) -> io::Result<()> {
-        let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+    pub(crate) async fn discard(&mut self, len: u64) -> io::Result<()> {
+        let mut left = len;
         loop {
-            let now = left.min(self.ahead.len());
-            self.ahead.advance(now);
+            let now = left.min(self.ahead.len() as u64);
+            self.ahead.advance(usize::try_from(now).unwrap_or(self.ahead.len()));
             left -= now;
             if left == 0 {
                 return Ok(());

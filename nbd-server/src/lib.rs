@@ -29,6 +29,16 @@
 //! request that a device works on. Payloads are read into aligned buffers that travel to the device as they are, and
 //! what a device reads travels to the socket as it is.
 //!
+//! # What is spoken
+//!
+//! `doc/proto.md` of NetworkBlockDevice/nbd, and of its experimental extensions `EXTENDED_HEADERS` as it stands on the
+//! branch `extension-ext-header`, as QEMU and libnbd speak it: 32-byte headers, 64-bit lengths, block status of 64 bits
+//! and of chosen contexts. A client gets it by asking for it; [`wire::Headers`] tells the kinds of headers apart. The
+//! extension `RESIZE` is not spoken, because its text is not final. Which test holds which clause is told in
+//! `tests/conformance/CLAUSES.md`.
+//!
+//! # What holds
+//!
 //! What one client can take is bounded by [`Limits`]. A client that is slow, silent, broken or malicious costs what its
 //! own budget allows and stalls nobody else.
 //!

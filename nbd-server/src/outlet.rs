@@ -8,7 +8,8 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use crate::connection::Ticket;
-use crate::reply::{Answer, Encoder};
+use crate::reply::{Answer, Asked, Encoder};
+use crate::wire::Headers;
 
 /// Replies that are encoded together.
 const BATCH: usize = 64;
@@ -19,7 +20,7 @@ const SLICES: usize = 64;
 /// A reply on its way; the ticket goes back to the connection's budget when it is written.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
-    pub(crate) cookie: u64,
+    pub(crate) asked: Asked,
     pub(crate) answer: Answer,
     pub(crate) ticket: Ticket,
 }
@@ -28,14 +29,14 @@ pub(crate) struct Outgoing {
 pub(crate) async fn write_replies<W: AsyncWrite + Unpin>(
     mut writer: W,
     mut replies: mpsc::Receiver<Outgoing>,
-    structured: bool,
+    headers: Headers,
 ) -> io::Result<W> {
-    let mut encoder = Encoder::new(structured);
+    let mut encoder = Encoder::new(headers);
     let mut batch = Vec::with_capacity(BATCH);
     let mut tickets = Vec::with_capacity(BATCH);
     while replies.recv_many(&mut batch, BATCH).await > 0 {
-        for Outgoing { cookie, answer, ticket } in batch.drain(..) {
-            encoder.push(cookie, answer);
+        for Outgoing { asked, answer, ticket } in batch.drain(..) {
+            encoder.push(asked, answer);
             tickets.push(ticket);
         }
         let mut queue = encoder.take();

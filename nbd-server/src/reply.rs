@@ -1,7 +1,7 @@
 //! Encoding replies of the transmission phase: headers into one growing buffer, payload segments passed on untouched,
 //! ready for a vectored write. When a reply is due is told in the connection.
 //!
-//! Source: `doc/proto.md`, "Simple reply message", "Structured reply chunk message".
+//! Source: `doc/proto.md`, "Simple reply message", "Structured reply chunk message", "Extended reply chunk message".
 
 use std::collections::VecDeque;
 
@@ -9,7 +9,9 @@ use block::{Segment, Segments};
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::block_status::Descriptor;
-use crate::wire::{ChunkHeader, SIMPLE_REPLY_MAGIC, chunk, chunk_flag};
+use crate::wire::{
+    ChunkHeader, ExtendedChunkHeader, Headers, Request, SIMPLE_REPLY_MAGIC, chunk, chunk_flag,
+};
 
 /// The longest text in an error chunk, in bytes; longer ones are cut at a character.
 const MAX_TEXT_BYTES: usize = 1024;
@@ -42,41 +44,61 @@ pub enum Answer {
     Status(Vec<(u32, Vec<Descriptor>)>),
 }
 
+/// What a reply repeats of its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// The client's handle.
+    pub cookie: u64,
+    /// The request's offset; only extended replies repeat it.
+    pub offset: u64,
+}
+
+impl From<&Request> for Asked {
+    fn from(request: &Request) -> Self {
+        Self { cookie: request.cookie, offset: request.offset }
+    }
+}
+
 /// Turns answers into buffers to send, in order.
 #[derive(Debug, Default)]
 pub struct Encoder {
-    structured: bool,
+    headers: Headers,
     head: BytesMut,
     queue: VecDeque<Bytes>,
 }
 
 impl Encoder {
-    /// An encoder for a connection, given whether structured replies were negotiated.
-    pub fn new(structured: bool) -> Self {
-        Self { structured, ..Self::default() }
+    /// An encoder for a connection with `headers`.
+    pub fn new(headers: Headers) -> Self {
+        Self { headers, ..Self::default() }
     }
 
-    /// Appends the reply to the request with `cookie`.
-    pub fn push(&mut self, cookie: u64, answer: Answer) {
+    /// Appends the reply to the request that `asked`.
+    pub fn push(&mut self, asked: Asked, answer: Answer) {
         match answer {
-            Answer::Done => self.simple(cookie, 0),
-            Answer::Failed { error, text } if self.structured => self.failed(cookie, error, &text),
-            Answer::Failed { error, .. } => self.simple(cookie, error),
-            Answer::Data { segments, .. } if !self.structured => {
-                self.simple(cookie, 0);
+            Answer::Done if self.headers == Headers::Extended => {
+                self.chunk(asked, chunk::NONE, true, 0);
+            }
+            Answer::Done => self.simple(asked, 0),
+            Answer::Failed { error, text } if self.headers.has_chunks() => {
+                self.failed(asked, error, &text);
+            }
+            Answer::Failed { error, .. } => self.simple(asked, error),
+            Answer::Data { segments, .. } if !self.headers.has_chunks() => {
+                self.simple(asked, 0);
                 self.spell_out(segments);
             }
             Answer::Data { segments, .. } if segments.is_empty() => {
-                self.chunk(cookie, chunk::NONE, true, 0);
+                self.chunk(asked, chunk::NONE, true, 0);
             }
             Answer::Data { offset, segments, whole: true } => {
-                self.data_header(cookie, true, offset, segments.len());
+                self.data_header(asked, true, offset, segments.len());
                 self.spell_out(segments);
             }
             Answer::Data { offset, segments, whole: false } => {
-                self.pieces(cookie, offset, segments);
+                self.pieces(asked, offset, segments);
             }
-            Answer::Status(contexts) => self.status(cookie, &contexts),
+            Answer::Status(contexts) => self.status(asked, &contexts),
         }
     }
 
@@ -101,30 +123,36 @@ impl Encoder {
         }
     }
 
-    fn simple(&mut self, cookie: u64, error: u32) {
+    fn simple(&mut self, asked: Asked, error: u32) {
         self.head.put_u32(SIMPLE_REPLY_MAGIC);
         self.head.put_u32(error);
-        self.head.put_u64(cookie);
+        self.head.put_u64(asked.cookie);
     }
 
-    fn chunk(&mut self, cookie: u64, kind: u16, last: bool, len: u32) {
+    fn chunk(&mut self, asked: Asked, kind: u16, last: bool, len: u32) {
         let flags = if last { chunk_flag::DONE } else { 0 };
-        ChunkHeader { flags, kind, cookie, len }.encode(&mut self.head);
+        let Asked { cookie, offset } = asked;
+        if self.headers == Headers::Extended {
+            let len = len.into();
+            ExtendedChunkHeader { flags, kind, cookie, offset, len }.encode(&mut self.head);
+        } else {
+            ChunkHeader { flags, kind, cookie, len }.encode(&mut self.head);
+        }
     }
 
-    fn failed(&mut self, cookie: u64, error: u32, text: &str) {
+    fn failed(&mut self, asked: Asked, error: u32, text: &str) {
         let text = text.get(..text.floor_char_boundary(MAX_TEXT_BYTES)).unwrap_or_default();
         let len = u16::try_from(text.len()).unwrap_or(0);
-        self.chunk(cookie, chunk::ERROR, true, 6 + u32::from(len));
+        self.chunk(asked, chunk::ERROR, true, 6 + u32::from(len));
         self.head.put_u32(error);
         self.head.put_u16(len);
         self.head.put_slice(text.as_bytes());
     }
 
     /// The head of a chunk of `len` bytes at `offset`; `len` is bounded by the length of a request.
-    fn data_header(&mut self, cookie: u64, last: bool, offset: u64, len: u64) {
+    fn data_header(&mut self, asked: Asked, last: bool, offset: u64, len: u64) {
         let payload = u32::try_from(len + 8).unwrap_or(u32::MAX);
-        self.chunk(cookie, chunk::OFFSET_DATA, last, payload);
+        self.chunk(asked, chunk::OFFSET_DATA, last, payload);
         self.head.put_u64(offset);
     }
 
@@ -148,7 +176,7 @@ impl Encoder {
     }
 
     /// Data and holes as chunks of their own; neighbouring data shares one.
-    fn pieces(&mut self, cookie: u64, mut offset: u64, segments: Segments) {
+    fn pieces(&mut self, asked: Asked, mut offset: u64, segments: Segments) {
         let mut rest = segments.0.into_iter().filter(|segment| !segment.is_empty()).peekable();
         while let Some(segment) = rest.next() {
             match segment {
@@ -157,7 +185,7 @@ impl Encoder {
                         len += more;
                         rest.next();
                     }
-                    self.chunk(cookie, chunk::OFFSET_HOLE, rest.peek().is_none(), 12);
+                    self.chunk(asked, chunk::OFFSET_HOLE, rest.peek().is_none(), 12);
                     self.head.put_u64(offset);
                     self.head.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
                     offset += len;
@@ -169,7 +197,7 @@ impl Encoder {
                         rest.next();
                     }
                     let len = run.iter().map(|bytes| bytes.len() as u64).sum();
-                    self.data_header(cookie, rest.peek().is_none(), offset, len);
+                    self.data_header(asked, rest.peek().is_none(), offset, len);
                     self.seal();
                     self.queue.extend(run);
                     offset += len;
@@ -179,13 +207,28 @@ impl Encoder {
     }
 
     /// One chunk for each context, the last of them DONE.
-    fn status(&mut self, cookie: u64, contexts: &[(u32, Vec<Descriptor>)]) {
+    fn status(&mut self, asked: Asked, contexts: &[(u32, Vec<Descriptor>)]) {
         for (index, (id, descriptors)) in contexts.iter().enumerate() {
-            let len = u32::try_from(4 + 8 * descriptors.len()).unwrap_or(u32::MAX);
-            self.chunk(cookie, chunk::BLOCK_STATUS, index + 1 == contexts.len(), len);
+            let last = index + 1 == contexts.len();
+            // The limit on extents keeps a chunk far below 4 GiB.
+            let count = u32::try_from(descriptors.len()).unwrap_or(u32::MAX);
+            if self.headers == Headers::Extended {
+                let len = count.saturating_mul(16).saturating_add(8);
+                self.chunk(asked, chunk::BLOCK_STATUS_EXT, last, len);
+                self.head.put_u32(*id);
+                self.head.put_u32(count);
+                for one in descriptors {
+                    self.head.put_u64(one.len);
+                    self.head.put_u64(one.flags.into());
+                }
+                continue;
+            }
+            let len = count.saturating_mul(8).saturating_add(4);
+            self.chunk(asked, chunk::BLOCK_STATUS, last, len);
             self.head.put_u32(*id);
             for one in descriptors {
-                self.head.put_u32(one.len);
+                // A compact request asks about less than 4 GiB.
+                self.head.put_u32(u32::try_from(one.len).unwrap_or(u32::MAX));
                 self.head.put_u32(one.flags);
             }
         }

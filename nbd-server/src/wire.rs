@@ -1,7 +1,8 @@
 //! The numbers of the NBD protocol and the fixed-size headers, encoded and decoded without I/O. What they mean in
 //! sequence is told by the handshake and transmission machines.
 //!
-//! Source: `doc/proto.md` of NetworkBlockDevice/nbd; each item names its section.
+//! Source: `doc/proto.md` of NetworkBlockDevice/nbd; each item names its section. Extended headers are told by the same
+//! file on the branch `extension-ext-header`.
 
 use bytes::{BufMut, BytesMut};
 
@@ -17,6 +18,10 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Before each structured reply chunk ("Structured reply chunk message").
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Before each extended request ("Request message" of the extension).
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Before each extended reply chunk ("Extended reply chunk message" of the extension).
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// The longest name of an export or a meta context, in bytes ("Values", "Maximum string length").
 pub const MAX_STRING_BYTES: usize = 4096;
@@ -28,6 +33,10 @@ pub const REQUEST_BYTES: usize = 28;
 pub const SIMPLE_REPLY_BYTES: usize = 16;
 /// The size of a structured chunk header.
 pub const CHUNK_BYTES: usize = 20;
+/// The size of an extended request without its payload.
+pub const EXTENDED_REQUEST_BYTES: usize = 32;
+/// The size of an extended chunk header.
+pub const EXTENDED_CHUNK_BYTES: usize = 32;
 /// The size of an option header from the client.
 pub const OPTION_BYTES: usize = 16;
 /// The size of an option reply header from the server.
@@ -238,6 +247,8 @@ numbers! {
         OFFSET_HOLE = 2;
         /// Extents of one context.
         BLOCK_STATUS = 5;
+        /// Extents of one context with 64-bit lengths (only with extended headers).
+        BLOCK_STATUS_EXT = 6;
         /// An error.
         ERROR = (1 << 15) + 1;
         /// An error at an offset.
@@ -267,6 +278,26 @@ numbers! {
     }
 }
 
+/// The headers of the transmission phase: what the client asked for in the handshake, and got. Each kind can do what
+/// those before it can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Headers {
+    /// Compact requests, simple replies.
+    #[default]
+    Simple,
+    /// Compact requests, replies in structured chunks where they have a payload or an error.
+    Structured,
+    /// Extended requests, replies in extended chunks.
+    Extended,
+}
+
+impl Headers {
+    /// Whether READ and BLOCK_STATUS are answered in chunks.
+    pub fn has_chunks(self) -> bool {
+        self >= Self::Structured
+    }
+}
+
 /// Flags of an extent in the `base:allocation` context ("base:allocation metadata context").
 pub mod allocation {
     /// Nothing is allocated.
@@ -275,7 +306,7 @@ pub mod allocation {
     pub const ZERO: u32 = 1 << 1;
 }
 
-/// A compact request header ("Request message"); the payload of a WRITE follows it on the wire.
+/// A request header, compact or extended; a payload may follow it on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
     /// [`command_flag`] bits.
@@ -286,32 +317,56 @@ pub struct Request {
     pub cookie: u64,
     /// The first byte of the export.
     pub offset: u64,
-    /// The number of bytes.
-    pub len: u32,
+    /// The number of bytes of the export; in an extended request with [`command_flag::PAYLOAD_LEN`], of the payload.
+    pub len: u64,
 }
 
 impl Request {
-    /// Decodes a header; `None` where the magic is wrong, after which the stream has no meaning.
+    /// Decodes a compact header; `None` where the magic is wrong, after which the stream has no meaning.
     pub fn decode(bytes: &[u8; REQUEST_BYTES]) -> Option<Self> {
+        Self::read(bytes, REQUEST_MAGIC, |fields| fields.u32().map(u64::from))
+    }
+
+    /// Decodes an extended header, as [`Self::decode`].
+    pub fn decode_extended(bytes: &[u8; EXTENDED_REQUEST_BYTES]) -> Option<Self> {
+        Self::read(bytes, EXTENDED_REQUEST_MAGIC, Fields::u64)
+    }
+
+    fn read<'a>(
+        bytes: &'a [u8],
+        magic: u32,
+        len: impl FnOnce(&mut Fields<'a>) -> Option<u64>,
+    ) -> Option<Self> {
         let mut fields = Fields(bytes);
-        (fields.u32()? == REQUEST_MAGIC).then_some(())?;
+        (fields.u32()? == magic).then_some(())?;
         Some(Self {
             flags: fields.u16()?,
             command: fields.u16()?,
             cookie: fields.u64()?,
             offset: fields.u64()?,
-            len: fields.u32()?,
+            len: len(&mut fields)?,
         })
     }
 
-    /// Appends the header to `out`.
+    /// Appends the compact header to `out`. Its length has 32 bits: a longer one, which no caller may ask for, becomes
+    /// the longest.
     pub fn encode(&self, out: &mut BytesMut) {
-        out.put_u32(REQUEST_MAGIC);
+        self.write(REQUEST_MAGIC, out);
+        out.put_u32(u32::try_from(self.len).unwrap_or(u32::MAX));
+    }
+
+    /// Appends the extended header to `out`.
+    pub fn encode_extended(&self, out: &mut BytesMut) {
+        self.write(EXTENDED_REQUEST_MAGIC, out);
+        out.put_u64(self.len);
+    }
+
+    fn write(&self, magic: u32, out: &mut BytesMut) {
+        out.put_u32(magic);
         out.put_u16(self.flags);
         out.put_u16(self.command);
         out.put_u64(self.cookie);
         out.put_u64(self.offset);
-        out.put_u32(self.len);
     }
 }
 
@@ -336,6 +391,46 @@ impl ChunkHeader {
         out.put_u16(self.kind);
         out.put_u64(self.cookie);
         out.put_u32(self.len);
+    }
+}
+
+/// The header of an extended reply chunk; `len` bytes of payload follow it on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtendedChunkHeader {
+    /// [`chunk_flag`] bits.
+    pub flags: u16,
+    /// One of [`chunk`], or a number not known here.
+    pub kind: u16,
+    /// The request's cookie.
+    pub cookie: u64,
+    /// The request's offset, whatever the payload is about.
+    pub offset: u64,
+    /// The payload that follows, in bytes.
+    pub len: u64,
+}
+
+impl ExtendedChunkHeader {
+    /// Decodes a header; `None` where the magic is wrong, after which the stream has no meaning.
+    pub fn decode(bytes: &[u8; EXTENDED_CHUNK_BYTES]) -> Option<Self> {
+        let mut fields = Fields(bytes);
+        (fields.u32()? == EXTENDED_REPLY_MAGIC).then_some(())?;
+        Some(Self {
+            flags: fields.u16()?,
+            kind: fields.u16()?,
+            cookie: fields.u64()?,
+            offset: fields.u64()?,
+            len: fields.u64()?,
+        })
+    }
+
+    /// Appends the header to `out`.
+    pub fn encode(&self, out: &mut BytesMut) {
+        out.put_u32(EXTENDED_REPLY_MAGIC);
+        out.put_u16(self.flags);
+        out.put_u16(self.kind);
+        out.put_u64(self.cookie);
+        out.put_u64(self.offset);
+        out.put_u64(self.len);
     }
 }
 
@@ -387,8 +482,39 @@ mod tests {
     }
 
     #[test]
+    fn an_extended_request_survives_encoding() {
+        let request =
+            Request { flags: 32, command: command::WRITE, cookie: 0, offset: 7, len: 1 << 40 };
+        let mut out = BytesMut::new();
+        request.encode_extended(&mut out);
+        let bytes: [u8; EXTENDED_REQUEST_BYTES] = out.as_ref().try_into().unwrap();
+        assert_eq!(Request::decode_extended(&bytes), Some(request));
+        assert_eq!(bytes[..8], [0x21, 0xe4, 0x1c, 0x71, 0, 32, 0, 1]);
+        assert_eq!(bytes[24..], (1_u64 << 40).to_be_bytes());
+    }
+
+    #[test]
+    fn an_extended_chunk_survives_encoding() {
+        let header =
+            ExtendedChunkHeader { flags: 1, kind: 6, cookie: 9, offset: u64::MAX, len: 24 };
+        let mut out = BytesMut::new();
+        header.encode(&mut out);
+        let bytes: [u8; EXTENDED_CHUNK_BYTES] = out.as_ref().try_into().unwrap();
+        assert_eq!(ExtendedChunkHeader::decode(&bytes), Some(header));
+        assert_eq!(bytes[..8], [0x6e, 0x8a, 0x27, 0x8c, 0, 1, 0, 6]);
+    }
+
+    #[test]
     fn a_wrong_magic_is_no_request() {
         assert_eq!(Request::decode(&[0; REQUEST_BYTES]), None);
+        assert_eq!(Request::decode_extended(&[0; EXTENDED_REQUEST_BYTES]), None);
+        // Neither kind is taken for the other.
+        let request = Request { flags: 0, command: 0, cookie: 0, offset: 0, len: 0 };
+        let mut out = BytesMut::new();
+        request.encode(&mut out);
+        out.put_u32(0);
+        let bytes: [u8; EXTENDED_REQUEST_BYTES] = out.as_ref().try_into().unwrap();
+        assert_eq!(Request::decode_extended(&bytes), None);
     }
 
     #[test]

@@ -252,7 +252,7 @@ impl Connection {
             command: call.command,
             cookie,
             offset: call.range.start(),
-            len,
+            len: len.into(),
         };
         // Should the writer be gone already, the connection is about to be declared dead.
         let _ = frames.send(Frame { request, payload: call.payload });

@@ -121,6 +121,7 @@ impl Fake {
 
     async fn answer(&mut self, request: Request) -> Vec<u8> {
         let Request { flags, command, cookie, offset, len } = request;
+        let len = u32::try_from(len).unwrap();
         self.log.lock().push((command, flags, offset, len));
         let start = usize::try_from(offset).unwrap();
         let range = start..start + usize::try_from(len).unwrap();

@@ -58,7 +58,7 @@ pub struct ExportFacts {
 }
 
 impl ExportFacts {
-    /// The transmission flags, given whether structured replies were negotiated.
+    /// The transmission flags of the export itself, given whether replies have chunks.
     ///
     /// Source: "Transmission flags".
     pub fn transmission_flags(&self, structured: bool) -> u16 {
@@ -79,7 +79,12 @@ impl ExportFacts {
             flags |= flag::ROTATIONAL;
         }
         // What every reply with flags has, and what protects the image, cannot be left out.
-        flags & !(self.withheld & !(flag::HAS_FLAGS | flag::READ_ONLY))
+        flags &= !(self.withheld & !(flag::HAS_FLAGS | flag::READ_ONLY));
+        // A way to do what cannot be done is never told.
+        if flags & flag::SEND_WRITE_ZEROES == 0 {
+            flags &= !flag::SEND_FAST_ZERO;
+        }
+        flags
     }
 
     /// Minimum, preferred and maximum block size, in bytes.
@@ -182,6 +187,8 @@ mod tests {
         assert_eq!(flags & flag::SEND_FLUSH, 0);
         let told = flag::HAS_FLAGS | flag::READ_ONLY | flag::ROTATIONAL;
         assert_eq!(flags & told, told);
+        let facts = ExportFacts { withheld: flag::SEND_WRITE_ZEROES, ..self::facts(false, 4096) };
+        assert_eq!(facts.transmission_flags(true) & flag::SEND_FAST_ZERO, 0);
     }
 
     #[test]

@@ -5,8 +5,8 @@
 
 use bytes::BufMut;
 
+use super::Agreement;
 use super::answer::Answer;
-use super::directory::ExportFacts;
 use super::name::{self, Malformed};
 use crate::wire::{self, Fields, info};
 
@@ -38,17 +38,13 @@ pub(super) fn parse(data: &[u8]) -> Result<Question<'_>, Malformed> {
     Ok(question)
 }
 
-/// Answers with what was asked; size and flags always.
-pub(super) fn tell(
-    question: &Question<'_>,
-    facts: &ExportFacts,
-    structured: bool,
-    answer: &mut Answer<'_>,
-) {
+/// Answers with what was asked, as it would be agreed on now; size and flags always.
+pub(super) fn tell(question: &Question<'_>, agreement: &Agreement, answer: &mut Answer<'_>) {
+    let facts = &agreement.facts;
     answer.reply(wire::reply::INFO, |out| {
         out.put_u16(info::EXPORT);
         out.put_u64(facts.size_bytes);
-        out.put_u16(facts.transmission_flags(structured));
+        out.put_u16(agreement.transmission_flags());
     });
     if question.wants_name {
         answer.reply(wire::reply::INFO, |out| {

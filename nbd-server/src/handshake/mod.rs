@@ -15,7 +15,8 @@ use self::answer::Answer;
 use self::name::Malformed;
 use crate::limits::Limits;
 use crate::wire::{
-    self, Fields, MAX_STRING_BYTES, OPTION_BYTES, client_flag, handshake_flag, option, reply,
+    self, Fields, Headers, MAX_STRING_BYTES, OPTION_BYTES, client_flag, handshake_flag, option,
+    reply, transmission_flag,
 };
 
 pub use self::directory::{
@@ -30,10 +31,25 @@ const EXPORT_NAME_ZEROES: usize = 124;
 pub struct Agreement {
     /// The export.
     pub facts: ExportFacts,
-    /// Whether READ and BLOCK_STATUS are answered in chunks.
-    pub structured: bool,
+    /// The headers of requests and replies.
+    pub headers: Headers,
     /// What BLOCK_STATUS answers with; empty where it is not allowed.
     pub contexts: Vec<SelectedContext>,
+}
+
+impl Agreement {
+    /// The transmission flags of the export under this agreement.
+    ///
+    /// Source: "Transmission flags".
+    pub fn transmission_flags(&self) -> u16 {
+        let own = self.facts.transmission_flags(self.headers.has_chunks());
+        own | if self.filters_status() { transmission_flag::BLOCK_STATUS_PAYLOAD } else { 0 }
+    }
+
+    /// Whether BLOCK_STATUS takes a payload that names some of the contexts.
+    pub fn filters_status(&self) -> bool {
+        self.headers == Headers::Extended && !self.contexts.is_empty()
+    }
 }
 
 /// Why the server closes a connection during the handshake. All but [`Close::Aborted`] break the protocol or a limit.
@@ -55,6 +71,9 @@ pub enum Close {
     /// EXPORT_NAME cannot be refused politely: no such export, or no valid name.
     #[error("EXPORT_NAME for an export that cannot be had")]
     ExportName,
+    /// EXPORT_NAME is not allowed once extended headers are negotiated.
+    #[error("EXPORT_NAME with extended headers, which need GO")]
+    ExtendedExportName,
     /// More options than [`Limits::options`].
     #[error("too many options")]
     TooManyOptions,
@@ -90,7 +109,7 @@ pub struct Handshake {
     options_left: u32,
     fixed: bool,
     no_zeroes: bool,
-    structured: bool,
+    headers: Headers,
     /// The export for which contexts were selected, as the client spelt it, and the contexts.
     selection: Option<(String, Vec<SelectedContext>)>,
 }
@@ -104,7 +123,7 @@ impl Handshake {
             options_left: limits.options,
             fixed: false,
             no_zeroes: false,
-            structured: false,
+            headers: Headers::Simple,
             selection: None,
         }
     }
@@ -254,9 +273,8 @@ impl Handshake {
                 Ok(None) => Ok(()),
                 Err(malformed) => Err(malformed),
             },
-            option::STRUCTURED_REPLY => {
-                self.structured = true;
-                answer.ack();
+            option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
+                self.set_headers(option, &mut answer);
                 Ok(())
             }
             option::LIST_META_CONTEXT => self.list_contexts(data, exports, &mut answer),
@@ -276,6 +294,20 @@ impl Handshake {
         Progress::Again
     }
 
+    /// STRUCTURED_REPLY and EXTENDED_HEADERS. The extended kind replaces the structured one, and there is no way back.
+    fn set_headers(&mut self, option: u32, answer: &mut Answer<'_>) {
+        let wanted = match option {
+            option::EXTENDED_HEADERS => Headers::Extended,
+            _ => Headers::Structured,
+        };
+        if wanted < self.headers {
+            let text = "extended headers are negotiated already";
+            return answer.error(reply::ERR_EXT_HEADER_REQD, text);
+        }
+        self.headers = wanted;
+        answer.ack();
+    }
+
     /// EXPORT_NAME: the one option without a way to say no.
     fn export_name(
         &mut self,
@@ -283,14 +315,18 @@ impl Handshake {
         exports: &mut dyn ExportDirectory,
         out: &mut BytesMut,
     ) -> Progress {
+        if self.headers == Headers::Extended {
+            return Progress::Close(Close::ExtendedExportName);
+        }
         let Ok(name) = name::text(data) else { return Progress::Close(Close::ExportName) };
         let Ok(facts) = exports.enter(name) else { return Progress::Close(Close::ExportName) };
-        out.put_u64(facts.size_bytes);
-        out.put_u16(facts.transmission_flags(self.structured));
+        let agreement = self.agree(name, facts);
+        out.put_u64(agreement.facts.size_bytes);
+        out.put_u16(agreement.transmission_flags());
         if !self.no_zeroes {
             out.put_bytes(0, EXPORT_NAME_ZEROES);
         }
-        Progress::Transmission(Box::new(self.agree(name, facts)))
+        Progress::Transmission(Box::new(agreement))
     }
 
     fn info(
@@ -302,7 +338,7 @@ impl Handshake {
         let question = info::parse(data)?;
         match exports.look_up(question.name) {
             Ok(facts) => {
-                info::tell(&question, &facts, self.structured, answer);
+                info::tell(&question, &self.agree(question.name, facts), answer);
                 answer.ack();
             }
             Err(why) => refuse(why, answer),
@@ -319,9 +355,10 @@ impl Handshake {
         let question = info::parse(data)?;
         match exports.enter(question.name) {
             Ok(facts) => {
-                info::tell(&question, &facts, self.structured, answer);
+                let agreement = self.agree(question.name, facts);
+                info::tell(&question, &agreement, answer);
                 answer.ack();
-                Ok(Some(self.agree(question.name, facts)))
+                Ok(Some(agreement))
             }
             Err(why) => {
                 refuse(why, answer);
@@ -336,8 +373,8 @@ impl Handshake {
         exports: &mut dyn ExportDirectory,
         answer: &mut Answer<'_>,
     ) -> Result<(), Malformed> {
-        if !self.structured {
-            answer.error(reply::ERR_INVALID, NEEDS_STRUCTURED);
+        if !self.headers.has_chunks() {
+            answer.error(reply::ERR_INVALID, NEEDS_CHUNKS);
             return Ok(());
         }
         let queries = meta_context::parse(data)?;
@@ -360,8 +397,8 @@ impl Handshake {
         answer: &mut Answer<'_>,
     ) -> Result<(), Malformed> {
         self.selection = None;
-        if !self.structured {
-            answer.error(reply::ERR_INVALID, NEEDS_STRUCTURED);
+        if !self.headers.has_chunks() {
+            answer.error(reply::ERR_INVALID, NEEDS_CHUNKS);
             return Ok(());
         }
         let queries = meta_context::parse(data)?;
@@ -380,16 +417,16 @@ impl Handshake {
     }
 
     /// Contexts hold only for the export name for which they were selected.
-    fn agree(&mut self, name: &str, facts: ExportFacts) -> Agreement {
-        let contexts = match self.selection.take() {
-            Some((export, selected)) if export == name => selected,
+    fn agree(&self, name: &str, facts: ExportFacts) -> Agreement {
+        let contexts = match &self.selection {
+            Some((export, selected)) if export == name => selected.clone(),
             _ => Vec::new(),
         };
-        Agreement { facts, structured: self.structured, contexts }
+        Agreement { facts, headers: self.headers, contexts }
     }
 }
 
-const NEEDS_STRUCTURED: &str = "meta contexts need structured replies first";
+const NEEDS_CHUNKS: &str = "meta contexts need structured replies or extended headers first";
 
 /// Whether data may follow the option's header. An option that is not known may have any.
 fn takes_data(option: u32) -> bool {
@@ -406,7 +443,7 @@ fn takes_data(option: u32) -> bool {
 /// The answer where data follows the header of an option that takes none, or of one that is not known.
 fn with_unwanted_data(option: u32) -> (u32, &'static str) {
     match option {
-        option::LIST | option::STARTTLS | option::STRUCTURED_REPLY => {
+        option::LIST | option::STARTTLS | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
             (reply::ERR_INVALID, "the option takes no data")
         }
         _ => (reply::ERR_UNSUP, "this server does not know the option"),

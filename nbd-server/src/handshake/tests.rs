@@ -203,7 +203,7 @@ fn abort_is_acknowledged_even_with_data() {
 #[test]
 fn unknown_options_are_unsupported_and_their_data_is_consumed() {
     let mut talk = Talk::new(FIXED);
-    for unknown in [0, option::PEEK_EXPORT, option::EXTENDED_HEADERS, 12, u32::MAX] {
+    for unknown in [0, option::PEEK_EXPORT, 12, u32::MAX] {
         for data in [&b""[..], b"data", &[7; 300 << 10]] {
             assert_eq!(talk.only(unknown, data), reply::ERR_UNSUP);
         }
@@ -213,12 +213,13 @@ fn unknown_options_are_unsupported_and_their_data_is_consumed() {
 #[test]
 fn data_where_none_belongs_is_invalid_and_has_no_effect() {
     let mut talk = Talk::new(FIXED);
-    for bare in [option::LIST, option::STARTTLS, option::STRUCTURED_REPLY] {
+    let bare = [option::LIST, option::STARTTLS, option::STRUCTURED_REPLY, option::EXTENDED_HEADERS];
+    for bare in bare {
         assert_eq!(talk.only(bare, b"x"), reply::ERR_INVALID);
     }
     let (_, end) = talk.option(option::GO, &go(b"disk", &[]));
     let Progress::Transmission(agreement) = end else { panic!("{end:?}") };
-    assert!(!agreement.structured);
+    assert_eq!(agreement.headers, Headers::Simple);
 }
 
 #[test]
@@ -409,7 +410,7 @@ fn set_selects_full_names_once_and_ignores_the_rest() {
 fn selected_after(talk: &mut Talk, export: &[u8]) -> usize {
     let (_, end) = talk.option(option::GO, &go(export, &[]));
     let Progress::Transmission(agreement) = end else { panic!("{end:?}") };
-    assert!(agreement.structured);
+    assert_eq!(agreement.headers, Headers::Structured);
     agreement.contexts.len()
 }
 
@@ -482,8 +483,53 @@ fn flags_tell_about_structured_replies_as_negotiated() {
         let (replies, end) = talk.option(option::GO, &go(b"disk", &[]));
         let flags = Fields(&replies[0].2[10..]).u16().unwrap();
         let Progress::Transmission(agreement) = end else { panic!("{end:?}") };
-        assert_eq!(flags & transmission_flag::SEND_DF != 0, agreement.structured);
+        assert_eq!(flags & transmission_flag::SEND_DF != 0, agreement.headers.has_chunks());
         assert_ne!(flags & transmission_flag::HAS_FLAGS, 0);
+    }
+}
+
+#[test]
+fn extended_headers_win_over_structured_replies_in_either_order() {
+    let both = [option::STRUCTURED_REPLY, option::EXTENDED_HEADERS];
+    for options in [&both[..], &both[1..], &[both[1], both[1]]] {
+        let mut talk = Talk::new(FIXED);
+        for option in options {
+            assert_eq!(talk.only(*option, &[]), reply::ACK);
+        }
+        assert_eq!(talk.only(option::STRUCTURED_REPLY, &[]), reply::ERR_EXT_HEADER_REQD);
+        let (_, end) = talk.option(option::GO, &go(b"disk", &[]));
+        let Progress::Transmission(agreement) = end else { panic!("{end:?}") };
+        assert_eq!(agreement.headers, Headers::Extended);
+    }
+}
+
+#[test]
+fn extended_headers_need_go() {
+    let mut talk = Talk::new(FIXED);
+    assert_eq!(talk.only(option::EXTENDED_HEADERS, &[]), reply::ACK);
+    let (out, end) = talk.send(&bytes_of(option::EXPORT_NAME, b"disk"));
+    assert_eq!((out.len(), end), (0, Progress::Close(Close::ExtendedExportName)));
+    assert!(talk.exports.entered.is_empty());
+}
+
+#[test]
+fn a_payload_for_status_is_offered_with_extended_headers_and_a_selection_only() {
+    for headers in [option::STRUCTURED_REPLY, option::EXTENDED_HEADERS] {
+        for selects in [false, true] {
+            let mut talk = Talk::new(FIXED);
+            assert_eq!(talk.only(headers, &[]), reply::ACK);
+            if selects {
+                let data = queries(b"disk", &[b"base:allocation"]);
+                assert_eq!(contexts(&mut talk, option::SET_META_CONTEXT, &data).len(), 1);
+            }
+            // INFO, and for another name nothing is selected.
+            for (name, is_selected) in [(&b"disk"[..], selects), (b"", false)] {
+                let (replies, _) = talk.option(option::INFO, &go(name, &[]));
+                let flags = Fields(&replies[0].2[10..]).u16().unwrap();
+                let offered = flags & transmission_flag::BLOCK_STATUS_PAYLOAD != 0;
+                assert_eq!(offered, is_selected && headers == option::EXTENDED_HEADERS);
+            }
+        }
     }
 }
 

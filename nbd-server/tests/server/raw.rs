@@ -146,7 +146,7 @@ impl<S: Stream> Raw<S> {
         len: u32,
     ) {
         let mut bytes = BytesMut::new();
-        Request { flags, command, cookie, offset, len }.encode(&mut bytes);
+        Request { flags, command, cookie, offset, len: len.into() }.encode(&mut bytes);
         self.send(&bytes).await;
     }
 

@@ -11,6 +11,7 @@ use block::{BlockDevice, ByteRange, DeviceError, RawDevice};
 use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
 use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, References};
 
+use super::depth::{self, AllocationDepth};
 use super::options::{AllowReferences, ExportSpec, Format};
 
 /// The first bytes of a qcow2 image.
@@ -59,7 +60,11 @@ pub(super) async fn open(
         Format::Qcow2 => {
             let options = qcow2_options(spec, references);
             let image = Image::open(path, options).await.with_context(cannot)?;
-            let sources = bitmaps(&image, spec).await.with_context(cannot)?;
+            let mut sources = bitmaps(&image, spec).await.with_context(cannot)?;
+            if spec.allocation_depth {
+                let source = AllocationDepth::new(&image).with_context(cannot)?;
+                sources.push((depth::CONTEXT.to_owned(), Arc::new(source)));
+            }
             (Arc::new(image), sources)
         }
     };

@@ -1,6 +1,7 @@
 //! What the program does between its first and its last line. The command line is described in `options`, opening
 //! images in `images`.
 
+mod depth;
 mod images;
 mod options;
 

@@ -15,10 +15,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "unix:PATH|HOST:PORT", required = true)]
     pub(crate) listen: Vec<Listen>,
 
-    /// What to serve: NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,description=TEXT].
+    /// What to serve: NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
-    /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME. A comma is
-    /// written twice
+    /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
+    /// layer of the chain that holds each part of the disk as qemu:allocation-depth. A comma is written twice
     #[arg(long = "export", value_name = "NAME=PATH[,...]", required = true)]
     pub(crate) exports: Vec<ExportSpec>,
 
@@ -98,6 +98,8 @@ pub(crate) struct ExportSpec {
     pub(crate) snapshot: Option<String>,
     /// The bitmaps to offer.
     pub(crate) bitmaps: Vec<String>,
+    /// Whether to tell which layer holds what.
+    pub(crate) allocation_depth: bool,
     pub(crate) description: Option<String>,
 }
 
@@ -118,6 +120,7 @@ impl FromStr for ExportSpec {
             read_only: false,
             snapshot: None,
             bitmaps: Vec::new(),
+            allocation_depth: false,
             description: None,
         };
         for field in fields {
@@ -137,6 +140,7 @@ impl FromStr for ExportSpec {
                 Some(("bitmap", name)) => spec.bitmaps.push(name.to_owned()),
                 Some(("description", text)) => spec.description = Some(text.to_owned()),
                 None if field == "read-only" => spec.read_only = true,
+                None if field == "allocation-depth" => spec.allocation_depth = true,
                 _ => return Err(format!("{field:?} is not known for an export")),
             }
         }
@@ -148,9 +152,9 @@ impl FromStr for ExportSpec {
 impl ExportSpec {
     /// What goes together.
     fn check(&self) -> Result<(), String> {
-        let of_qcow2 = self.snapshot.is_some() || !self.bitmaps.is_empty();
+        let of_qcow2 = self.snapshot.is_some() || !self.bitmaps.is_empty() || self.allocation_depth;
         if of_qcow2 && self.format == Some(Format::Raw) {
-            return Err("a raw image has neither snapshots nor bitmaps".to_owned());
+            return Err("a raw image has neither snapshots nor bitmaps nor layers".to_owned());
         }
         if self.snapshot.is_some() && !self.bitmaps.is_empty() {
             return Err("bitmaps tell of the present disk, not of a snapshot".to_owned());
@@ -223,6 +227,7 @@ mod tests {
             read_only: true,
             snapshot: None,
             bitmaps: Vec::new(),
+            allocation_depth: false,
             description: Some("one, two=2".into()),
         };
         assert_eq!(spec, expected);
@@ -231,6 +236,7 @@ mod tests {
         assert_eq!(spec.bitmaps, ["x", "y=z"]);
         let spec: ExportSpec = "a=b,snapshot=one,format=qcow2".parse().unwrap();
         assert_eq!(spec.snapshot.as_deref(), Some("one"));
+        assert!("a=b,allocation-depth".parse::<ExportSpec>().unwrap().allocation_depth);
         for text in [
             "",
             "a",
@@ -243,6 +249,8 @@ mod tests {
             "a=b,bitmap=x,bitmap=x",
             "a=b,bitmap=x,snapshot=y",
             "a=b,bitmap=x,format=raw",
+            "a=b,allocation-depth,format=raw",
+            "a=b,allocation-depth=1",
             "a=b,snapshot=x,format=raw",
         ] {
             assert!(text.parse::<ExportSpec>().is_err(), "{text}");

@@ -1,6 +1,7 @@
 //! The program as a process: what it prints, what it serves, how it ends.
 
 mod bitmaps;
+mod depth;
 #[cfg(feature = "client")]
 mod kills;
 #[cfg(feature = "client")]

@@ -291,6 +291,45 @@ fn growing_and_shrinking_survive_every_power_cut() {
 }
 
 #[test]
+fn growth_that_is_made_in_advance_survives_every_power_cut() {
+    const GROWN: u64 = (150 << 10) + 512;
+    for mode in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        for (over, can_punch) in [(false, false), (true, false), (false, true)] {
+            block_on(async {
+                let below = over.then(|| pattern(9, 200 << 10));
+                let device = || below.clone().map(|bytes| MemoryDevice::read_only(bytes) as _);
+                let mut options = CreateOptions::new(220 << 10).cluster_bytes(4096);
+                if over {
+                    options = options.backing("below", BackingFormat::Raw);
+                }
+                let storage = MemoryStorage::with_alignment(512);
+                Image::create_on(&host(&storage), &options).await.unwrap();
+                if !can_punch {
+                    storage.without_fallocate();
+                }
+                let open = || Image::open_on(host(&storage), device(), OpenOptions::writing());
+                let image = open().await.unwrap();
+                // What the new area gets was somebody else's once.
+                let data = pattern(3, 160 << 10);
+                image.write(60 << 10, data.into(), Durability::Durable).await.unwrap();
+                image.write(1000, pattern(1, 50_000).into(), Durability::Durable).await.unwrap();
+                image.resize(61_000 / 512 * 512, &shrinking()).await.unwrap();
+                image.close().await.unwrap();
+                let image = open().await.unwrap();
+                let kept = read_all(&image).await;
+                let from = storage.log_len();
+                let how = ResizeOptions { preallocation: mode, ..ResizeOptions::default() };
+                image.resize(GROWN, &how).await.unwrap();
+                let sizes = [kept.len() as u64, GROWN];
+                survives_cuts(&storage, below.as_deref(), from, sizes, &kept).await;
+                image.close().await.unwrap();
+                check(&storage.snapshot()).assert_clean("grown");
+            });
+        }
+    }
+}
+
+#[test]
 fn an_amended_image_is_what_qemu_says_and_reads_the_same() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("base.raw"), vec![7; 3 << 20]).unwrap();

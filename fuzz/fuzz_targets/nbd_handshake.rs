@@ -36,6 +36,8 @@ impl ExportDirectory for OneExport {
             read_only: false,
             preferred_bytes: 4096,
             max_payload_bytes: 32 << 20,
+            rotational: false,
+            withheld: 0,
             contexts: vec![MetaContext::Allocation],
         })
     }

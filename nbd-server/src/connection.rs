@@ -270,7 +270,9 @@ async fn start<R: AsyncRead + Unpin>(
     command: Command,
     contexts: Option<Vec<SelectedContext>>,
 ) -> io::Result<()> {
-    let ticket = session.admit(cost(command, session.shared.limits.status_extents)).await?;
+    let told = contexts.as_ref().unwrap_or(&session.agreement.contexts).len();
+    let cost = cost(command, told, session.shared.limits.status_extents);
+    let ticket = session.admit(cost).await?;
     let asked = Asked::from(request);
     let payload = match command {
         Command::Write { range, durability } => {
@@ -360,10 +362,13 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
 }
 
 /// The bytes that a request can hold in memory.
-fn cost(command: Command, status_extents: usize) -> u32 {
+fn cost(command: Command, contexts: usize, status_extents: usize) -> u32 {
     let bytes = match command {
         Command::Read { range, .. } | Command::Write { range, .. } => range.len(),
-        Command::BlockStatus { one: false, .. } => (status_extents * size_of::<Extent>()) as u64,
+        Command::BlockStatus { one: false, .. } => {
+            let extents = status_extents.saturating_mul(contexts);
+            extents.saturating_mul(size_of::<Extent>()) as u64
+        }
         _ => 0,
     };
     u32::try_from(bytes).unwrap_or(u32::MAX)

@@ -104,7 +104,8 @@ impl Export {
         self
     }
 
-    /// Does not tell clients of these abilities, given as [`transmission_flag`](crate::wire::transmission_flag)s.
+    /// Does not tell clients of these abilities, given as [`transmission_flag`](crate::wire::transmission_flag)s, and
+    /// refuses requests that use them all the same.
     #[must_use]
     pub fn withhold(mut self, flags: u16) -> Self {
         self.withheld = flags;

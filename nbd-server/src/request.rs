@@ -8,6 +8,7 @@ use block::{ByteRange, Durability, ZeroMode};
 use crate::handshake::{Agreement, SelectedContext};
 use crate::wire::{
     Fields, Headers, MAX_PAYLOAD_BYTES, Request, command, command_flag as flag, error,
+    transmission_flag as told,
 };
 
 /// The part of a BLOCK_STATUS payload before the contexts: the length of the range that is asked about.
@@ -72,7 +73,10 @@ pub enum Refusal {
     /// A command that is not known here.
     #[error("this server does not know the command")]
     UnknownCommand,
-    /// A flag that is not known, not negotiated, or not meant for this command.
+    /// A command that the export withholds, though the server knows it.
+    #[error("the export does not offer the command")]
+    NotOffered,
+    /// A flag that is not known, not negotiated, withheld, or not meant for this command.
     #[error("a command flag is not valid for this command on this connection")]
     Flags,
     /// A change to a read-only export.
@@ -119,6 +123,7 @@ impl Refusal {
             Self::LongRead => error::EOVERFLOW,
             Self::ShuttingDown => error::ESHUTDOWN,
             Self::UnknownCommand
+            | Self::NotOffered
             | Self::Flags
             | Self::TooLong
             | Self::HugePayload
@@ -244,6 +249,7 @@ fn command(request: &Request, agreement: &Agreement) -> Result<Command, Refusal>
     let range = || within(request, facts.size_bytes).ok_or(Refusal::PastEnd);
     let is_long = request.len > u64::from(facts.max_payload_bytes);
     let writable = || if facts.read_only { Err(Refusal::ReadOnly) } else { Ok(()) };
+    let offered = |bit| if facts.withheld & bit != 0 { Err(Refusal::NotOffered) } else { Ok(()) };
     let write_range = || within(request, facts.size_bytes).ok_or(Refusal::WritePastEnd);
     Ok(match request.command {
         command::READ => {
@@ -265,14 +271,19 @@ fn command(request: &Request, agreement: &Agreement) -> Result<Command, Refusal>
         command::FLUSH if request.offset != 0 || request.len != 0 => {
             return Err(Refusal::FlushRange);
         }
-        command::FLUSH => Command::Flush,
+        command::FLUSH => {
+            offered(told::SEND_FLUSH)?;
+            Command::Flush
+        }
         command::TRIM => {
             writable()?;
+            offered(told::SEND_TRIM)?;
             Command::Trim { range: range()?, durability }
         }
         command::CACHE => Command::Cache { range: range()? },
         command::WRITE_ZEROES => {
             writable()?;
+            offered(told::SEND_WRITE_ZEROES)?;
             let mode =
                 ZeroMode { keep_allocated: has(flag::NO_HOLE), fast_only: has(flag::FAST_ZERO) };
             Command::WriteZeroes { range: write_range()?, mode, durability }
@@ -291,8 +302,8 @@ fn command(request: &Request, agreement: &Agreement) -> Result<Command, Refusal>
     })
 }
 
-/// The flags that a command may carry; `None` for a command that is not known. FUA was offered, so it is legal on
-/// every one.
+/// The flags that a command may carry; `None` for a command that is not known. Where FUA was offered, it is legal on
+/// every one. A flag that the export withholds is none.
 fn allowed_flags(command: u16, agreement: &Agreement) -> Option<u16> {
     let own = match command {
         command::READ if agreement.headers.has_chunks() => flag::DF,
@@ -303,7 +314,14 @@ fn allowed_flags(command: u16, agreement: &Agreement) -> Option<u16> {
         command::READ | command::WRITE | command::FLUSH | command::TRIM | command::CACHE => 0,
         _ => return None,
     };
-    Some(own | flag::FUA)
+    let needs = [
+        (flag::FUA, told::SEND_FUA),
+        (flag::DF, told::SEND_DF),
+        (flag::FAST_ZERO, told::SEND_FAST_ZERO | told::SEND_WRITE_ZEROES),
+    ];
+    let is_withheld = |bits| agreement.facts.withheld & bits != 0;
+    let withheld = needs.iter().filter(|(_, bits)| is_withheld(*bits));
+    Some(withheld.fold(own | flag::FUA, |allowed, (flag, _)| allowed & !flag))
 }
 
 /// The request's range, where it lies inside the export. The end may pass 2^64 in what the client sent.

@@ -78,6 +78,28 @@ fn df_needs_structured_replies() {
 }
 
 #[test]
+fn what_the_export_withholds_is_refused() {
+    for (withheld, command, flags, expected) in [
+        (told::SEND_TRIM, command::TRIM, 0, Refusal::NotOffered),
+        (told::SEND_FLUSH, command::FLUSH, 0, Refusal::NotOffered),
+        (told::SEND_WRITE_ZEROES, command::WRITE_ZEROES, 0, Refusal::NotOffered),
+        (told::SEND_WRITE_ZEROES, command::WRITE_ZEROES, flag::FAST_ZERO, Refusal::Flags),
+        (told::SEND_FAST_ZERO, command::WRITE_ZEROES, flag::FAST_ZERO, Refusal::Flags),
+        (told::SEND_FUA, command::WRITE, flag::FUA, Refusal::Flags),
+        (told::SEND_DF, command::READ, flag::DF, Refusal::Flags),
+    ] {
+        let mut agreement = agreement(false, Headers::Structured);
+        let asked = request(command, flags, 0, if command == command::FLUSH { 0 } else { 512 });
+        assert_eq!(refusal(&asked, &agreement), None);
+        agreement.facts.withheld = withheld;
+        assert_eq!(refusal(&asked, &agreement), Some(expected), "{withheld:#x}");
+        assert_eq!(expected.error(), error::EINVAL);
+        // The rest works on.
+        assert_eq!(refusal(&request(command::WRITE, 0, 0, 512), &agreement), None);
+    }
+}
+
+#[test]
 fn a_read_only_export_permits_no_change() {
     let agreement = agreement(true, Headers::Structured);
     for command in [command::WRITE, command::TRIM, command::WRITE_ZEROES] {

@@ -5,7 +5,7 @@
 use nbd_server::wire::{Headers, chunk, command, command_flag as flag, error, option, reply};
 
 use crate::peer::{Peer, Reply, judge_extents};
-use crate::stage::{GIANT, SIZE, STRIPE, STRIPES, Stage, Transport, Way};
+use crate::stage::{CRUMB, CRUMBS, GIANT, SIZE, STRIPE, STRIPES, Stage, Transport, Way};
 
 fn ways() -> impl Iterator<Item = Way> {
     Way::with([Headers::Extended])
@@ -77,6 +77,23 @@ async fn lengths_without_payload_reach_over_the_whole_export() {
         assert_eq!(stage.giant.changes(), expected);
         let told = peer.ask(command::BLOCK_STATUS, 0, 0, GIANT).await;
         assert_eq!(told.status, [(1, vec![(GIANT, 3)])], "one extent of 64 TiB");
+    }
+}
+
+#[tokio::test]
+async fn a_status_over_terabytes_of_crumbs_ends_early_and_can_be_asked_on() {
+    for way in ways() {
+        let stage = Stage::new().await;
+        let mut peer = Peer::haggling(&stage, way).await;
+        let id = peer.select("giant", &[CRUMBS]).await[0].0;
+        peer.go("giant").await;
+        let told = peer.ask(command::BLOCK_STATUS, 0, 0, GIANT).await;
+        let [(found, extents)] = &told.status[..] else { panic!("{told:?}") };
+        assert_eq!(*found, id);
+        assert_eq!(extents[..], [(stage.giant.crumbs() * CRUMB, 7)], "one extent of what is known");
+        assert!(extents[0].0 < GIANT, "not all of it at once");
+        let next = peer.ask(command::BLOCK_STATUS, 0, extents[0].0, 10).await;
+        assert_eq!(next.status, [(id, vec![(10, 7)])]);
     }
 }
 

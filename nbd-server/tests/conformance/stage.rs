@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use block::{
@@ -25,6 +26,11 @@ pub(crate) const GIANT: u64 = 1 << 46;
 pub(crate) const STRIPES: &str = "x-test:stripes";
 /// The length of its extents.
 pub(crate) const STRIPE: u64 = 64 << 10;
+
+/// The second context of "giant": the same everywhere, and told in crumbs.
+pub(crate) const CRUMBS: &str = "x-test:crumbs";
+/// The length of a crumb.
+pub(crate) const CRUMB: u64 = 1 << 20;
 
 /// Any stream.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -90,7 +96,7 @@ impl Stage {
                 .description("a disk")
                 .context(STRIPES, Arc::new(Stripes)),
             Export::new("fixed", TestDevice::with(SIZE, true)),
-            Export::new("giant", Arc::clone(&giant) as _),
+            Export::new("giant", Arc::clone(&giant) as _).context(CRUMBS, Arc::clone(&giant) as _),
         ];
         for export in exports {
             server.add_export(export).unwrap();
@@ -139,9 +145,24 @@ impl ExtentSource for Stripes {
 #[derive(Default)]
 pub(crate) struct Giant {
     changes: Mutex<Vec<(&'static str, ByteRange)>>,
+    crumbs: AtomicU64,
+}
+
+#[async_trait]
+impl ExtentSource for Giant {
+    async fn extents(&self, range: ByteRange) -> Result<Vec<FlaggedExtent>, DeviceError> {
+        self.crumbs.fetch_add(1, Ordering::Relaxed);
+        let range = ByteRange::between(range.start(), range.end().min(range.start() + CRUMB));
+        Ok(vec![FlaggedExtent { range, flags: 7 }])
+    }
 }
 
 impl Giant {
+    /// How often it was asked for crumbs.
+    pub(crate) fn crumbs(&self) -> u64 {
+        self.crumbs.load(Ordering::Relaxed)
+    }
+
     /// What was to be changed so far.
     pub(crate) fn changes(&self) -> Vec<(&'static str, ByteRange)> {
         self.changes.lock().clone()

@@ -4,6 +4,7 @@
 
 mod chain;
 mod commit;
+mod losses;
 mod merge;
 mod names;
 mod plan;
@@ -20,6 +21,7 @@ use crate::error::Error;
 use crate::open::OpenOptions;
 
 pub use commit::{CommitOptions, commit, plan_commit};
+pub use losses::{LayerLoss, MergeLosses, merge_losses};
 pub use merge::{MergeOptions, merge, plan_merge};
 pub use plan::{FoldPlan, LayerPlan};
 pub use rebase::{RebaseOptions, plan_rebase, rebase};
@@ -91,7 +93,10 @@ pub enum FoldError {
         base: PathBuf,
     },
     /// The layers that were named are in no order that can be folded.
-    #[error("{} is not above {} and below {}", last.display(), base.display(), file.display())]
+    #[error(
+        "{} is not between {} and {}: only layers between the top of a chain and the base are folded",
+        last.display(), file.display(), base.display()
+    )]
     Order {
         /// The top of the chain.
         file: PathBuf,

@@ -148,8 +148,9 @@ pub use error::{
     UnlockError, VmdkError,
 };
 pub use fold::{
-    CommitOptions, FoldError, FoldOptions, FoldPlan, Folded, LayerPlan, MergeOptions,
-    RebaseOptions, commit, merge, plan_commit, plan_merge, plan_rebase, rebase,
+    CommitOptions, FoldError, FoldOptions, FoldPlan, Folded, LayerLoss, LayerPlan, MergeLosses,
+    MergeOptions, RebaseOptions, commit, merge, merge_losses, plan_commit, plan_merge, plan_rebase,
+    rebase,
 };
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;

@@ -128,9 +128,13 @@ pub(crate) fn encode(entries: &[SnapshotEntry]) -> Result<Vec<u8>, Fault> {
 
 /// The position of the snapshot that `wanted` names: by id first, then by name.
 pub(crate) fn find(entries: &[SnapshotEntry], wanted: &str) -> Option<usize> {
-    let wanted = wanted.as_bytes();
-    let by_id = entries.iter().position(|entry| entry.id == wanted);
-    by_id.or_else(|| entries.iter().position(|entry| entry.name == wanted))
+    let by_id = entries.iter().position(|entry| entry.id == wanted.as_bytes());
+    by_id.or_else(|| find_named(entries, wanted))
+}
+
+/// The position of the oldest snapshot of a name.
+pub(crate) fn find_named(entries: &[SnapshotEntry], name: &str) -> Option<usize> {
+    entries.iter().position(|entry| entry.name == name.as_bytes())
 }
 
 /// An id that no snapshot has: one above the highest number.

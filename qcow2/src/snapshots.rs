@@ -88,8 +88,9 @@ impl Image {
             }
             self.check_internal_data(&present.header)?;
             let mut state = present.unchanged();
-            let at = self.find(&state.snapshots, id_or_name)?;
-            let entry = state.snapshots.get(at).ok_or_else(|| self.not_found(id_or_name))?;
+            let at = snapshot::find(&state.snapshots, id_or_name);
+            let entry = at.and_then(|at| state.snapshots.get(at));
+            let entry = entry.ok_or_else(|| self.not_found(id_or_name))?;
             let checked = entry.check(present.header.geometry, present.file_bytes);
             checked.map_err(|fault| self.inner.fault(fault))?;
             state.tree = TablePlace { at: entry.l1_at, entries: u64::from(entry.l1_entries) };
@@ -104,10 +105,27 @@ impl Image {
     /// # Errors
     /// [`Error::Snapshot`]; otherwise as [`Image::create_snapshot`].
     pub async fn delete_snapshot(&self, id_or_name: &str) -> Result<(), Error> {
+        self.delete_found(id_or_name, snapshot::find).await
+    }
+
+    /// As [`Image::delete_snapshot`], by name alone, as `qemu-img snapshot -d` does: the oldest of that name goes, and
+    /// one that has it as its id stays.
+    ///
+    /// # Errors
+    /// As [`Image::delete_snapshot`].
+    pub async fn delete_snapshot_named(&self, name: &str) -> Result<(), Error> {
+        self.delete_found(name, snapshot::find_named).await
+    }
+
+    async fn delete_found(
+        &self,
+        wanted: &str,
+        find: fn(&[SnapshotEntry], &str) -> Option<usize>,
+    ) -> Result<(), Error> {
         let make = |present: &Present| {
             self.check_internal_data(&present.header)?;
             let mut state = present.unchanged();
-            let at = self.find(&state.snapshots, id_or_name)?;
+            let at = find(&state.snapshots, wanted).ok_or_else(|| self.not_found(wanted))?;
             state.snapshots.remove(at);
             Ok(state)
         };
@@ -119,10 +137,6 @@ impl Image {
             return Err(self.refused(SnapshotError::ExternalDataFile));
         }
         Ok(())
-    }
-
-    fn find(&self, entries: &[SnapshotEntry], id_or_name: &str) -> Result<usize, Error> {
-        snapshot::find(entries, id_or_name).ok_or_else(|| self.not_found(id_or_name))
     }
 
     fn not_found(&self, id_or_name: &str) -> Error {

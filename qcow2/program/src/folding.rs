@@ -74,11 +74,18 @@ pub(crate) fn explained(error: FoldError, path: &Path) -> anyhow::Error {
     }
 }
 
+/// A path as people read it: seen from here where it is below, whole otherwise.
+pub(crate) fn shown(path: &Path) -> String {
+    let whole = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let here = std::env::current_dir().and_then(std::fs::canonicalize).unwrap_or_default();
+    whole.strip_prefix(here).unwrap_or(&whole).display().to_string()
+}
+
 /// What a plan says, for people.
 pub(crate) fn describe(plan: &FoldPlan) -> String {
     let mut text = String::new();
     // Writing into a string does not fail.
-    let _ = writeln!(text, "{} would be written:", plan.into.display());
+    let _ = writeln!(text, "{} would be written:", shown(&plan.into));
     if let Some(size) = plan.grows_to_bytes {
         let _ = writeln!(text, "  it would grow to {} ({size} bytes)", human(size));
     }
@@ -89,14 +96,14 @@ pub(crate) fn describe(plan: &FoldPlan) -> String {
             human(layer.data_bytes),
             layer.data_bytes,
             human(layer.zero_bytes),
-            layer.path.display()
+            shown(&layer.path)
         );
     }
     for path in &plan.relinked {
-        let _ = writeln!(text, "{} would get another backing file", path.display());
+        let _ = writeln!(text, "{} would get another backing file", shown(path));
     }
     for path in &plan.removed {
-        let _ = writeln!(text, "{} would be removed", path.display());
+        let _ = writeln!(text, "{} would be removed", shown(path));
     }
     if plan.snapshots > 0 {
         let _ = writeln!(

@@ -187,6 +187,8 @@ enum SnapshotName {
     Id(String),
     /// `snapshot.name=NAME`
     Name(String),
+    /// Both: a snapshot that has this id and this name
+    Both { id: String, name: String },
 }
 
 impl FromStr for SnapshotName {
@@ -201,8 +203,12 @@ impl FromStr for SnapshotName {
         match named.as_slice() {
             [("snapshot.id", id)] => Ok(Self::Id((*id).to_owned())),
             [("snapshot.name", name)] => Ok(Self::Name((*name).to_owned())),
+            [("snapshot.id", id), ("snapshot.name", name)]
+            | [("snapshot.name", name), ("snapshot.id", id)] => {
+                Ok(Self::Both { id: (*id).to_owned(), name: (*name).to_owned() })
+            }
             _ => bail!(
-                "Failed in parsing snapshot param '{text}': snapshot.id=ID or snapshot.name=NAME"
+                "Failed in parsing snapshot param '{text}': snapshot.id=ID, snapshot.name=NAME, or both"
             ),
         }
     }
@@ -218,6 +224,7 @@ async fn snapshot_id(path: &Path, text: &str) -> anyhow::Result<String> {
     let found = seen.snapshots.into_iter().find(|snapshot| match &name {
         SnapshotName::Id(id) | SnapshotName::Either(id) => snapshot.id == *id,
         SnapshotName::Name(name) => snapshot.name == *name,
+        SnapshotName::Both { id, name } => snapshot.id == *id && snapshot.name == *name,
     });
     let found = found.with_context(|| format!("Failed to load snapshot: there is no '{text}'"))?;
     Ok(found.id)
@@ -504,7 +511,11 @@ mod tests {
         assert_eq!(name("a").unwrap(), SnapshotName::Either("a".to_owned()));
         assert_eq!(name("snapshot.id=1").unwrap(), SnapshotName::Id("1".to_owned()));
         assert_eq!(name("snapshot.name=a,,b").unwrap(), SnapshotName::Name("a,b".to_owned()));
-        for text in ["snapshot.id=1,snapshot.name=a", "snapshot.x=1", "snapshot.id=1,x=2"] {
+        let both = SnapshotName::Both { id: "1".to_owned(), name: "a".to_owned() };
+        for text in ["snapshot.id=1,snapshot.name=a", "snapshot.name=a,snapshot.id=1"] {
+            assert_eq!(name(text).unwrap(), both);
+        }
+        for text in ["snapshot.x=1", "snapshot.id=1,x=2"] {
             assert!(name(text).is_err(), "{text}");
         }
     }

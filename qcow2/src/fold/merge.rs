@@ -101,7 +101,10 @@ pub async fn plan_merge(top: &Path, options: &MergeOptions) -> Result<FoldPlan, 
 }
 
 /// The positions of the layer that is put over the base, and of the base; what is between them is folded.
-fn bounds(chain: &Chain, options: &MergeOptions) -> Result<(usize, usize), FoldError> {
+pub(super) fn bounds(chain: &Chain, options: &MergeOptions) -> Result<(usize, usize), FoldError> {
+    if chain.layers.len() < 2 {
+        return Err(FoldError::NoBacking { file: chain.top().to_owned() });
+    }
     let base = match &options.base {
         Some(path) => chain.below(path)?,
         None => chain.layers.len().saturating_sub(1),

@@ -1,12 +1,16 @@
-//! `merge`: the oldest increments of a chain, folded into the image that they stand on.
+//! `merge`: the oldest increments of a chain, folded into the image that they stand on. What others would lose by it
+//! is refused here; how it is found out is the library's.
 
-use qcow2::MergeOptions;
+use std::fmt::Write;
+
+use anyhow::bail;
+use qcow2::{MergeLosses, MergeOptions};
 
 use crate::cache::Cache;
 use crate::folding;
 use crate::format::Format;
 use crate::open::{Access, Named};
-use crate::output::print;
+use crate::output::{print, warn};
 use crate::progress::Progress;
 use crate::size::Size;
 use crate::stop::Stop;
@@ -14,7 +18,9 @@ use crate::stop::Stop;
 /// Fold the oldest increments of a chain into its base
 ///
 /// The layers above the folded ones read as before at every moment, whatever ends the work; calling again goes on. The
-/// folded layers themselves lose their meaning.
+/// folded layers themselves lose their meaning, and other images over them or over the base change what they show:
+/// where such images are in the folders of the chain, or --remove would take internal snapshots or bitmaps away, they
+/// are named and nothing is done without --force. Images in other folders are not seen.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the image: qcow2
@@ -36,6 +42,10 @@ pub(crate) struct Options {
     /// Remove the files of the folded increments
     #[arg(long)]
     remove: bool,
+
+    /// Merge although other images, internal snapshots or bitmaps are lost by it
+    #[arg(long)]
+    force: bool,
 
     /// Say what would be done, and change nothing
     #[arg(long)]
@@ -76,11 +86,20 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         remove: options.remove,
     };
     let explained = |error| folding::explained(error, top);
+    let losses = async { qcow2::merge_losses(top, &work).await.map_err(explained) };
+    let losses = lines(&stop.or(losses).await?, options.remove);
     if options.dry_run {
         let plan = async { qcow2::plan_merge(top, &work).await.map_err(explained) };
-        print(&folding::describe(&stop.or(plan).await?))?;
+        let mut text = folding::describe(&stop.or(plan).await?);
+        for line in &losses {
+            let needs = if line.is_serious { "Needs --force: " } else { "" };
+            // Writing into a string does not fail.
+            let _ = writeln!(text, "{needs}{}", line.text);
+        }
+        print(&text)?;
         return Ok(0);
     }
+    accept(&losses, options.force)?;
     let progress = Progress::new(options.progress, options.quiet, 1);
     let told = |now: qcow2::Progress| progress.set(now.done_bytes, now.total_bytes);
     let work = async { qcow2::merge(top, &work, told).await.map_err(explained) };
@@ -91,4 +110,44 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         print("Increments merged.\n")?;
     }
     Ok(0)
+}
+
+/// One thing that others lose.
+struct Line {
+    text: String,
+    /// Whether it is lost for good, so that it takes a word more.
+    is_serious: bool,
+}
+
+fn lines(losses: &MergeLosses, remove: bool) -> Vec<Line> {
+    let mut lines = Vec::new();
+    for path in &losses.dependents {
+        let text = format!(
+            "{} is over one of the images that change: it would show something else, or not open any more",
+            folding::shown(path)
+        );
+        lines.push(Line { text, is_serious: true });
+    }
+    for layer in &losses.layers {
+        let path = folding::shown(&layer.path);
+        let would = if remove { "would be removed with it" } else { "stays behind in it" };
+        for (what, names) in [("snapshot", &layer.snapshots), ("bitmap", &layer.bitmaps)] {
+            for name in names {
+                let text = format!("{what} '{name}' of {path} {would}");
+                lines.push(Line { text, is_serious: remove });
+            }
+        }
+    }
+    lines
+}
+
+/// Says what is lost, and refuses where it is much.
+fn accept(losses: &[Line], force: bool) -> anyhow::Result<()> {
+    let serious: Vec<&str> =
+        losses.iter().filter(|line| line.is_serious).map(|line| line.text.as_str()).collect();
+    if !serious.is_empty() && !force {
+        bail!("nothing was merged (--force does it all the same): {}", serious.join("; "));
+    }
+    losses.iter().for_each(|line| warn(&line.text));
+    Ok(())
 }

@@ -21,11 +21,11 @@ pub(crate) struct Options {
     #[arg(short, value_name = "SNAPSHOT", group = "action")]
     create: Option<String>,
 
-    /// Make the disk what it was, by id or name; what it is now is lost
+    /// Make the disk what it was, by id, or else by name; what it is now is lost
     #[arg(short, value_name = "SNAPSHOT", group = "action")]
     apply: Option<String>,
 
-    /// Forget one, by id or name
+    /// Forget one, by name alone
     #[arg(short, value_name = "SNAPSHOT", group = "action")]
     delete: Option<String>,
 
@@ -84,7 +84,7 @@ async fn act(image: &Image, options: &Options) -> anyhow::Result<()> {
         applied.with_context(|| format!("Could not apply snapshot '{name}'"))?;
     }
     if let Some(name) = &options.delete {
-        let deleted = image.delete_snapshot(name).await;
+        let deleted = image.delete_snapshot_named(name).await;
         deleted.with_context(|| format!("Could not delete snapshot '{name}'"))?;
     }
     Ok(())

@@ -124,6 +124,39 @@ fn merge_folds_increments_into_their_base() {
 }
 
 #[test]
+fn merge_takes_nothing_from_others_without_being_told_to() {
+    let place = Place::new();
+    chain(&place);
+    place.qemu_img(&["snapshot", "-c", "precious", "a"]).good();
+    place.qemu_img(&["bitmap", "--add", "b", "changes"]).good();
+    for (below, name) in [("base", "sibling"), ("b", "cousin"), ("top", "child")] {
+        place.qemu_img(&["create", "-f", "qcow2", "-b", below, "-F", "qcow2", name]).good();
+    }
+    let names = ["base", "a", "b", "top"];
+    let before = names.map(|name| place.read(name));
+    let line = ["merge", "--last", "b", "--remove", "top"];
+    let lost =
+        ["cousin is over", "sibling is over", "snapshot 'precious' of a", "bitmap 'changes' of b"];
+    let plan = place.qcow2(&[&line[..], &["--dry-run"]].concat()).good();
+    for text in lost {
+        place.qcow2(&line).bad(1, text);
+        assert!(plan.out.contains(&format!("Needs --force: {text}")), "{text}: {plan:?}");
+    }
+    assert!(!plan.out.contains("child") && !plan.out.contains('/'), "{plan:?}");
+    // Images elsewhere change without --remove, too; what stays in its file is only told.
+    for gone in ["sibling", "cousin"] {
+        place.qcow2(&["merge", "--last", "b", "top"]).bad(1, gone);
+        assert_eq!(before, names.map(|name| place.read(name)));
+        std::fs::remove_file(place.path(gone)).unwrap();
+    }
+    place.qcow2(&["merge", "top"]).good_saying("snapshot 'precious' of a stays behind");
+    place.qcow2(&["merge", "--remove", "top"]).bad(1, "bitmap 'changes' of b");
+    place.qcow2(&["merge", "--remove", "--force", "top"]).good_saying("bitmap 'changes' of b");
+    assert!(!exists(&place.path("b")));
+    reads_as_before(&place, "top");
+}
+
+#[test]
 fn chains_that_cannot_be_folded_are_refused() {
     let place = Place::new();
     chain(&place);
@@ -137,8 +170,9 @@ fn chains_that_cannot_be_folded_are_refused() {
         assert_eq!(place.qemu_img(line).code, 1, "{line:?}");
     }
     place.qcow2(&["rebase", "-b", "a", "top"]).bad(1, "backing format must be specified");
-    place.qcow2(&["merge", "base"]).bad(1, "base");
+    place.qcow2(&["merge", "base"]).bad(1, "base: Image does not have a backing file");
     place.qcow2(&["merge", "--last", "top", "top"]).bad(1, "top");
+    place.qcow2(&["merge", "a"]).bad(1, "only layers between");
     reads_as_before(&place, "top");
 }
 

@@ -29,6 +29,11 @@ impl Answer {
         self
     }
 
+    /// The answer of a program that must succeed, and say something of `text` beside its results.
+    pub(crate) fn good_saying(self, text: &str) -> Self {
+        self.bad(0, text)
+    }
+
     /// The answer of a program that must end with this code and say something of `text`.
     pub(crate) fn bad(self, code: i32, text: &str) -> Self {
         assert_eq!(self.code, code, "{self:?}");

@@ -2,6 +2,7 @@
 //! structured and extended headers. Each module names the sections that it is about, each test the clause;
 //! `CLAUSES.md` tells which test stands for which clause, and of which there is none.
 
+mod against_qemu;
 mod block_status;
 mod change;
 mod clauses;

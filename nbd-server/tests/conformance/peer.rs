@@ -67,7 +67,11 @@ pub(crate) struct Peer {
 impl Peer {
     /// A connection on which nothing has been said.
     pub(crate) async fn connect(stage: &Stage, transport: Transport) -> Self {
-        let stream = stage.connect(transport).await;
+        Self::on(stage.connect(transport).await)
+    }
+
+    /// The same on any stream.
+    pub(crate) fn on(stream: Box<dyn Stream>) -> Self {
         // The first cookie is one that a server might take for none.
         Self { stream, headers: Headers::Simple, contexts: Vec::new(), next_cookie: 0 }
     }

@@ -15,7 +15,8 @@ impl Core {
     /// Finds the end of what is used, from the last refcount block backwards. Needed once, before the first
     /// reservation.
     pub(crate) fn find_end(&mut self) -> Result<Step<()>, Fault> {
-        let floor = self.fixed.end();
+        // What says that it lies behind the end of the file is kept free there, and does not move the end.
+        let floor = self.fixed.end().min(self.geometry.clusters(self.capacity_bytes));
         let floor = floor.max(self.refs.table_run().end().0);
         let mut next = self.refs.last_block();
         let mut end = floor;
@@ -144,7 +145,7 @@ impl Core {
         for cluster in (layout.start..layout.end()).rev() {
             let free = self.refs.get(HostCluster(cluster))? == Some(0);
             if !free || self.is_taken(Run::one(HostCluster(cluster))) {
-                self.end = cluster + 1;
+                self.end = self.fixed.end_of(HostCluster(cluster)).unwrap_or(cluster + 1);
                 return Ok(Step::Ready(None));
             }
         }

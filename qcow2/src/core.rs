@@ -116,6 +116,11 @@ impl Core {
         self.map.lookup(range, most)
     }
 
+    /// Where the file ends that holds all that is used, in bytes.
+    pub(crate) const fn end_bytes(&self) -> u64 {
+        self.end.saturating_mul(self.geometry.bytes())
+    }
+
     /// Whether unallocated guest bytes from `at` on read as zeros.
     pub(crate) fn reads_zero_from(&self, at: u64) -> bool {
         self.backing_bytes.is_none_or(|bytes| at >= bytes)

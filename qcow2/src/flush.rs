@@ -60,7 +60,7 @@ impl Core {
             last.append(&mut link);
         }
         let dropped = std::mem::take(&mut self.dropped);
-        let end_bytes = self.end.saturating_mul(self.geometry.bytes());
+        let end_bytes = self.end_bytes();
         (FlushPlan { first, link, last, end_bytes }, Captured { map, refs, moved, dropped })
     }
 

@@ -138,7 +138,7 @@ impl Image {
     /// What the image says of itself.
     pub fn info(&self) -> ImageInfo {
         let core = self.inner.core.lock();
-        let used = core.end * core.geometry.bytes();
+        let used = core.end_bytes();
         let file_bytes = if used == 0 { core.capacity_bytes } else { used };
         ImageInfo {
             read_only: self.inner.limits().read_only,

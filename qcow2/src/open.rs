@@ -13,7 +13,7 @@ use crate::core::Core;
 use crate::create::BackingFormat;
 use crate::encryption::{self, DEFAULT_UNLOCK_TIME, Passphrase};
 use crate::error::{Error, Fault, Feature, ReferenceError, SnapshotError};
-use crate::header::Header;
+use crate::header::{Header, MAX_L1_BYTES};
 use crate::image::{Image, Live};
 use crate::info::Facts;
 use crate::layers::Below;
@@ -464,7 +464,9 @@ pub(crate) async fn load_core(
         core.fixed.push(Run { start: snapshots_at, count: geometry.clusters(snapshots.len) });
     }
     for entry in &snapshots.entries {
-        let count = geometry.clusters(u64::from(entry.l1_entries) * 8);
+        // A longer one is no table that anybody reads.
+        let bytes = (u64::from(entry.l1_entries) * 8).min(MAX_L1_BYTES);
+        let count = geometry.clusters(bytes);
         core.fixed.push(Run { start: geometry.host_cluster(entry.l1_at), count });
     }
     if writing {

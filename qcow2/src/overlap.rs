@@ -67,6 +67,12 @@ impl RunSet {
         before.is_some_and(|(_, end)| *end > run.start.0)
     }
 
+    /// The cluster behind the run that a cluster is in.
+    pub(crate) fn end_of(&self, cluster: HostCluster) -> Option<u64> {
+        let (_, end) = self.runs.range(..=cluster.0).next_back()?;
+        (*end > cluster.0).then_some(*end)
+    }
+
     /// Of how many runs it consists.
     pub(crate) fn len(&self) -> usize {
         self.runs.len()
@@ -312,6 +318,9 @@ mod tests {
             }
             let asked = Run { start: HostCluster(ask.0), count: ask.1 };
             prop_assert_eq!(set.overlaps(asked), model.range(ask.0..ask.0 + ask.1).next().is_some());
+            let end_of = set.end_of(HostCluster(ask.0));
+            let after = (ask.0..).find(|at| !model.contains(at));
+            prop_assert_eq!(end_of, after.filter(|after| *after > ask.0));
             prop_assert_eq!(set.end(), model.last().map_or(0, |last| last + 1));
         }
     }

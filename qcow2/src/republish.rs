@@ -180,10 +180,7 @@ impl Inner {
             }
         }
         let gate = Arc::clone(&self.flush_gate).lock_owned().await;
-        let end = {
-            let core = self.core.lock();
-            core.end.saturating_mul(core.geometry.bytes())
-        };
+        let end = self.core.lock().end_bytes();
         // Clusters that are only reserved may lie behind what was ever written, where none should be found.
         live.file.grow(end).await?;
         self.live()?;

@@ -144,10 +144,7 @@ impl Inner {
             }
         }
         if !live.file.is_fixed_len() {
-            let end = {
-                let core = self.core.lock();
-                core.end * core.geometry.bytes()
-            };
+            let end = self.core.lock().end_bytes();
             live.file.set_len(end).await?;
         }
         live.file.sync().await?;

@@ -190,3 +190,46 @@ fn a_flush_without_room_can_be_tried_again() {
         });
     }
 }
+
+#[test]
+fn a_snapshot_whose_table_would_lie_behind_the_file_moves_nothing_and_is_not_written_over() {
+    let shape = Shape::new(4096);
+    block_on(async {
+        let storage = Broken::new(&shape).await.storage();
+        let image = shape.open(&storage).await.unwrap();
+        image.create_snapshot("lost").await.unwrap();
+        image.close().await.unwrap();
+        let sound = Broken(storage.snapshot());
+        let len = sound.0.len() as u64;
+        let entry = sound.word(64);
+        let entries = u64::from(u32::MAX) << 32 | sound.word(entry + 8) & 0xffff_ffff;
+        for (place, entries) in [
+            (1 << 40, sound.word(entry + 8)),
+            (1 << 62, entries),
+            (u64::MAX - 4095, entries),
+            (len, sound.word(entry + 8)),
+        ] {
+            let mut broken = Broken(sound.0.clone());
+            broken.set(entry, place);
+            broken.set(entry + 8, entries);
+            let storage = broken.storage();
+            let image = shape.open(&storage).await.unwrap();
+            assert_eq!(image.info().file_bytes, len, "{place:#x}");
+            let mut model = read_all(&image).await;
+            let data = pattern(7, 20 * CLUSTER);
+            model[1 << 20..][..data.len()].copy_from_slice(&data);
+            image.write(1 << 20, data.into(), Durability::Durable).await.unwrap();
+            assert!(read_all(&image).await == model);
+            image.close().await.unwrap();
+            let after = storage.snapshot();
+            let most = usize::try_from(len).unwrap() + 24 * CLUSTER;
+            assert!(after.len() <= most, "{} bytes", after.len());
+            if place == len {
+                let table = after[usize::try_from(len).unwrap()..][..CLUSTER].iter();
+                assert!(table.copied().all(|byte| byte == 0), "kept free");
+            }
+            let again = shape.open_read_only(&storage).await.unwrap();
+            assert!(read_all(&again).await == model);
+        }
+    });
+}

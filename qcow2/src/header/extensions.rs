@@ -65,9 +65,6 @@ impl Extensions {
         while let Some(head) = cluster.get(at..at + 8).filter(|_| at + 8 <= end) {
             let kind = be_u32(head, 0);
             let len = be_u32(head, 4);
-            if kind == END {
-                return Ok((found, at + 8));
-            }
             let past_end = || Fault::Corrupt {
                 at: HostOffset(at as u64),
                 what: Corruption::ExtensionPastEnd { kind, len: u64::from(len) },
@@ -75,6 +72,10 @@ impl Extensions {
             let data_at = at + 8;
             let data_end = data_at.checked_add(index(u64::from(len))).filter(|to| *to <= end);
             let data_end = data_end.ok_or_else(past_end)?;
+            // The end has no data, but QEMU opens no image where it says that it has more than there is room for.
+            if kind == END {
+                return Ok((found, data_at));
+            }
             let data = cluster.get(data_at..data_end).ok_or_else(past_end)?;
             found.take(kind, data).map_err(|rule| Fault::Corrupt {
                 at: HostOffset(at as u64),

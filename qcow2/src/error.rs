@@ -520,11 +520,8 @@ pub enum InvalidOption {
     /// No power of two from 1 to 64.
     #[error("refcounts of {0} bits (a power of two from 1 to 64 is needed)")]
     RefcountBits(u32),
-    /// Clusters too small for 32 subclusters.
-    #[error("extended L2 entries with clusters of {0} bytes (at least 16384 are needed)")]
-    ExtendedL2Clusters(u32),
     /// Extended L2 entries with clusters that are too small for 32 parts.
-    #[error("extended L2 entries with clusters of {0} bytes (at least 16384)")]
+    #[error("extended L2 entries with clusters of {0} bytes (at least 16384 are needed)")]
     ExtendedL2ClusterBytes(u32),
     /// Something that version 2 has not.
     #[error("{option} in version 2 (compat=0.10)")]

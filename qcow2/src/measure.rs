@@ -183,7 +183,7 @@ impl<'a> Disk<'a> {
             (false, _) => geometry,
             (true, Some(extended)) => extended,
             (true, None) => {
-                return invalid(InvalidOption::ExtendedL2Clusters(options.cluster_bytes));
+                return invalid(InvalidOption::ExtendedL2ClusterBytes(options.cluster_bytes));
             }
         };
         let order = options.refcount_bits.trailing_zeros();

@@ -6,7 +6,6 @@
 use libfuzzer_sys::fuzz_target;
 
 #[path = "../../qcow2/tests/hostile/exercise.rs"]
-#[expect(dead_code, reason = "what became of an image is told to tests")]
 mod exercise;
 
 fuzz_target!(|data: &[u8]| {

@@ -292,9 +292,14 @@ impl World {
         if prepared && size > self.disk.len() as u64 {
             options.preallocation = Preallocation::Metadata;
         }
-        // Refused with bitmaps, with snapshots in version 2, and prepared over a backing file.
+        // Refused with snapshots in version 2, to nothing with bitmaps, and prepared over a backing file.
         if self.image.resize(size, &options).await.is_ok() {
             self.disk.resize(index(size), 0);
+            let sectors = self.disk.len().div_ceil(512);
+            for bitmap in &mut self.bitmaps {
+                // A new area is not dirty, as in QEMU.
+                bitmap.changed.resize(sectors, false);
+            }
         }
         assert_eq!(self.image.limits().size_bytes, self.disk.len() as u64);
         let end = self.range(u32::MAX, MAX_BYTES);

@@ -39,6 +39,7 @@ fuzz:
 
 # Needs `cargo install --locked cargo-llvm-cov` and `rustup component add llvm-tools`.
 coverage: peers
+	$(CARGO) build --locked -p qcow2-program
 	$(CARGO) llvm-cov nextest --locked -p qcow2 -p block --all-features --summary-only
 
 clean:

@@ -16,9 +16,11 @@ use crate::recipe::{Recipe, for_each};
 /// The program, as `cargo build --workspace --bins` leaves it beside the tests.
 fn program() -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    let path = test.ancestors().nth(2).unwrap().join("qcow2");
-    assert!(path.exists(), "qcow2 is not built: run `cargo build -p qcow2-program` first");
-    path
+    let beside = test.ancestors().nth(2).unwrap().join("qcow2");
+    // Where coverage is measured, tests lie one folder deeper than what `cargo build` leaves.
+    let above = test.ancestors().nth(4).unwrap().join("debug/qcow2");
+    let path = [beside, above].into_iter().find(|path| path.exists());
+    path.expect("qcow2 is not built: run `cargo build -p qcow2-program` first")
 }
 
 /// Notes where two documents differ.

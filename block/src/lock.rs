@@ -229,4 +229,30 @@ mod tests {
         let file = std::fs::File::options().read(true).write(true).open(&path).expect("reopen");
         lock(&file, false).expect("everybody is gone");
     }
+
+    #[test]
+    fn a_byte_that_is_held_alone_keeps_everybody_out() {
+        let (first, second) = twice();
+        fcntl(&first, libc::F_OFD_SETLK, &mut byte_lock(libc::F_WRLCK, IN_USE_BYTE))
+            .expect("alone");
+        let reader = lock(&second, true);
+        let text = reader.as_ref().expect_err("held").to_string();
+        assert_eq!(
+            conflict(reader),
+            Some(LockConflict::NotShared { wanted: Permission::ConsistentRead })
+        );
+        assert!(text.contains("\"consistent read\" permission"), "{text}");
+    }
+
+    #[test]
+    fn conflicts_name_the_permission_as_qemu_does() {
+        let names = ["consistent read", "write", "write unchanged", "resize"];
+        for (permission, name) in Permission::ALL.into_iter().zip(names) {
+            let wanted = LockConflict::NotShared { wanted: permission }.to_string();
+            let used = LockConflict::InUse { used: permission }.to_string();
+            for text in [wanted, used] {
+                assert!(text.contains(&format!("\"{name}\" permission")), "{text}");
+            }
+        }
+    }
 }

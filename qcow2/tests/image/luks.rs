@@ -173,6 +173,56 @@ fn a_header_may_hold_anything_and_what_we_do_not_have_is_refused_by_name() {
 }
 
 #[test]
+fn a_luks_header_that_breaks_a_rule_is_refused_by_field_place_and_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, SECRET, 65_536, |_| {});
+    let good = std::fs::read(&path).unwrap();
+    let base = luks_at(&good);
+    let said = |at: usize, bytes: &[u8]| {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(&path, bad).unwrap();
+        read_file(&path, reading()).map(drop).unwrap_err().to_string()
+    };
+    let be4 = u32::to_be_bytes;
+    let broken: &[(usize, &[u8], &str)] = &[
+        (0, b"LUKX", "field magic holds 1280658264, which the format forbids"),
+        (6, &[0, 0], "field version holds 0, which the format forbids"),
+        (8, &[b'a'; 32], "field cipher-name is no text that ends"),
+        (40, b"\x07", "field cipher-mode is no text that ends"),
+        (72, b"\0", "field hash-spec is no text that ends"),
+        (104, &be4(7), "field payload-offset holds 7, which the format forbids"),
+        (164, &be4(0), "field mk-digest-iter holds 0, which the format forbids"),
+        (208, &be4(5), "field key slot state holds 5, which the format forbids"),
+        (212, &be4(0), "field key slot iterations holds 0, which the format forbids"),
+        (252, &be4(3999), "field key slot stripes holds 3999, which the format forbids"),
+    ];
+    for (at, bytes, wanted) in broken {
+        let place = format!("{} is corrupt at {:#x}: LUKS header ", path.display(), base + at);
+        assert_eq!(said(base + at, bytes), place + wanted);
+    }
+    for (slot, sector) in [(0, be4(0)), (3, be4(8)), (7, be4(u32::MAX))] {
+        let at = base + 208 + slot * 48 + 40;
+        let text = said(at, &sector);
+        // Of two that overlap the first is named.
+        let named = if slot == 3 { 0 } else { slot };
+        let rule = format!("the material of LUKS key slot {named} overlaps what it must not");
+        assert!(text.ends_with(&rule), "{text}");
+    }
+    // What the header of the image says of it: extension 0x0537be77 holds its place and its length.
+    let pointer = good.windows(4).position(|four| four == [0x05, 0x37, 0xbe, 0x77]).unwrap() + 8;
+    let len = u64::from_be_bytes(good[pointer + 8..pointer + 16].try_into().unwrap());
+    for (at, bytes) in [(base as u64 + 512, len), (1 << 40, len), (base as u64, 1 << 40)] {
+        let text = said(pointer, &[at.to_be_bytes(), bytes.to_be_bytes()].concat());
+        let rule = format!(
+            "the encryption header of {bytes} bytes at {at:#x} is not in clusters of this file"
+        );
+        assert!(text.ends_with(&rule), "{text}");
+    }
+}
+
+#[test]
 fn work_that_takes_too_long_is_refused_unless_it_is_allowed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
@@ -199,6 +249,20 @@ fn work_that_takes_too_long_is_refused_unless_it_is_allowed() {
     std::fs::write(&path, &bytes).unwrap();
     let (rounds, limit) = refused(open(DEFAULT_UNLOCK_TIME));
     assert!(rounds == 0x4000_0000 + 1000 && limit > 4000, "{rounds} {limit}");
+}
+
+#[test]
+fn a_key_costs_what_this_machine_does_in_the_time_asked_for_and_not_too_little() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, SECRET, 65_536, |options| {
+        options.encryption.as_mut().unwrap().cost = KeyCost::Milliseconds(1);
+    });
+    assert!(read_file(&path, reading()).unwrap() == vec![0; 2 << 20]);
+    assert_eq!(raw_by_qemu(&path, SECRET).len(), 2 << 20);
+    let bytes = std::fs::read(&path).unwrap();
+    let rounds = &bytes[luks_at(&bytes) + 212..][..4];
+    assert!(u32::from_be_bytes(rounds.try_into().unwrap()) >= 1000);
 }
 
 #[test]

@@ -31,6 +31,7 @@ mod memory;
 mod model;
 mod order;
 mod power;
+mod refusals;
 mod repairing;
 mod resizing;
 mod sans_io;

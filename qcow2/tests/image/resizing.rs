@@ -251,3 +251,70 @@ fn a_write_that_waited_while_the_disk_shrank_is_refused_and_takes_no_space() {
         assert!(found.len() as u64 <= 32 * KIB, "{} bytes", found.len());
     });
 }
+
+#[test]
+fn whatever_waited_while_the_disk_shrank_is_refused_behind_its_new_end_and_no_further() {
+    block_on(async {
+        let shape = Shape { size_bytes: MIB, ..Shape::new(65536) };
+        let storage = shape.create().await;
+        let image = shape.open(&storage).await.unwrap();
+        // The last cluster stays, and half of it leaves the disk: what was there in place stays in place.
+        write(&image, MIB - 64 * KIB, 65536).await;
+        image.flush().await.unwrap();
+        let began = AtomicBool::new(false);
+        let is_first =
+            move |op: &OpView| op.kind == OpKind::Write && !began.swap(true, Ordering::Relaxed);
+        let held = storage.hold(is_first);
+        let noop = || Context::from_waker(Waker::noop());
+        let mut first = pin!(image.write(0, vec![1; 65536].into(), Durability::Deferred));
+        assert!(first.as_mut().poll(&mut noop()).is_pending());
+        let (smaller, later) = (shrinking(), Durability::Deferred);
+        let end = MIB - 32 * KIB;
+        let mut resizing = pin!(image.resize(end, &smaller));
+        assert!(resizing.as_mut().poll(&mut noop()).is_pending());
+        let zeroes = ZeroMode::default();
+        let last = crate::common::range(MIB - 64 * KIB, 64 * KIB);
+        let mut requests = [
+            image.write(end, pattern(5, 512).into(), later),
+            image.write(end - 256, pattern(6, 512).into(), later),
+            image.write_zeroes(last, zeroes, later),
+            image.discard(last, later),
+            image.write(end - 512, pattern(7, 512).into(), later),
+            image.discard(crate::common::range(128 * KIB, 64 * KIB), later),
+        ];
+        for request in &mut requests {
+            assert!(request.as_mut().poll(&mut noop()).is_pending());
+        }
+        assert_eq!(image.limits().size_bytes, MIB);
+        assert!(held.release_one());
+        // Together: they wait for each other's locks.
+        let [a, b, c, d, e, f] = requests;
+        let (resized, first, a, b, c, d, e, f) = tokio::join!(resizing, first, a, b, c, d, e, f);
+        resized.unwrap();
+        first.unwrap();
+        let behind = [a, b, c, d, e, f].map(|answer| {
+            answer.is_err_and(|error| {
+                assert_eq!(error.kind(), block::ErrorKind::NoSpace, "{error}");
+                assert!(error.to_string().contains(&format!("{end}")), "{error}");
+                true
+            })
+        });
+        assert_eq!(behind, [true, true, true, true, false, false]);
+        let mut model = vec![0; usize::try_from(end).unwrap()];
+        model[..65536].fill(1);
+        let kept = pattern(MIB - 64 * KIB + 1, 32 << 10);
+        let last = model.len() - kept.len();
+        model[last..].copy_from_slice(&kept);
+        let at = model.len() - 512;
+        model[at..].copy_from_slice(&pattern(7, 512));
+        assert!(read_all(&image).await == model);
+        image.close().await.unwrap();
+        check(&storage.snapshot()).assert_clean("shrunk within a cluster");
+        // What left the disk does not come back with it.
+        let image = shape.open(&storage).await.unwrap();
+        image.resize(MIB, &ResizeOptions::default()).await.unwrap();
+        model.resize(1 << 20, 0);
+        assert!(read_all(&image).await == model);
+        image.close().await.unwrap();
+    });
+}

@@ -199,3 +199,71 @@ fn damage_is_an_error_and_never_a_panic() {
         }
     }
 }
+
+#[test]
+fn what_is_no_vmdk_that_can_be_read_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |path: &Path| {
+        let refused = block_on(open(path)).map(drop).unwrap_err();
+        assert!(matches!(refused, Error::Vmdk { .. }), "{refused}");
+        let text = refused.to_string();
+        let start = format!("{} is no VMDK that can be read: ", path.display());
+        text.strip_prefix(&start).unwrap_or_else(|| panic!("{text}")).to_owned()
+    };
+    let other = dir.path().join("other.vmdk");
+    std::fs::write(&other, format!("# Disk DescriptorFile\n{}", "#\n".repeat(1 << 19))).unwrap();
+    assert_eq!(said(&other), "a descriptor of 1048598 bytes");
+    std::fs::write(&other, pattern(1, 4096)).unwrap();
+    assert!(!said(&other).is_empty());
+
+    let (path, _) = make(dir.path(), "monolithicSparse");
+    let [below, above] = [&path, &other].map(|path| path.to_str().unwrap());
+    qemu_img(&["create", "-q", "-f", "vmdk", "-b", below, "-F", "vmdk", above]);
+    assert_eq!(said(&other), "it is a delta, which needs its parent: consolidate it first");
+
+    let (flat, disk) = make(dir.path(), "monolithicFlat");
+    let text = std::fs::read_to_string(&flat).unwrap();
+    std::fs::write(&other, text.replacen("RW ", "NOACCESS 7\nRW ", 1)).unwrap();
+    let sizes = format!("its extents do not make up its disk of {} bytes", disk.len());
+    assert_eq!(said(&other), sizes);
+
+    // Compressed grains in one extent of several would be taken for plain ones.
+    let (split, _) = make(dir.path(), "twoGbMaxExtentSparse");
+    let (stream, _) = make(dir.path(), "streamOptimized");
+    let extent = dir.path().join("twoGbMaxExtentSparse-s001.vmdk");
+    std::fs::copy(stream, &extent).unwrap();
+    assert_eq!(said(&split), format!("compressed grains in the extent {}", extent.display()));
+}
+
+#[test]
+fn a_vmdk_takes_no_change_and_no_range_behind_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, disk) = make(dir.path(), "monolithicSparse");
+    block_on(async {
+        let device = open(&path).await.unwrap();
+        assert_eq!(device.path(), path);
+        let (part, later) = (range(0, 512), block::Durability::Deferred);
+        for refused in [
+            device.write(0, vec![1; 512].into(), later).await,
+            device.write_zeroes(part, block::ZeroMode::default(), later).await,
+            device.discard(part, later).await,
+        ] {
+            assert!(matches!(refused, Err(block::DeviceError::ReadOnly)), "{refused:?}");
+        }
+        device.flush().await.unwrap();
+        let behind = range(disk.len() as u64 - 1, 2);
+        for refused in [device.read(behind).await.map(drop), device.extents(behind).await.map(drop)]
+        {
+            let past = matches!(refused, Err(block::DeviceError::PastEnd { .. }));
+            assert!(past, "{refused:?}");
+        }
+        assert_eq!(device.extents(range(100, 0)).await.unwrap(), []);
+        // The extent is cut while it is open: an error, not zeros.
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(70_000).unwrap();
+        let cut = device.read(range(0, disk.len() as u64)).await.map(drop).unwrap_err();
+        assert_eq!(cut.kind(), block::ErrorKind::Io, "{cut}");
+        device.close().await.unwrap();
+        device.close().await.unwrap();
+    });
+}

@@ -66,7 +66,7 @@ impl Image {
     /// the end of the last.
     ///
     /// # Errors
-    /// As [`BlockDevice::extents`].
+    /// As [`block::BlockDevice::extents`].
     pub async fn map_chain(&self, range: ByteRange) -> Result<Vec<MapExtent>, Error> {
         self.inner.limits().check_read(range)?;
         let mut all = Vec::new();

@@ -144,12 +144,15 @@ impl From<SourceSpec> for String {
     }
 }
 
-/// Takes an NBD URI apart.
+/// Takes an NBD URI apart. One that demands TLS is refused: what is made of it has no place for that.
 pub(crate) fn parse_nbd_uri(text: &str) -> Result<NbdUri, SpecError> {
-    text.parse().map_err(|cause| match cause {
-        UriError::Scheme => SpecError::Scheme { text: text.to_owned() },
-        cause => SpecError::Uri { text: text.to_owned(), cause },
-    })
+    let refused = |cause| SpecError::Uri { text: text.to_owned(), cause };
+    match text.parse::<NbdUri>() {
+        Ok(uri) if uri.tls => Err(refused(UriError::Unsupported { scheme: "nbds".to_owned() })),
+        Ok(uri) => Ok(uri),
+        Err(UriError::Scheme) => Err(SpecError::Scheme { text: text.to_owned() }),
+        Err(cause) => Err(refused(cause)),
+    }
 }
 
 /// Writes the URI and returns the character that introduces the next query parameter.

@@ -52,7 +52,7 @@ async fn main() -> anyhow::Result<()> {
 async fn open(name: &str, create_bytes: Option<u64>) -> anyhow::Result<Device> {
     if name.contains("://") {
         let uri: NbdUri = name.parse()?;
-        return Ok(NbdDevice::connect(&uri.address, &uri.export, ClientOptions::default()).await?);
+        return Ok(NbdDevice::open(&uri, ClientOptions::default()).await?);
     }
     Ok(match create_bytes {
         Some(bytes) => RawDevice::create(Path::new(name), bytes).await?,

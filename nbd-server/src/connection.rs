@@ -139,8 +139,16 @@ where
         written = finish => written,
         () = overdue => return,
     };
-    if let (End::Closed | End::NoRequest, Ok(Ok(mut writer))) = (end, writer) {
-        linger(intake.get_mut(), &mut writer, limits.close_timeout).await;
+    match (end, writer) {
+        (End::Closed | End::NoRequest, Ok(Ok(mut writer))) => {
+            linger(intake.get_mut(), &mut writer, limits.close_timeout).await;
+        }
+        (End::Disconnected, Ok(Ok(mut writer))) => {
+            // TLS has an end of its own, by which the client knows that nothing was cut off.
+            let _: Result<io::Result<()>, _> =
+                timeout(limits.close_timeout, writer.shutdown()).await;
+        }
+        _ => {}
     }
 }
 

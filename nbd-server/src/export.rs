@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::BlockDevice;
 
+use crate::access::{Access, ClientName};
 use crate::admission::Admission;
 use crate::extent_source::ExtentSource;
 use crate::gauge::{Gauge, Held};
@@ -29,6 +30,7 @@ pub struct Export {
     preferred_bytes: Option<u32>,
     rotational: bool,
     withheld: u16,
+    access: Access,
 }
 
 impl std::fmt::Debug for Export {
@@ -51,6 +53,7 @@ impl Export {
             preferred_bytes: None,
             rotational: false,
             withheld: 0,
+            access: Access::default(),
         }
     }
 
@@ -80,6 +83,22 @@ impl Export {
     #[must_use]
     pub fn context(mut self, name: impl Into<String>, source: Arc<dyn ExtentSource>) -> Self {
         self.sources.push((name.into(), source));
+        self
+    }
+
+    /// Keeps it from clients without TLS, which do not learn that it exists. Of use where a server offers TLS without
+    /// demanding it of everybody.
+    #[must_use]
+    pub fn tls_only(mut self, tls_only: bool) -> Self {
+        self.access.tls_only = tls_only;
+        self
+    }
+
+    /// Keeps it to clients whose certificate bears one of these names, of those whom [`Export::admission`] permits. Others
+    /// neither see it in lists nor get in. May be called repeatedly, and includes [`Export::tls_only`]. Who was let in stays, whatever becomes of the certificate.
+    #[must_use]
+    pub fn clients(mut self, names: impl IntoIterator<Item = ClientName>) -> Self {
+        self.access.clients.get_or_insert_default().extend(names);
         self
     }
 
@@ -130,6 +149,7 @@ impl Export {
             && self.description == other.description
             && self.read_only == other.read_only
             && self.admission == other.admission
+            && self.access == other.access
             && self.preferred_bytes == other.preferred_bytes
             && self.rotational == other.rotational
             && self.withheld == other.withheld
@@ -156,6 +176,12 @@ pub enum ExportError {
     /// Two metadata contexts have one name, or the name of one has no namespace.
     #[error("a metadata context cannot be named {0:?}: it needs a namespace and a name of its own")]
     Context(String),
+    /// The export is for clients with TLS only, and the server does without.
+    #[error("the export {0:?} needs TLS, which this server does not speak")]
+    NeedsTls(String),
+    /// The export names its clients, and the server does not look at clients' certificates.
+    #[error("the export {0:?} names its clients, but clients' certificates are ignored")]
+    NeedsClientCertificates(String),
     /// There is no export of that name.
     #[error("there is no export named {0:?}")]
     Unknown(String),
@@ -246,6 +272,7 @@ pub(crate) struct Served {
     pub(crate) facts: ExportFacts,
     pub(crate) device: Arc<dyn BlockDevice>,
     pub(crate) sources: HashMap<Arc<str>, Arc<dyn ExtentSource>>,
+    pub(crate) access: Access,
     pub(crate) tally: Tally,
     /// As it was asked for.
     origin: Export,
@@ -306,6 +333,7 @@ impl Served {
             facts,
             device: export.device,
             sources,
+            access: export.access,
             tally: Tally::default(),
             origin,
             closing: Signal::default(),

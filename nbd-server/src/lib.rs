@@ -45,6 +45,7 @@
 //! Durability is the device's: a write is answered when the device says it is done, `FUA` when it says it is durable,
 //! and `FLUSH` reaches the one device that all connections share, so it covers them all (`CAN_MULTI_CONN`).
 
+mod access;
 mod admission;
 pub mod block_status;
 #[cfg(feature = "client")]
@@ -64,13 +65,19 @@ mod peer;
 mod replace;
 pub mod reply;
 pub mod request;
+#[cfg(feature = "tls")]
+mod secure;
 mod server;
 mod signal;
+#[cfg(feature = "tls")]
+pub mod tls;
 pub mod wire;
 
+pub use access::{ClientName, ClientNameError};
 pub use admission::{Admission, ClientRule, ClientRuleError};
 pub use export::{Counters, Export, ExportError, ExportStatus, Removal};
 pub use extent_source::{DIRTY, ExtentSource, FlaggedExtent};
+pub use handshake::TlsMode;
 pub use limits::Limits;
 pub use peer::Peer;
 pub use replace::{Replaced, Retired};

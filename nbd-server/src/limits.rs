@@ -15,7 +15,7 @@ use crate::wire;
 pub struct Limits {
     /// Connections at once over all listeners; one more is closed as soon as it is accepted. Default 1024.
     pub connections: usize,
-    /// From the first byte of the greeting until the export is chosen. Default 30 s.
+    /// From the first byte of the greeting until the export is chosen, TLS included. Default 30 s.
     pub handshake_timeout: Duration,
     /// Options that one client may send before it chooses an export. Default 8192: `qemu-nbd --list` sends two for
     /// each export.

@@ -1,12 +1,12 @@
-//! Drives the handshake machine over a stream, within the time it may take. What the bytes mean is told by
-//! [`crate::handshake`].
+//! Drives the handshake machine over a stream, within the time it may take, before TLS and after it. What the bytes
+//! mean is told by [`crate::handshake`].
 
 use std::io;
 use std::sync::Arc;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::export::Attachment;
 use crate::handshake::{Agreement, Close, Handshake, Progress};
@@ -25,75 +25,131 @@ pub(crate) struct Entered {
     pub(crate) input: BytesMut,
 }
 
-/// Negotiates; `None` where the connection is to be closed.
-pub(crate) async fn negotiate<R, W>(
-    shared: &Arc<Shared>,
+/// What comes after the negotiation.
+#[derive(Debug)]
+pub(crate) enum Next {
+    Enter(Box<Entered>),
+    /// TLS, and the negotiation again.
+    StartTls,
+    Close,
+}
+
+/// The negotiation with one client.
+pub(crate) struct Negotiation {
+    shared: Arc<Shared>,
+    machine: Handshake,
+    visitor: Visitor,
+    /// What is to be sent first.
+    greeting: BytesMut,
+    /// When all of it must be over, TLS included.
+    deadline: Instant,
+}
+
+impl Negotiation {
+    /// Begins now.
+    pub(crate) fn new(shared: &Arc<Shared>, peer: &Peer) -> Self {
+        let now = Instant::now();
+        let mut greeting = BytesMut::new();
+        Handshake::greet(&mut greeting);
+        Self {
+            machine: Handshake::new(&shared.limits).with_tls(shared.tls_mode),
+            visitor: Visitor::new(shared, peer),
+            greeting,
+            // A limit beyond what the clock can tell is none.
+            deadline: now.checked_add(shared.limits.handshake_timeout).unwrap_or(now),
+            shared: Arc::clone(shared),
+        }
+    }
+
+    /// Goes on after TLS has begun with a client, whose identity may be known.
+    #[cfg(feature = "tls")]
+    pub(crate) fn secured(self, identity: Option<Arc<crate::access::Identity>>) -> Self {
+        let machine = self.machine.secured(&self.shared.limits);
+        Self { machine, visitor: self.visitor.secured(identity), ..self }
+    }
+
+    /// Who the client is, as far as the kernel tells.
+    #[cfg(feature = "tls")]
+    pub(crate) fn peer(&self) -> &Peer {
+        self.visitor.peer()
+    }
+
+    /// Negotiates up to the end, or up to TLS.
+    pub(crate) async fn run<R, W>(&mut self, reader: &mut R, writer: &mut W) -> io::Result<Next>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let (shared, peer) = (Arc::clone(&self.shared), self.visitor.peer().clone());
+        let deadline = self.deadline;
+        let haggling = self.haggle(reader, writer);
+        within(&shared, &peer, deadline, haggling).await.unwrap_or(Ok(Next::Close))
+    }
+
+    /// The outcome of something that is part of the negotiation; `None` where its time is over.
+    #[cfg(feature = "tls")]
+    pub(crate) async fn within<T>(&self, part: impl Future<Output = T>) -> Option<T> {
+        within(&self.shared, self.peer(), self.deadline, part).await
+    }
+
+    async fn haggle<R, W>(&mut self, reader: &mut R, writer: &mut W) -> io::Result<Next>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let mut input = BytesMut::new();
+        let mut out = self.greeting.split();
+        loop {
+            let progress = self.machine.step(&mut input, &mut self.visitor, &mut out);
+            if !out.is_empty() {
+                writer.write_all_buf(&mut out).await?;
+                writer.flush().await?;
+            }
+            match progress {
+                Progress::Again => {}
+                Progress::Need(more) => {
+                    let wanted = input.len() + more;
+                    while input.len() < wanted {
+                        input.reserve((wanted - input.len()).max(INPUT_BYTES));
+                        if reader.read_buf(&mut input).await? == 0 {
+                            return Err(io::ErrorKind::UnexpectedEof.into());
+                        }
+                    }
+                }
+                Progress::StartTls => return Ok(Next::StartTls),
+                Progress::Transmission(agreement) => {
+                    let agreement = *agreement;
+                    let entered = self.visitor.entered.take().map(|attachment| {
+                        Next::Enter(Box::new(Entered { agreement, attachment, input }))
+                    });
+                    return Ok(entered.unwrap_or(Next::Close));
+                }
+                Progress::Close(Close::Aborted) => return Ok(Next::Close),
+                Progress::Close(why) => {
+                    tracing::info!(peer = %self.visitor.peer(), %why, "closing a connection in the handshake");
+                    return Ok(Next::Close);
+                }
+            }
+        }
+    }
+}
+
+/// Bounds `part` by the deadline, and by the time that a stopping server allows.
+async fn within<T>(
+    shared: &Shared,
     peer: &Peer,
-    reader: &mut R,
-    writer: &mut W,
-) -> io::Result<Option<Entered>>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
+    deadline: Instant,
+    part: impl Future<Output = T>,
+) -> Option<T> {
     let stopped = async {
         shared.stopping.raised().await;
         sleep(shared.limits.close_timeout).await;
     };
-    let haggling = timeout(shared.limits.handshake_timeout, haggle(shared, peer, reader, writer));
     tokio::select! {
-        done = haggling => done.unwrap_or_else(|_| {
+        done = timeout_at(deadline, part) => done.map_or_else(|_| {
             tracing::info!(%peer, limit = ?shared.limits.handshake_timeout, "a handshake took too long");
-            Ok(None)
-        }),
-        () = stopped => Ok(None),
-    }
-}
-
-async fn haggle<R, W>(
-    shared: &Arc<Shared>,
-    peer: &Peer,
-    reader: &mut R,
-    writer: &mut W,
-) -> io::Result<Option<Entered>>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    let mut machine = Handshake::new(&shared.limits);
-    let mut visitor = Visitor::new(shared, peer);
-    let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
-    Handshake::greet(&mut out);
-    loop {
-        let progress = machine.step(&mut input, &mut visitor, &mut out);
-        if !out.is_empty() {
-            writer.write_all_buf(&mut out).await?;
-            writer.flush().await?;
-        }
-        match progress {
-            Progress::Again => {}
-            Progress::Need(more) => {
-                let wanted = input.len() + more;
-                while input.len() < wanted {
-                    input.reserve((wanted - input.len()).max(INPUT_BYTES));
-                    if reader.read_buf(&mut input).await? == 0 {
-                        return Err(io::ErrorKind::UnexpectedEof.into());
-                    }
-                }
-            }
-            Progress::Transmission(agreement) => {
-                let entered = visitor.entered.take();
-                return Ok(entered.map(|attachment| Entered {
-                    agreement: *agreement,
-                    attachment,
-                    input,
-                }));
-            }
-            Progress::Close(Close::Aborted) => return Ok(None),
-            Progress::Close(why) => {
-                tracing::info!(%peer, %why, "closing a connection in the handshake");
-                return Ok(None);
-            }
-        }
+            None
+        }, Some),
+        () = stopped => None,
     }
 }

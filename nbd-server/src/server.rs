@@ -15,18 +15,21 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use crate::access::Protection;
 use crate::admission::Admission;
 use crate::connection;
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
-use crate::handshake::{ExportDirectory, ExportFacts, Unavailable};
+use crate::handshake::{ExportDirectory, ExportFacts, TlsMode, Unavailable};
 use crate::intake::Arriving;
 use crate::limits::Limits;
 use crate::listener;
-use crate::negotiate::negotiate;
+use crate::negotiate::{Negotiation, Next};
 use crate::peer::Peer;
 use crate::replace::{Replaced, Retired, settle};
 use crate::signal::Signal;
+#[cfg(feature = "tls")]
+use crate::tls::ServerTls;
 
 /// How a server is set up.
 #[derive(Clone, Debug, Default)]
@@ -34,12 +37,24 @@ use crate::signal::Signal;
 pub struct ServerConfig {
     /// What clients may ask for.
     pub limits: Limits,
+    /// What TLS needs, and whether clients need TLS.
+    #[cfg(feature = "tls")]
+    tls: Option<(TlsMode, ServerTls)>,
 }
 
 impl ServerConfig {
     /// A configuration with these limits.
     pub fn with_limits(limits: Limits) -> Self {
-        Self { limits }
+        Self { limits, ..Self::default() }
+    }
+
+    /// With TLS, on all its listeners. The mode holds for the life of the server; the certificate can be replaced by
+    /// [`Server::replace_tls`].
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn tls(mut self, mode: TlsMode, tls: ServerTls) -> Self {
+        self.tls = Some((mode, tls));
+        self
     }
 }
 
@@ -66,6 +81,9 @@ pub struct ShutdownReport {
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) arriving: Arc<Arriving>,
+    pub(crate) tls_mode: TlsMode,
+    #[cfg(feature = "tls")]
+    pub(crate) tls: RwLock<Option<ServerTls>>,
     table: RwLock<Table>,
     policy: RwLock<Policy>,
     /// Nothing new is accepted, what is open comes to its end.
@@ -118,9 +136,19 @@ impl Server {
     /// A server without exports that listens nowhere.
     pub fn new(config: ServerConfig) -> Self {
         let limits = config.limits.clamped();
+        #[cfg(feature = "tls")]
+        let (tls_mode, tls) = match config.tls {
+            Some((mode, tls)) => (mode, Some(tls)),
+            None => (TlsMode::Off, None),
+        };
+        #[cfg(not(feature = "tls"))]
+        let tls_mode = TlsMode::Off;
         let shared = Shared {
             arriving: Arc::new(Arriving::new(&limits)),
             limits,
+            tls_mode,
+            #[cfg(feature = "tls")]
+            tls: RwLock::new(tls),
             table: RwLock::default(),
             policy: RwLock::new(Policy { admission: Admission::default(), listing: true }),
             stopping: Signal::default(),
@@ -204,6 +232,27 @@ impl Server {
         });
     }
 
+    /// Uses another certificate, and other demands on clients', for TLS that begins from now on. Connections that are
+    /// open go on as they are. No effect on a server that was made without TLS.
+    ///
+    /// # Errors
+    /// [`ExportError::NeedsClientCertificates`] where an export names its clients and `tls` does not look at their
+    /// certificates; nothing has changed then.
+    #[cfg(feature = "tls")]
+    pub fn replace_tls(&self, tls: ServerTls) -> Result<(), ExportError> {
+        // Under the lock, so that no such export is added meanwhile.
+        let table = self.shared.table.write();
+        if !tls.identifies_clients()
+            && let Some(served) = table.exports.values().find(|one| one.access.clients.is_some())
+        {
+            return Err(ExportError::NeedsClientCertificates(served.facts.name.clone()));
+        }
+        if self.shared.tls_mode != TlsMode::Off {
+            *self.shared.tls.write() = Some(tls);
+        }
+        Ok(())
+    }
+
     /// Adds an export; clients can choose it at once.
     ///
     /// # Errors
@@ -214,6 +263,7 @@ impl Server {
         if self.shared.stopping.is_raised() {
             return Err(ExportError::ShuttingDown);
         }
+        self.check_access(&served)?;
         table.insert(served)
     }
 
@@ -226,6 +276,9 @@ impl Server {
         let mut table = self.shared.table.write();
         if self.shared.stopping.is_raised() {
             return Err(ExportError::ShuttingDown);
+        }
+        for served in next.exports.values() {
+            self.check_access(served)?;
         }
         let mut replaced = settle(&table.exports, &mut next);
         replaced.default_changed = table.default != next.default;
@@ -247,6 +300,20 @@ impl Server {
     /// Sets whether clients may list the exports. By default they may, and are shown those that they may use.
     pub fn set_listing(&self, listing: bool) {
         self.shared.policy.write().listing = listing;
+    }
+
+    /// Whether what an export demands of its clients can be had here.
+    fn check_access(&self, served: &Served) -> Result<(), ExportError> {
+        if served.access.needs_tls() && self.shared.tls_mode == TlsMode::Off {
+            return Err(ExportError::NeedsTls(served.facts.name.clone()));
+        }
+        #[cfg(feature = "tls")]
+        if served.access.clients.is_some()
+            && !self.shared.tls.read().as_ref().is_some_and(ServerTls::identifies_clients)
+        {
+            return Err(ExportError::NeedsClientCertificates(served.facts.name.clone()));
+        }
+        Ok(())
     }
 
     /// Removes an export and returns its device once no connection and no request uses it; the caller closes it.
@@ -327,13 +394,29 @@ impl Server {
 /// One client from its first byte to its last.
 async fn serve<R, W>(shared: &Arc<Shared>, mut reader: R, mut writer: W, peer: &Peer)
 where
+    R: AsyncRead + Send + Unpin + 'static,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    let mut negotiation = Negotiation::new(shared, peer);
+    match negotiation.run(&mut reader, &mut writer).await {
+        #[cfg(feature = "tls")]
+        Ok(Next::StartTls) => crate::secure::serve(shared, negotiation, reader, writer).await,
+        Ok(next) => go_on(shared, next, reader, writer).await,
+        Err(error) => tracing::debug!(%error, "a client left during the handshake"),
+    }
+}
+
+/// What comes after a negotiation, other than TLS.
+pub(crate) async fn go_on<R, W>(shared: &Arc<Shared>, next: Next, mut reader: R, mut writer: W)
+where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
 {
-    match negotiate(shared, peer, &mut reader, &mut writer).await {
-        Ok(Some(entered)) => connection::transmit(shared, entered, reader, writer).await,
-        Ok(None) => connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await,
-        Err(error) => tracing::debug!(%error, "a client left during the handshake"),
+    match next {
+        Next::Enter(entered) => connection::transmit(shared, *entered, reader, writer).await,
+        Next::StartTls | Next::Close => {
+            connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await;
+        }
     }
 }
 
@@ -341,13 +424,32 @@ where
 pub(crate) struct Visitor {
     shared: Arc<Shared>,
     peer: Peer,
+    protection: Protection,
     /// The export that was entered last.
     pub(crate) entered: Option<Attachment>,
 }
 
 impl Visitor {
     pub(crate) fn new(shared: &Arc<Shared>, peer: &Peer) -> Self {
-        Self { shared: Arc::clone(shared), peer: peer.clone(), entered: None }
+        let (shared, peer) = (Arc::clone(shared), peer.clone());
+        Self { shared, peer, protection: Protection::Plain, entered: None }
+    }
+
+    /// The same client behind TLS.
+    #[cfg(feature = "tls")]
+    pub(crate) fn secured(self, identity: Option<Arc<crate::access::Identity>>) -> Self {
+        Self { protection: Protection::Tls(identity), entered: None, ..self }
+    }
+
+    /// Who it is, as far as the kernel tells.
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Whether the client may have the export.
+    fn judge(&self, served: &Served) -> Result<(), Unavailable> {
+        served.access.judge(&self.protection)?;
+        if served.permits(&self.peer) { Ok(()) } else { Err(Unavailable::Forbidden) }
     }
 
     fn find<T>(&self, name: &str, then: impl FnOnce(&Arc<Served>) -> T) -> Result<T, Unavailable> {
@@ -355,13 +457,19 @@ impl Visitor {
         if self.shared.stopping.is_raised() {
             return Err(Unavailable::ShuttingDown);
         }
-        // Still under the lock: an export that was found cannot be removed before it is held.
-        let served = table.find(name).ok_or(Unavailable::Unknown)?;
-        if !served.permits(&self.peer) {
+        let Some(served) = table.find(name) else {
+            // Without TLS nobody finds out which names there are among those that need it.
+            let hides = |served: &Arc<Served>| served.access.needs_tls();
+            let hidden =
+                matches!(self.protection, Protection::Plain) && table.exports.values().any(hides);
+            return Err(if hidden { Unavailable::TlsRequired } else { Unavailable::Unknown });
+        };
+        if let Err(why) = self.judge(served) {
             let (export, peer) = (&served.facts.name, &self.peer);
-            tracing::warn!(%peer, export, "a client may not use the export");
-            return Err(Unavailable::Forbidden);
+            tracing::warn!(%peer, client = %self.protection, export, "a client may not use the export");
+            return Err(why);
         }
+        // Still under the lock: an export that was found cannot be removed before it is held.
         Ok(then(served))
     }
 }
@@ -371,7 +479,7 @@ impl ExportDirectory for Visitor {
         let table = self.shared.table.read();
         let entry =
             |served: &Arc<Served>| (served.facts.name.clone(), served.facts.description.clone());
-        let permitted = table.exports.values().filter(|served| served.permits(&self.peer));
+        let permitted = table.exports.values().filter(|served| self.judge(served).is_ok());
         permitted.map(entry).collect()
     }
 

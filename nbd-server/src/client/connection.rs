@@ -19,6 +19,7 @@ use super::handshake::{Context, Goal, Handshake, Negotiated, Outcome};
 use super::memory::Destination;
 use super::options::ClientOptions;
 use super::reply::{Answer, Assembly, Failure, Wants};
+use super::security::Security;
 use super::stream::{Counters, Halves};
 use crate::wire::Request;
 
@@ -129,13 +130,14 @@ impl Connection {
         options: &ClientOptions,
         counters: &Arc<Counters>,
     ) -> Result<(Self, Negotiated), ClientError> {
-        let mut halves = address.connect(options.connect_timeout, counters).await?;
+        let security = Security::of(address, options)?;
+        let halves = address.connect(options.connect_timeout, counters).await?;
         let goal = Goal::Connect {
             export: export.to_owned(),
             contexts: options.meta_contexts.clone(),
             structured_replies: options.structured_replies,
         };
-        let negotiating = negotiate(&mut halves, goal);
+        let negotiating = negotiate(halves, goal, security);
         let outcome = tokio::time::timeout(options.handshake_timeout, negotiating).await;
         let outcome = outcome.map_err(|_| ClientError::Timeout {
             address: address.to_string(),
@@ -143,10 +145,12 @@ impl Connection {
             after: options.handshake_timeout,
         })??;
         match outcome {
-            Outcome::Transmission(negotiated) => {
+            (halves, Outcome::Transmission(negotiated)) => {
                 Ok((Self::start(halves, &negotiated, options), negotiated))
             }
-            Outcome::Listed(_) => Err(ClientError::NotSupported { what: "opening the export" }),
+            (_, Outcome::Listed(_) | Outcome::StartTls) => {
+                Err(ClientError::NotSupported { what: "opening the export" })
+            }
         }
     }
 
@@ -274,11 +278,12 @@ pub(super) async fn list(
     address: &Address,
     options: &ClientOptions,
 ) -> Result<Vec<super::ExportListing>, ClientError> {
-    let mut halves = address.connect(options.connect_timeout, &Arc::default()).await?;
-    let negotiating = negotiate(&mut halves, Goal::List);
+    let security = Security::of(address, options)?;
+    let halves = address.connect(options.connect_timeout, &Arc::default()).await?;
+    let negotiating = negotiate(halves, Goal::List, security);
     match tokio::time::timeout(options.handshake_timeout, negotiating).await {
-        Ok(Ok(Outcome::Listed(exports))) => Ok(exports),
-        Ok(Ok(Outcome::Transmission(_))) => {
+        Ok(Ok((_, Outcome::Listed(exports)))) => Ok(exports),
+        Ok(Ok((_, Outcome::Transmission(_) | Outcome::StartTls))) => {
             Err(ClientError::NotSupported { what: "listing its exports" })
         }
         Ok(Err(error)) => Err(error),
@@ -290,11 +295,37 @@ pub(super) async fn list(
     }
 }
 
-/// Moves the bytes of a negotiation.
-async fn negotiate(halves: &mut Halves, goal: Goal) -> Result<Outcome, ClientError> {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+/// Negotiates, by TLS where `security` demands it.
+async fn negotiate(
+    mut halves: Halves,
+    goal: Goal,
+    security: Option<Security>,
+) -> Result<(Halves, Outcome), ClientError> {
+    let handshake = Handshake::new(goal)?;
+    let Some(security) = security else {
+        let (_, outcome) = haggle(&mut halves, handshake).await?;
+        return Ok((halves, outcome));
+    };
+    let (handshake, outcome) = haggle(&mut halves, handshake.with_tls()).await?;
+    match outcome {
+        Outcome::StartTls => {}
+        // The machine goes nowhere else, and nothing else would do.
+        _ => return Err(ClientError::NotSupported { what: "TLS" }),
+    }
+    let mut halves = security.begin(halves).await?;
+    let (_, outcome) = haggle(&mut halves, handshake.secured()?).await?;
+    Ok((halves, outcome))
+}
 
-    let mut handshake = Handshake::new(goal)?;
+/// Moves the bytes of a negotiation.
+async fn haggle(
+    halves: &mut Halves,
+    mut handshake: Handshake,
+) -> Result<(Handshake, Outcome), ClientError> {
+    use tokio::io::AsyncReadExt;
+
+    let mut output = handshake.take_output();
+    halves.send(&mut output).await.map_err(|source| ClientError::HandshakeIo { source })?;
     loop {
         let mut bytes = vec![0; handshake.wants()];
         halves.read.read_exact(&mut bytes).await.map_err(|source| match source.kind() {
@@ -305,11 +336,11 @@ async fn negotiate(halves: &mut Halves, goal: Goal) -> Result<Outcome, ClientErr
         })?;
         let fed = handshake.feed(&bytes);
         let mut output = handshake.take_output();
-        let sent = halves.write.write_all_buf(&mut output).await;
+        let sent = halves.send(&mut output).await;
         match fed {
             Ok(None) => sent.map_err(|source| ClientError::HandshakeIo { source })?,
             // The outcome stands, whether or not the last ABORT got through.
-            Ok(Some(outcome)) => return Ok(outcome),
+            Ok(Some(outcome)) => return Ok((handshake, outcome)),
             Err(error) => return Err(error),
         }
     }

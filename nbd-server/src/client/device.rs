@@ -21,6 +21,7 @@ use super::memory::{Destination, client_pool};
 use super::options::ClientOptions;
 use super::reply::{Answer, Wants};
 use super::stream::Counters;
+use super::uri::NbdUri;
 use crate::wire::{allocation, command, command_flag, transmission_flag};
 
 /// The context that [`BlockDevice::extents`] stands on.
@@ -80,6 +81,14 @@ impl NbdDevice {
         Ok(Arc::new(Self::new(info, connections, options, counters)))
     }
 
+    /// Connects to the export that a URI names, as it says: by TLS where the URI demands it or the options do.
+    ///
+    /// # Errors
+    /// Those of [`NbdDevice::connect`] and of [`NbdUri::options`].
+    pub async fn open(uri: &NbdUri, options: ClientOptions) -> Result<Arc<Self>, ClientError> {
+        Self::connect(&uri.address, &uri.export, uri.options(options)?).await
+    }
+
     pub(super) fn new(
         export: ExportInfo,
         connections: Vec<Connection>,
@@ -115,7 +124,18 @@ impl NbdDevice {
     /// # Errors
     /// [`ClientError::Refused`] where the server keeps the list to itself.
     pub async fn list(address: &Address) -> Result<Vec<ExportListing>, ClientError> {
-        connection::list(address, &ClientOptions::default()).await
+        Self::list_with(address, &ClientOptions::default()).await
+    }
+
+    /// The exports of the server at `address`, with these limits of time and this TLS.
+    ///
+    /// # Errors
+    /// Those of [`NbdDevice::list`], and where TLS does not come about.
+    pub async fn list_with(
+        address: &Address,
+        options: &ClientOptions,
+    ) -> Result<Vec<ExportListing>, ClientError> {
+        connection::list(address, options).await
     }
 
     /// The extents of `range` in a negotiated context, in order, without gaps, from its start. May end early: ask again

@@ -46,6 +46,17 @@ pub enum ClientError {
     /// The server broke the rules of the negotiation.
     #[error("the server breaks the protocol: {0}")]
     Handshake(#[from] HandshakeFault),
+    /// TLS did not come about: one side does not trust the other, or they have no version or algorithm in common.
+    #[cfg(feature = "tls")]
+    #[error("TLS with the server failed: {source}")]
+    Tls {
+        /// What TLS, or the kernel, said.
+        source: io::Error,
+    },
+    /// TLS cannot be set up on our side.
+    #[cfg(feature = "tls")]
+    #[error(transparent)]
+    TlsSetup(#[from] crate::tls::TlsError),
     /// The server answered an option with an error.
     #[error("the server refuses {}: {}{}", option_name(*.option), reply_name(*.reply), said(text))]
     Refused {
@@ -199,6 +210,9 @@ pub enum HandshakeFault {
         /// The reply.
         reply: u32,
     },
+    /// Something in plain text behind the acknowledgement of STARTTLS, which anybody could have sent.
+    #[error("plain text comes behind its answer to STARTTLS")]
+    PlaintextBehindStartTls,
     /// Transmission began without the size of the export.
     #[error("it accepts the export without telling its size")]
     NoSize,
@@ -315,6 +329,8 @@ impl ClientError {
                 wire::error::ESHUTDOWN => ErrorKind::ShuttingDown,
                 _ => ErrorKind::Io,
             },
+            #[cfg(feature = "tls")]
+            Self::TlsSetup(_) => ErrorKind::Invalid,
             Self::Name { .. } | Self::Unaligned { .. } => ErrorKind::Invalid,
             Self::NotSupported { .. } | Self::NoContext { .. } => ErrorKind::NotSupported,
             Self::Closed => ErrorKind::ShuttingDown,

@@ -46,6 +46,8 @@ pub(super) enum Outcome {
     Transmission(Negotiated),
     /// The exports.
     Listed(Vec<ExportListing>),
+    /// TLS begins with the next byte; go on with [`Handshake::secured`].
+    StartTls,
 }
 
 /// A granted meta context; its number holds for one connection only.
@@ -76,6 +78,8 @@ enum Await {
 #[derive(Debug)]
 pub(super) struct Handshake {
     goal: Goal,
+    /// Whether TLS comes before everything else.
+    starts_tls: bool,
     awaiting: Await,
     /// The option in force.
     option: u32,
@@ -102,6 +106,7 @@ impl Handshake {
         }
         Ok(Self {
             goal,
+            starts_tls: false,
             awaiting: Await::Magic,
             option: 0,
             replies: 0,
@@ -113,6 +118,19 @@ impl Handshake {
             block_sizes: None,
             listed: Vec::new(),
         })
+    }
+
+    /// The same, but nothing is asked for before TLS has begun, and nothing at all where it does not begin.
+    pub(super) fn with_tls(self) -> Self {
+        Self { starts_tls: true, ..self }
+    }
+
+    /// The negotiation on the other side of TLS, with a first option in its output. Of what was said in plain text it
+    /// knows only that the server speaks the fixed newstyle.
+    pub(super) fn secured(self) -> Result<Self, ClientError> {
+        let mut secured = Self { no_zeroes: self.no_zeroes, ..Self::new(self.goal)? };
+        secured.send_first();
+        Ok(secured)
     }
 
     /// How many bytes [`Handshake::feed`] wants next.
@@ -134,6 +152,7 @@ impl Handshake {
             (Await::ExportName, _) => {
                 "opening the export by EXPORT_NAME (there may be no such export)"
             }
+            (_, option::STARTTLS) => "answering STARTTLS",
             (_, option::STRUCTURED_REPLY) => "answering STRUCTURED_REPLY",
             (_, option::SET_META_CONTEXT) => "answering SET_META_CONTEXT",
             (_, option::LIST) => "answering LIST",
@@ -193,17 +212,28 @@ impl Handshake {
         }
         self.output.put_u32(answer);
         match (&self.goal, fixed) {
-            (Goal::Connect { structured_replies: true, .. }, true) => {
-                self.send(option::STRUCTURED_REPLY, &[]);
+            (_, false) if self.starts_tls => {
+                return Err(ClientError::NotSupported { what: "TLS" });
             }
-            (Goal::Connect { .. }, true) => self.send_go(),
+            (_, true) if self.starts_tls => self.send(option::STARTTLS, &[]),
+            (_, true) => self.send_first(),
             (Goal::Connect { .. }, false) => self.send_export_name(),
-            (Goal::List, true) => self.send(option::LIST, &[]),
             (Goal::List, false) => {
                 return Err(ClientError::NotSupported { what: "listing its exports" });
             }
         }
         Ok(())
+    }
+
+    /// The first option that is about the goal.
+    fn send_first(&mut self) {
+        match &self.goal {
+            Goal::Connect { structured_replies: true, .. } => {
+                self.send(option::STRUCTURED_REPLY, &[]);
+            }
+            Goal::Connect { .. } => self.send_go(),
+            Goal::List => self.send(option::LIST, &[]),
+        }
     }
 
     fn reply_header(&mut self, bytes: &[u8]) -> Result<Option<Outcome>, ClientError> {
@@ -282,6 +312,7 @@ impl Handshake {
             return Err(self.malformed(reply::ACK).into());
         }
         match self.option {
+            option::STARTTLS => Ok(Some(Outcome::StartTls)),
             option::STRUCTURED_REPLY => {
                 self.structured = true;
                 self.send_contexts_or_go();

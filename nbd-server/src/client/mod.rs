@@ -12,6 +12,7 @@ mod handshake;
 mod memory;
 mod options;
 mod reply;
+mod security;
 mod stream;
 mod uri;
 

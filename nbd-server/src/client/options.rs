@@ -16,11 +16,15 @@ pub struct ClientOptions {
     pub meta_contexts: Vec<String>,
     /// Whether to ask for structured replies, which block status needs.
     pub structured_replies: bool,
+    /// TLS, and whom to trust in it. With it, not a word about exports is spoken before TLS has begun, and where it does
+    /// not begin connecting fails; without it, TLS is never spoken.
+    #[cfg(feature = "tls")]
+    pub tls: Option<crate::tls::ClientTls>,
     /// The longest payload of one request, in bytes; the server's own maximum applies as well.
     pub max_payload_bytes: u32,
     /// How long the socket may take to connect.
     pub connect_timeout: Duration,
-    /// How long the negotiation may take.
+    /// How long the negotiation may take, TLS included.
     pub handshake_timeout: Duration,
     /// A connection that owes replies and is silent for this long counts as dead (it is noticed after at most twice
     /// the time). `None` waits for ever.
@@ -47,6 +51,8 @@ impl Default for ClientOptions {
             in_flight: 16,
             meta_contexts: vec!["base:allocation".to_owned()],
             structured_replies: true,
+            #[cfg(feature = "tls")]
+            tls: None,
             max_payload_bytes: crate::wire::MAX_PAYLOAD_BYTES,
             connect_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),

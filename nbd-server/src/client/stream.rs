@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
 
 /// The buffer for headers, in bytes: some two hundred replies to writes fit, and a payload loses no more than this to
 /// a copy.
@@ -27,12 +28,18 @@ impl Counters {
     }
 }
 
-/// A connected socket.
+/// What can be read from.
+type Source = Box<dyn AsyncRead + Send + Unpin>;
+
+/// What can be written to.
+type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// A connected socket, or TLS on top of one.
 pub(super) struct Halves {
     /// What the server sends.
-    pub(super) read: BufReader<Counted<Box<dyn AsyncRead + Send + Unpin>>>,
+    pub(super) read: BufReader<Source>,
     /// What we send.
-    pub(super) write: Counted<Box<dyn AsyncWrite + Send + Unpin>>,
+    pub(super) write: Sink,
 }
 
 impl Halves {
@@ -41,16 +48,37 @@ impl Halves {
         write: impl AsyncWrite + Send + Unpin + 'static,
         counters: &Arc<Counters>,
     ) -> Self {
-        let read = Counted { inner: Box::new(read) as Box<_>, counters: Arc::clone(counters) };
-        Self {
-            read: BufReader::with_capacity(HEADER_BUFFER_BYTES, read),
-            write: Counted { inner: Box::new(write), counters: Arc::clone(counters) },
-        }
+        Self::uncounted(
+            Counted { inner: read, counters: Arc::clone(counters) },
+            Counted { inner: write, counters: Arc::clone(counters) },
+        )
+    }
+
+    /// Halves of something that is counted further down.
+    pub(super) fn uncounted(
+        read: impl AsyncRead + Send + Unpin + 'static,
+        write: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> Self {
+        let read = Box::new(read) as Source;
+        Self { read: BufReader::with_capacity(HEADER_BUFFER_BYTES, read), write: Box::new(write) }
+    }
+
+    /// Sends all of `bytes`.
+    pub(super) async fn send(&mut self, bytes: &mut BytesMut) -> io::Result<()> {
+        self.write.write_all_buf(bytes).await?;
+        self.write.flush().await
+    }
+
+    /// Both halves as one; `None` where something was read that nobody has looked at.
+    #[cfg(feature = "tls")]
+    pub(super) fn into_stream(self) -> Option<tokio::io::Join<Source, Sink>> {
+        let is_clean = self.read.buffer().is_empty();
+        is_clean.then(|| tokio::io::join(self.read.into_inner(), self.write))
     }
 }
 
 /// A half that counts.
-pub(super) struct Counted<S> {
+struct Counted<S> {
     inner: S,
     counters: Arc<Counters>,
 }

@@ -1,5 +1,6 @@
-//! NBD URIs as people write them: `nbd://host:port/export?key=value` and `nbd+unix:///export?socket=PATH`. What the
-//! keys mean beyond `socket` is for the caller to say.
+//! NBD URIs as people write them: `nbd://host:port/export?key=value` and `nbd+unix:///export?socket=PATH`, and with
+//! feature `tls` the same with `nbds` for `nbd`. What the keys mean beyond `socket` and those of TLS is for the caller
+//! to say.
 //!
 //! Source: `doc/uri.md` of NetworkBlockDevice/nbd.
 
@@ -7,9 +8,20 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::address::Address;
+use super::error::ClientError;
+use super::options::ClientOptions;
 
-/// A parsed NBD URI.
+/// The directory of certificates.
+const CERTIFICATES: &str = "tls-certificates";
+/// The name that the server proves.
+const HOST_NAME: &str = "tls-hostname";
+/// Whether the server must prove anything.
+const VERIFY_PEER: &str = "tls-verify-peer";
+
+/// A parsed NBD URI. [`NbdDevice::open`](super::NbdDevice::open) does all that it says, [`NbdUri::options`] what it says
+/// about TLS: who takes it apart must not lose that.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct NbdUri {
     /// Where the server is.
     pub address: Address,
@@ -17,9 +29,51 @@ pub struct NbdUri {
     pub export: String,
     /// The decoded query in order, without `socket`.
     pub query: Vec<(String, String)>,
+    /// Whether the scheme demands TLS (`nbds`).
+    pub tls: bool,
 }
 
 impl NbdUri {
+    /// The URI of an export, without TLS.
+    pub fn new(address: Address, export: impl Into<String>) -> Self {
+        Self { address, export: export.into(), query: Vec::new(), tls: false }
+    }
+
+    /// `options` with what the URI says about TLS, by the names that libnbd gave it:
+    ///
+    /// - `tls-certificates`: the directory for [`ClientTls::from_directory`](crate::tls::ClientTls::from_directory);
+    ///   without it, the authorities of this host count
+    /// - `tls-hostname`: the name that the server proves, instead of the one in the URI
+    /// - `tls-verify-peer`: `true`, or `false` to trust everybody
+    ///
+    /// The URI of another scheme leaves the options as they are. Reads files, briefly.
+    ///
+    /// # Errors
+    /// [`ClientError::TlsSetup`].
+    pub fn options(&self, options: ClientOptions) -> Result<ClientOptions, ClientError> {
+        #[cfg(feature = "tls")]
+        if self.tls {
+            return Ok(ClientOptions { tls: Some(self.client_tls()?), ..options });
+        }
+        Ok(options)
+    }
+
+    #[cfg(feature = "tls")]
+    fn client_tls(&self) -> Result<crate::tls::ClientTls, crate::tls::TlsError> {
+        use crate::tls::ClientTls;
+
+        let directory = self.get(CERTIFICATES).map(std::path::Path::new);
+        let tls = match (self.get(VERIFY_PEER), directory) {
+            (Some("false"), directory) => ClientTls::unverified(directory)?,
+            (_, Some(directory)) => ClientTls::from_directory(directory)?,
+            (_, None) => ClientTls::from_host()?,
+        };
+        match self.get(HOST_NAME) {
+            Some(name) => tls.host_name(name),
+            None => Ok(tls),
+        }
+    }
+
     /// The value of the first `key` in the query.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.query.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
@@ -31,7 +85,7 @@ impl NbdUri {
 #[non_exhaustive]
 pub enum UriError {
     /// Another scheme, or none.
-    #[error("the URI begins with neither nbd:// nor nbd+unix://")]
+    #[error("the URI begins with neither nbd:// nor nbd+unix:// (nor nbds:// nor nbds+unix://)")]
     Scheme,
     /// A scheme of NBD that this client does not speak.
     #[error("the scheme {scheme} is not supported")]
@@ -54,9 +108,17 @@ pub enum UriError {
         /// What stands between the slashes.
         authority: String,
     },
-    /// A user name before the host, which only TLS could use.
-    #[error("the URI names a user, which is not supported")]
+    /// A user name before the host, which only pre-shared keys could use.
+    #[error("the URI names a user, but pre-shared keys are not supported")]
     User,
+    /// A parameter of TLS that is not known, has an impossible value, or stands where there is no TLS.
+    #[error("the URI cannot say {key}={value}")]
+    Tls {
+        /// The parameter.
+        key: String,
+        /// Its value.
+        value: String,
+    },
     /// A `%` without two hexadecimal digits, or one that leaves UTF-8.
     #[error("{part:?} is not percent-encoded UTF-8")]
     Encoding {
@@ -82,9 +144,11 @@ impl FromStr for NbdUri {
 
     fn from_str(text: &str) -> Result<Self, UriError> {
         let (scheme, rest) = text.split_once("://").ok_or(UriError::Scheme)?;
-        let unix = match scheme.to_ascii_lowercase().as_str() {
-            "nbd" => false,
-            "nbd+unix" => true,
+        let (unix, tls) = match scheme.to_ascii_lowercase().as_str() {
+            "nbd" => (false, false),
+            "nbd+unix" => (true, false),
+            "nbds" if cfg!(feature = "tls") => (false, true),
+            "nbds+unix" if cfg!(feature = "tls") => (true, true),
             "nbds" | "nbds+unix" | "nbd+vsock" | "nbds+vsock" | "nbd+ssh" => {
                 return Err(UriError::Unsupported { scheme: scheme.to_owned() });
             }
@@ -103,7 +167,8 @@ impl FromStr for NbdUri {
             }
             tcp_address(authority)?
         };
-        Ok(Self { address, export, query })
+        check_tls(tls, &query)?;
+        Ok(Self { address, export, query, tls })
     }
 }
 
@@ -116,6 +181,22 @@ fn parse_query(query: &str) -> Result<Vec<(String, String)>, UriError> {
             Ok((decode(key)?, decode(value)?))
         })
         .collect()
+}
+
+/// Whether every parameter about TLS is known and in its place: one that was misspelt must not be ignored.
+fn check_tls(tls: bool, query: &[(String, String)]) -> Result<(), UriError> {
+    for (key, value) in query.iter().filter(|(key, _)| key.starts_with("tls-")) {
+        let known = match key.as_str() {
+            CERTIFICATES | HOST_NAME => !value.is_empty(),
+            VERIFY_PEER => matches!(value.as_str(), "true" | "false"),
+            _ => false,
+        };
+        let twice = query.iter().filter(|(other, _)| other == key).count() > 1;
+        if !tls || !known || twice {
+            return Err(UriError::Tls { key: key.clone(), value: value.clone() });
+        }
+    }
+    Ok(())
 }
 
 fn unix_address(host: &str, query: &mut Vec<(String, String)>) -> Result<Address, UriError> {
@@ -222,7 +303,7 @@ mod tests {
         let error = |text: &str| text.parse::<NbdUri>().unwrap_err();
         assert_eq!(error("http://x"), UriError::Scheme);
         assert_eq!(error("disk.img"), UriError::Scheme);
-        assert_eq!(error("nbds://x"), UriError::Unsupported { scheme: "nbds".into() });
+        assert_eq!(error("nbds+vsock://1"), UriError::Unsupported { scheme: "nbds+vsock".into() });
         assert_eq!(error("nbd:///e"), UriError::NoHost);
         assert_eq!(error("nbd://h:0/e"), UriError::Port { port: "0".into() });
         assert_eq!(error("nbd://h:65536/e"), UriError::Port { port: "65536".into() });
@@ -235,5 +316,44 @@ mod tests {
         assert_eq!(error("nbd+unix:///e?socket="), UriError::NoSocket);
         assert_eq!(error("nbd://h/e?socket=/s"), UriError::SocketAndHost);
         assert_eq!(error("nbd+unix://h/e?socket=/s"), UriError::HostAndSocket { host: "h".into() });
+    }
+
+    #[test]
+    fn without_the_feature_tls_a_uri_that_demands_it_is_refused() {
+        for scheme in ["nbds", "nbds+unix"] {
+            let parsed = format!("{scheme}://h/e").parse::<NbdUri>();
+            let unsupported = UriError::Unsupported { scheme: scheme.into() };
+            assert_eq!(parsed == Err(unsupported), !cfg!(feature = "tls"));
+        }
+    }
+
+    #[test]
+    fn parameters_of_tls_are_known_or_refused() {
+        let error = |query: &str| format!("nbd://h/e?{query}").parse::<NbdUri>().unwrap_err();
+        for query in ["tls-certificates=/d", "tls-verify-peer=false", "tls-x=1"] {
+            assert!(matches!(error(query), UriError::Tls { .. }), "{query}");
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    #[test]
+    fn a_uri_of_tls_tells_what_to_trust() {
+        let uri: NbdUri = "nbds://h:1/e?tls-verify-peer=false&tls-hostname=x".parse().unwrap();
+        assert!(uri.tls);
+        assert!(uri.options(ClientOptions::default()).unwrap().tls.is_some());
+        let uri: NbdUri = "NBDS+UNIX:///e?socket=/s&tls-certificates=/no/such".parse().unwrap();
+        assert!(uri.tls);
+        assert!(uri.options(ClientOptions::default()).is_err());
+        for query in [
+            "tls-verify-peer=0",
+            "tls-verify-peer",
+            "tls-hostname=",
+            "tls-certificates",
+            "tls-psk-file=/f",
+            "tls-hostname=a&tls-hostname=b",
+        ] {
+            let parsed = format!("nbds://h/e?{query}").parse::<NbdUri>();
+            assert!(matches!(parsed, Err(UriError::Tls { .. })), "{query}");
+        }
     }
 }

@@ -106,6 +106,8 @@ pub enum Unavailable {
     Forbidden,
     /// The server is stopping.
     ShuttingDown,
+    /// Not without TLS; or there is none of that name, which is nobody's business without TLS.
+    TlsRequired,
 }
 
 impl Unavailable {
@@ -115,6 +117,19 @@ impl Unavailable {
             Self::Unknown => (wire::reply::ERR_UNKNOWN, "there is no export of that name"),
             Self::Forbidden => (wire::reply::ERR_POLICY, "the client may not use the export"),
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
+            Self::TlsRequired => {
+                (wire::reply::ERR_TLS_REQD, "without TLS, there is no export of that name")
+            }
+        }
+    }
+
+    /// The same for an option other than INFO and GO, which must not tell that TLS would help.
+    ///
+    /// Source: "SELECTIVETLS mode".
+    pub(super) fn without_tls_hint(self) -> Self {
+        match self {
+            Self::TlsRequired => Self::Unknown,
+            other => other,
         }
     }
 }

@@ -8,11 +8,13 @@ mod directory;
 mod info;
 mod meta_context;
 mod name;
+mod tls;
 
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::answer::Answer;
 use self::name::Malformed;
+use self::tls::StartTls;
 use crate::limits::Limits;
 use crate::wire::{
     self, Fields, Headers, MAX_STRING_BYTES, OPTION_BYTES, client_flag, handshake_flag, option,
@@ -22,6 +24,7 @@ use crate::wire::{
 pub use self::directory::{
     ExportDirectory, ExportFacts, MetaContext, SelectedContext, Unavailable,
 };
+pub use self::tls::TlsMode;
 
 /// The zeroes behind the answer to EXPORT_NAME.
 const EXPORT_NAME_ZEROES: usize = 124;
@@ -77,6 +80,12 @@ pub enum Close {
     /// More options than [`Limits::options`].
     #[error("too many options")]
     TooManyOptions,
+    /// EXPORT_NAME without TLS, where TLS is demanded.
+    #[error("EXPORT_NAME without TLS, which this server demands")]
+    TlsRequired,
+    /// Something was sent in plain text behind STARTTLS.
+    #[error("plain text behind STARTTLS")]
+    PlaintextBehindStartTls,
 }
 
 /// What the driver does next. Replies, if there are any, are in the output and must be sent first.
@@ -86,6 +95,9 @@ pub enum Progress {
     Need(usize),
     /// A step was taken; send what is in the output and call again.
     Again,
+    /// TLS begins with the next byte in either direction; where it comes about, [`Handshake::secured`] goes on. No
+    /// input is left.
+    StartTls,
     /// Transmission begins. Input that is left belongs to it.
     Transmission(Box<Agreement>),
     /// Close the connection.
@@ -110,6 +122,9 @@ pub struct Handshake {
     fixed: bool,
     no_zeroes: bool,
     headers: Headers,
+    tls: TlsMode,
+    /// Whether TLS has begun.
+    secured: bool,
     /// The export for which contexts were selected, as the client spelt it, and the contexts.
     selection: Option<(String, Vec<SelectedContext>)>,
 }
@@ -124,7 +139,32 @@ impl Handshake {
             fixed: false,
             no_zeroes: false,
             headers: Headers::Simple,
+            tls: TlsMode::Off,
+            secured: false,
             selection: None,
+        }
+    }
+
+    /// In this mode of TLS.
+    #[must_use]
+    pub fn with_tls(self, tls: TlsMode) -> Self {
+        Self { tls, ..self }
+    }
+
+    /// The handshake after [`Progress::StartTls`], on the other side of TLS: nothing that was negotiated before holds.
+    /// The client's flags do, and so does what is left of [`Limits::options`].
+    ///
+    /// Source: "NBD_OPT_STARTTLS".
+    #[must_use]
+    pub fn secured(self, limits: &Limits) -> Self {
+        Self {
+            state: State::OptionHeader,
+            options_left: self.options_left,
+            fixed: self.fixed,
+            no_zeroes: self.no_zeroes,
+            tls: self.tls,
+            secured: true,
+            ..Self::new(limits)
         }
     }
 
@@ -137,7 +177,7 @@ impl Handshake {
 
     /// Takes one step: consumes from the front of `input` at most what the step is about, appends replies to `out`.
     ///
-    /// After [`Progress::Transmission`] or [`Progress::Close`] it consumes nothing and answers `Close` for ever.
+    /// After [`Progress::Transmission`], [`Progress::StartTls`] or [`Progress::Close`] it consumes nothing and answers `Close` for ever.
     pub fn step(
         &mut self,
         input: &mut BytesMut,
@@ -162,11 +202,15 @@ impl Handshake {
             State::OptionHeader => self.option_header(&taken),
             State::Data { option, .. } => {
                 self.state = State::OptionHeader;
-                self.option(option, &taken, exports, out)
+                if option == option::STARTTLS {
+                    self.start_tls(input.is_empty(), exports, out)
+                } else {
+                    self.option(option, &taken, exports, out)
+                }
             }
             State::Discard { .. } | State::Done => Progress::Close(Close::Aborted),
         };
-        if matches!(progress, Progress::Transmission(_) | Progress::Close(_)) {
+        if matches!(progress, Progress::Transmission(_) | Progress::StartTls | Progress::Close(_)) {
             self.state = State::Done;
         }
         progress
@@ -199,6 +243,13 @@ impl Handshake {
             return Progress::Close(Close::NotFixed(option));
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
+        if !self.secured && !tls::permits(self.tls, option) {
+            if option == option::EXPORT_NAME {
+                return Progress::Close(Close::TlsRequired);
+            }
+            self.state = State::Discard { option, left: len, reply: tls::REQUIRED };
+            return Progress::Again;
+        }
         if option == option::EXPORT_NAME && len > MAX_STRING_BYTES {
             return Progress::Close(Close::ExportName);
         }
@@ -279,10 +330,6 @@ impl Handshake {
             }
             option::LIST_META_CONTEXT => self.list_contexts(data, exports, &mut answer),
             option::SET_META_CONTEXT => self.set_contexts(data, exports, &mut answer),
-            option::STARTTLS => {
-                answer.error(reply::ERR_UNSUP, "this server is not configured for TLS");
-                Ok(())
-            }
             _ => {
                 answer.error(reply::ERR_UNSUP, "this server does not know the option");
                 Ok(())
@@ -306,6 +353,31 @@ impl Handshake {
         }
         self.headers = wanted;
         answer.ack();
+    }
+
+    /// STARTTLS; `alone` where no byte came behind it.
+    fn start_tls(
+        &self,
+        alone: bool,
+        exports: &mut dyn ExportDirectory,
+        out: &mut BytesMut,
+    ) -> Progress {
+        let mut answer = Answer::new(option::STARTTLS, out);
+        if exports.is_shutting_down() {
+            refuse(Unavailable::ShuttingDown, &mut answer);
+            return Progress::Again;
+        }
+        match tls::start(self.tls, self.secured, alone) {
+            StartTls::Begin => {
+                answer.ack();
+                Progress::StartTls
+            }
+            StartTls::Refuse(kind, text) => {
+                answer.error(kind, text);
+                Progress::Again
+            }
+            StartTls::Plaintext => Progress::Close(Close::PlaintextBehindStartTls),
+        }
     }
 
     /// EXPORT_NAME: the one option without a way to say no.
@@ -385,7 +457,7 @@ impl Handshake {
                 }
                 answer.ack();
             }
-            Err(why) => refuse(why, answer),
+            Err(why) => refuse(why.without_tls_hint(), answer),
         }
         Ok(())
     }
@@ -411,7 +483,7 @@ impl Handshake {
                 self.selection = Some((queries.export.to_owned(), selected));
                 answer.ack();
             }
-            Err(why) => refuse(why, answer),
+            Err(why) => refuse(why.without_tls_hint(), answer),
         }
         Ok(())
     }

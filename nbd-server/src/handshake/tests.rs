@@ -1,3 +1,5 @@
+mod tls;
+
 use super::*;
 use crate::wire::{Fields, OPTION_REPLY_BYTES, info, transmission_flag};
 use proptest::prelude::*;
@@ -7,12 +9,13 @@ const FIXED: u32 = client_flag::FIXED_NEWSTYLE | client_flag::NO_ZEROES;
 /// Two exports: "disk", also the default one, and the read-only "böse".
 struct Two {
     stopping: bool,
+    tls_only: bool,
     entered: Vec<String>,
 }
 
 impl Two {
     fn new() -> Self {
-        Self { stopping: false, entered: Vec::new() }
+        Self { stopping: false, tls_only: false, entered: Vec::new() }
     }
 }
 
@@ -22,6 +25,9 @@ impl ExportDirectory for Two {
     }
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
+        if self.tls_only {
+            return Err(Unavailable::TlsRequired);
+        }
         let (name, read_only) = match name {
             "" | "disk" => ("disk", false),
             "böse" => ("böse", true),

@@ -1,5 +1,8 @@
 //! The server against raw clients and real peers. The machines' own rules are tested beside them.
 
+#[cfg(all(feature = "client", feature = "tls"))]
+#[path = "../certificates/mod.rs"]
+mod certificates;
 mod device;
 mod lifecycle;
 #[cfg(feature = "client")]
@@ -9,4 +12,6 @@ mod raw;
 #[cfg(feature = "client")]
 mod replace;
 mod stalled;
+#[cfg(all(feature = "client", feature = "tls"))]
+mod tls;
 mod transmission;

@@ -67,7 +67,7 @@ impl Stage {
     }
 }
 
-async fn run(program: &str, arguments: &[&str], dir: &Path) -> Output {
+pub(crate) async fn run(program: &str, arguments: &[&str], dir: &Path) -> Output {
     let mut command = Command::new("timeout");
     command.args([PATIENCE_SECS, program]).args(arguments).current_dir(dir);
     // libnbd's Python module belongs to the system's interpreter, which need not be the first one in the path.

@@ -249,7 +249,7 @@ fn nbd_place(options: &[(&str, &str)]) -> anyhow::Result<Place> {
         _ => bail!("An NBD server needs either a path or a host"),
     };
     let text = format!("nbd:{address}:exportname={export}");
-    Ok(Place::Nbd { uri: NbdUri { address, export, query: Vec::new() }, text })
+    Ok(Place::Nbd { uri: NbdUri::new(address, export), text })
 }
 
 /// How an image is to be opened.
@@ -373,7 +373,7 @@ pub(crate) async fn open(named: &Named, how: &How, access: &Access) -> anyhow::R
 /// # Errors
 /// What the server refuses or the network fails at.
 pub(crate) async fn connect(uri: &NbdUri) -> anyhow::Result<Arc<dyn BlockDevice>> {
-    Ok(NbdDevice::connect(&uri.address, &uri.export, ClientOptions::default()).await?)
+    Ok(NbdDevice::open(uri, ClientOptions::default()).await?)
 }
 
 async fn open_raw(path: &Path, how: &How) -> anyhow::Result<Arc<dyn BlockDevice>> {

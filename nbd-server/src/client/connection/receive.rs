@@ -110,18 +110,28 @@ impl<S: AsyncRead + Unpin> Source<'_, S> {
 
     /// Reads at least a byte; 0 means that the server hung up.
     async fn some(&mut self, place: &mut [u8]) -> Result<usize, LostCause> {
-        let Some(limit) = self.stall_timeout else { return Ok(self.socket.read(place).await?) };
+        let Some(limit) = self.stall_timeout else {
+            return hung_up(self.socket.read(place).await);
+        };
         loop {
             let waiting_since = Instant::now();
             // A read that is dropped has taken nothing from the stream.
             match tokio::time::timeout(limit, self.socket.read(place)).await {
-                Ok(read) => return Ok(read?),
+                Ok(read) => return hung_up(read),
                 Err(_) if self.amid_reply || self.shared.owes_since(waiting_since) => {
                     return Err(LostCause::Stalled(limit));
                 }
                 Err(_) => {}
             }
         }
+    }
+}
+
+/// A server that ends TLS without saying so has hung up, too.
+fn hung_up(read: std::io::Result<usize>) -> Result<usize, LostCause> {
+    match read {
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(0),
+        read => Ok(read?),
     }
 }
 

@@ -59,6 +59,8 @@ impl<S: AsyncWrite + Unpin> Sender<S> {
                 pieces.push(frame.payload);
             }
             self.socket.write_all_buf(&mut pieces).await?;
+            // TLS may have kept a part.
+            self.socket.flush().await?;
         }
         // Every place in the window is free only when nothing is in flight.
         let all = u32::try_from(self.window).unwrap_or(u32::MAX);

@@ -68,7 +68,13 @@ fn connect() -> Goal {
 
 /// Runs a negotiation until it ends or the script does; also returns what the client sent and what was left over.
 fn run(goal: Goal, script: &[u8]) -> (Result<Option<Outcome>, ClientError>, Vec<u8>, usize) {
-    let mut handshake = Handshake::new(goal).unwrap();
+    drive(&mut Handshake::new(goal).unwrap(), script)
+}
+
+fn drive(
+    handshake: &mut Handshake,
+    script: &[u8],
+) -> (Result<Option<Outcome>, ClientError>, Vec<u8>, usize) {
     let (mut rest, mut sent) = (script, Vec::new());
     loop {
         let Some((bytes, after)) = rest.split_at_checked(handshake.wants()) else {
@@ -298,5 +304,80 @@ proptest! {
             }
             prop_assert!(handshake.wants() > 0 && handshake.wants() <= 16 << 10);
         }
+    }
+}
+
+fn with_tls() -> Handshake {
+    Handshake::new(connect()).unwrap().with_tls()
+}
+
+#[test]
+fn with_tls_nothing_is_asked_for_before_it() {
+    let mut handshake = with_tls();
+    let script = Script::modern().ack(option::STARTTLS);
+    let (end, sent, left) = drive(&mut handshake, &script.0);
+    assert!(matches!(end, Ok(Some(Outcome::StartTls))), "{end:?}");
+    assert_eq!((options(&sent), left), (vec![option::STARTTLS], 0));
+    let mut handshake = handshake.secured().unwrap();
+    let mut first = vec![0; 4];
+    first.extend_from_slice(&handshake.take_output());
+    assert_eq!(options(&first), [option::STRUCTURED_REPLY]);
+    let script = Script::default()
+        .ack(option::STRUCTURED_REPLY)
+        .ack(option::SET_META_CONTEXT)
+        .export(1 << 20, 1)
+        .ack(option::GO);
+    let (end, _, left) = drive(&mut handshake, &script.0);
+    assert!(matches!(end, Ok(Some(Outcome::Transmission(_)))), "{end:?}");
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn a_client_that_was_told_to_use_tls_never_goes_on_without() {
+    let refusals = [reply::ERR_UNSUP, reply::ERR_POLICY, reply::ERR_INVALID, reply::ERR_TLS_REQD];
+    for refusal in refusals {
+        let script = Script::modern().reply(option::STARTTLS, refusal, b"no");
+        let (end, sent, _) = drive(&mut with_tls(), &script.0);
+        let Err(ClientError::Refused { option: option::STARTTLS, reply, .. }) = end else {
+            panic!("{end:?}")
+        };
+        assert_eq!(reply, refusal);
+        assert_eq!(options(&sent), [option::STARTTLS, option::ABORT]);
+    }
+    // Somebody in between who takes the fixed newstyle away.
+    for flags in [0, handshake_flag::NO_ZEROES] {
+        let (end, sent, _) = drive(&mut with_tls(), &Script::greeting(flags).0);
+        assert!(matches!(end, Err(ClientError::NotSupported { what: "TLS" })), "{end:?}");
+        assert_eq!(options(&sent), [option::ABORT]);
+    }
+    // Somebody who answers what was not asked, or more than that.
+    for answer in [
+        Script::modern().ack(option::STRUCTURED_REPLY),
+        Script::modern().reply(option::STARTTLS, reply::INFO, &[0; 12]),
+        Script::modern().reply(option::STARTTLS, reply::ACK, &[0]),
+    ] {
+        let (end, sent, _) = drive(&mut with_tls(), &answer.0);
+        assert!(matches!(end, Err(ClientError::Handshake(_))), "{end:?}");
+        assert_eq!(options(&sent), [option::STARTTLS]);
+    }
+}
+
+#[test]
+fn without_tls_a_server_that_demands_it_is_an_error() {
+    let refused = |option| Script::modern().reply(option, reply::ERR_TLS_REQD, b"TLS first");
+    let (end, _, _) = run(connect(), &refused(option::STRUCTURED_REPLY).0);
+    assert!(matches!(end, Err(ClientError::Refused { reply: reply::ERR_TLS_REQD, .. })), "{end:?}");
+}
+
+proptest! {
+    #[test]
+    fn whatever_a_server_says_tls_comes_before_everything_else(bytes in any::<Vec<u8>>()) {
+        let mut script = Script::modern().0;
+        script.put_slice(&bytes);
+        let (end, sent, _) = drive(&mut with_tls(), &script);
+        prop_assert!(!matches!(end, Ok(Some(Outcome::Transmission(_) | Outcome::Listed(_)))));
+        prop_assert!(
+            options(&sent).iter().all(|one| [option::STARTTLS, option::ABORT].contains(one))
+        );
     }
 }

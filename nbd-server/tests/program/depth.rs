@@ -50,6 +50,23 @@ fn allocation_depth_is_what_qemu_nbd_tells() {
 }
 
 #[test]
+fn allocation_depth_of_a_snapshot_is_what_qemu_nbd_tells() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create(dir);
+    run(dir, "qemu-img", &["snapshot", "-c", "then", "over-alone.qcow2"]);
+    run(dir, "qemu-io", &["-f", "qcow2", "-c", "write -P 6 1M 64k", "over-alone.qcow2"]);
+    let map = "--map=qemu:allocation-depth";
+    let peer = ["qemu-nbd", "-r", "-f", "qcow2", "-A", "-l", "then", "over-alone.qcow2"];
+    let expected = run(dir, "nbdinfo", &[&[map, "--", "["][..], &peer, &["]"]].concat());
+    let export = "--export=one=over-alone.qcow2,snapshot=then,allocation-depth";
+    let mut server = Running::start(dir, &["--listen=unix:socket", export]);
+    server.address();
+    assert_eq!(run(dir, "nbdinfo", &[map, "nbd+unix:///one?socket=socket"]), expected);
+    assert!(server.stop());
+}
+
+#[test]
 fn allocation_depth_follows_what_clients_write() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

@@ -21,6 +21,9 @@
 //! # }
 //! ```
 //!
+//! Exports are added, removed and replaced under clients: [`Server::replace_exports`] exchanges the whole table at one
+//! stroke, or not at all, and tells what of it changed.
+//!
 //! # How it is made
 //!
 //! Everything that decides is a machine without I/O and without a clock: [`handshake`] takes bytes and gives replies,
@@ -61,6 +64,7 @@ mod limits;
 mod listener;
 mod negotiate;
 mod outlet;
+pub mod partition;
 mod peer;
 mod replace;
 pub mod reply;
@@ -71,6 +75,8 @@ mod server;
 mod signal;
 #[cfg(feature = "tls")]
 pub mod tls;
+mod socket;
+mod window;
 pub mod wire;
 
 pub use access::{ClientName, ClientNameError};
@@ -82,3 +88,5 @@ pub use limits::Limits;
 pub use peer::Peer;
 pub use replace::{Replaced, Retired};
 pub use server::{Server, ServerConfig, ShutdownReport};
+pub use socket::{ListeningSocket, SocketFileOptions};
+pub use window::{Window, WriteThrough};

@@ -1,20 +1,18 @@
-//! TCP and Unix listeners: binding, accepting, and cleaning up the socket file. Connections are served elsewhere.
+//! Accepting connections on listening sockets. How these are made is told in `socket`, and what is said on a connection
+//! elsewhere.
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpSocket, UnixListener, UnixStream, tcp, unix};
+use socket2::Socket;
+use tokio::io::{AsyncRead, AsyncWrite, Interest};
+use tokio::net::{TcpListener, UnixListener, UnixStream, tcp, unix};
 
 use crate::peer::Peer;
 use crate::server::Server;
-
-/// Connections that the kernel keeps for us until they are accepted.
-const BACKLOG: u32 = 1024;
+use crate::socket::SocketFile;
 
 /// How long accepting rests after it failed, for instance because no file descriptor is left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -53,17 +51,8 @@ pub(crate) async fn accept<L: Listener>(server: Server, listener: L) {
 pub(crate) struct Tcp(TcpListener);
 
 impl Tcp {
-    pub(crate) fn bind(addr: SocketAddr) -> io::Result<Self> {
-        let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        socket.set_reuseaddr(true)?;
-        // Accepted sockets inherit it: a peer that vanished is found out even where nothing is in flight.
-        socket.set_keepalive(true)?;
-        socket.bind(addr)?;
-        Ok(Self(socket.listen(BACKLOG)?))
-    }
-
-    pub(crate) fn address(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr()
+    pub(crate) fn new(socket: Socket) -> io::Result<Self> {
+        Ok(Self(TcpListener::from_std(socket.into())?))
     }
 }
 
@@ -80,25 +69,16 @@ impl Listener for Tcp {
     }
 }
 
-/// A Unix listener that owns its socket file.
+/// A Unix listener, with its socket file where that is ours.
 pub(crate) struct Unix {
     listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the file that we made.
-    made: (u64, u64),
+    _file: Option<SocketFile>,
 }
 
 impl Unix {
-    pub(crate) async fn bind(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                remove_stale(path, error).await?;
-                UnixListener::bind(path)?
-            }
-            bound => bound?,
-        };
-        let made = file_id(path)?;
-        Ok(Self { listener, path: path.to_owned(), made })
+    pub(crate) fn new(socket: Socket, file: Option<SocketFile>) -> io::Result<Self> {
+        let listener = UnixListener::from_std(OwnedFd::from(socket).into())?;
+        Ok(Self { listener, _file: file })
     }
 }
 
@@ -114,29 +94,40 @@ impl Listener for Unix {
     }
 }
 
-impl Drop for Unix {
-    fn drop(&mut self) {
-        // Whoever replaced the file keeps theirs.
-        if file_id(&self.path).is_ok_and(|found| found == self.made) {
-            let _ = std::fs::remove_file(&self.path);
-        }
+/// A vsock listener, which the runtime does not know: a stream in the place of the socket tells when there is somebody.
+pub(crate) struct Vsock {
+    socket: Socket,
+    ready: UnixStream,
+}
+
+impl Vsock {
+    pub(crate) fn new(socket: Socket) -> io::Result<Self> {
+        let ready = UnixStream::from_std(OwnedFd::from(socket.try_clone()?).into())?;
+        Ok(Self { socket, ready })
     }
 }
 
-fn file_id(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
-}
+impl Listener for Vsock {
+    type Reader = unix::OwnedReadHalf;
+    type Writer = unix::OwnedWriteHalf;
 
-/// Removes a socket file on which nobody listens; anything else keeps the error.
-async fn remove_stale(path: &Path, in_use: io::Error) -> io::Result<()> {
-    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Err(in_use);
-    }
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)
+    async fn next(&self) -> io::Result<Accepted<Self::Reader, Self::Writer>> {
+        loop {
+            self.ready.readable().await?;
+            let accepted = self.ready.try_io(Interest::READABLE, || self.socket.accept());
+            let (socket, address) = match accepted {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                accepted => accepted?,
+            };
+            let peer = match address.as_vsock_address() {
+                Some((cid, port)) => Peer::Vsock { cid, port },
+                None => Peer::Unknown,
+            };
+            socket.set_nonblocking(true)?;
+            // A connected stream is read and written the same way whatever its addresses look like.
+            let stream = UnixStream::from_std(OwnedFd::from(socket).into())?;
+            let (reader, writer) = stream.into_split();
+            return Ok((reader, writer, peer));
         }
-        _ => Err(in_use),
     }
 }

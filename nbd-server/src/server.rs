@@ -30,6 +30,7 @@ use crate::replace::{Replaced, Retired, settle};
 use crate::signal::Signal;
 #[cfg(feature = "tls")]
 use crate::tls::ServerTls;
+use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
 
 /// How a server is set up.
 #[derive(Clone, Debug, Default)]
@@ -88,6 +89,8 @@ pub(crate) struct Shared {
     policy: RwLock<Policy>,
     /// Nothing new is accepted, what is open comes to its end.
     pub(crate) stopping: Signal,
+    /// A client that had entered an export has left.
+    left: Signal,
     /// Whatever is still open is dropped.
     forced: Signal,
     connections: Arc<Gauge>,
@@ -152,6 +155,7 @@ impl Server {
             table: RwLock::default(),
             policy: RwLock::new(Policy { admission: Admission::default(), listing: true }),
             stopping: Signal::default(),
+            left: Signal::default(),
             forced: Signal::default(),
             connections: Arc::default(),
             listeners: Mutex::default(),
@@ -164,9 +168,9 @@ impl Server {
     /// # Errors
     /// What the host says, for instance that the address is in use.
     pub async fn listen_tcp(&self, addr: SocketAddr) -> io::Result<SocketAddr> {
-        let listener = listener::Tcp::bind(addr)?;
-        let actual = listener.address()?;
-        self.accept(listener);
+        let socket = ListeningSocket::tcp(addr, false)?;
+        let actual = socket.tcp_address().unwrap_or(addr);
+        self.listen(socket)?;
         Ok(actual)
     }
 
@@ -176,8 +180,20 @@ impl Server {
     /// # Errors
     /// What the host says; `AddrInUse` where another process listens there, or where the file is no socket.
     pub async fn listen_unix(&self, path: &Path) -> io::Result<()> {
-        let listener = listener::Unix::bind(path).await?;
-        self.accept(listener);
+        self.listen(ListeningSocket::unix(path, &SocketFileOptions::default())?)
+    }
+
+    /// Accepts on a socket in the background. To be called on a runtime.
+    ///
+    /// # Errors
+    /// What the runtime says.
+    pub fn listen(&self, socket: ListeningSocket) -> io::Result<()> {
+        let ListeningSocket { socket, kind } = socket;
+        match kind {
+            Kind::Tcp => self.accept(listener::Tcp::new(socket)?),
+            Kind::Unix(file) => self.accept(listener::Unix::new(socket, file)?),
+            Kind::Vsock => self.accept(listener::Vsock::new(socket)?),
+        }
         Ok(())
     }
 
@@ -350,6 +366,13 @@ impl Server {
         table.exports.iter().map(|(name, served)| served.status(is_default(name))).collect()
     }
 
+    /// Waits until a client that used an export has left and nobody else is connected, as `qemu-nbd` does before it
+    /// ends. Clients that only look around do not count.
+    pub async fn used_and_left(&self) {
+        self.shared.left.raised().await;
+        self.shared.connections.idle().await;
+    }
+
     /// Connections that are open now, those in the handshake included.
     pub fn connections(&self) -> usize {
         self.shared.connections.count()
@@ -413,7 +436,10 @@ where
     W: AsyncWrite + Send + Unpin + 'static,
 {
     match next {
-        Next::Enter(entered) => connection::transmit(shared, *entered, reader, writer).await,
+        Next::Enter(entered) => {
+            connection::transmit(shared, *entered, reader, writer).await;
+            shared.left.raise();
+        }
         Next::StartTls | Next::Close => {
             connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await;
         }

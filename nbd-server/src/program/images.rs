@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,12 +18,47 @@ use super::options::{AllowReferences, ExportSpec, Format};
 /// The first bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// An image that is open, with its path for messages.
-pub(super) struct Opened {
+/// What makes two exports show one image: which file it is, and as what it is opened.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ImageKey {
     path: PathBuf,
+    /// Device and inode: a file that was put in the place of another is another image.
+    id: (u64, u64),
+    format: Format,
+    snapshot: Option<String>,
+    references: Option<AllowReferences>,
+}
+
+impl ImageKey {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Finds the image of an export, and its format. Blocks.
+    pub(super) fn of(
+        spec: &ExportSpec,
+        references: Option<&AllowReferences>,
+    ) -> anyhow::Result<Self> {
+        let path = std::fs::canonicalize(&spec.path)?;
+        let metadata = std::fs::metadata(&path)?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            bail!("it is neither a regular file nor a block device");
+        }
+        Ok(Self {
+            id: (metadata.dev(), metadata.ino()),
+            format: format_of(spec, &path)?,
+            snapshot: spec.snapshot.clone(),
+            references: spec.references.as_ref().or(references).cloned(),
+            path,
+        })
+    }
+}
+
+/// An image that is open.
+pub(super) struct Opened {
     device: Arc<dyn BlockDevice>,
-    /// Contexts by name.
-    sources: Vec<(String, Arc<dyn ExtentSource>)>,
+    image: Option<Image>,
 }
 
 impl Opened {
@@ -31,58 +67,54 @@ impl Opened {
         Arc::clone(&self.device)
     }
 
-    /// What the image tells beside where data lies.
-    pub(super) fn sources(&self) -> impl Iterator<Item = (String, Arc<dyn ExtentSource>)> {
-        self.sources.iter().cloned()
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-/// Opens the image of an export.
-pub(super) async fn open(
-    spec: &ExportSpec,
-    references: Option<&AllowReferences>,
-) -> anyhow::Result<Opened> {
-    let path = &spec.path;
-    let cannot = || format!("cannot open {} for export {:?}", path.display(), spec.name);
-    let format = match spec.format {
-        Some(format) => format,
-        None => recognise(path).with_context(cannot)?,
-    };
-    let (device, sources): (Arc<dyn BlockDevice>, _) = match format {
-        Format::Raw => {
-            let device = RawDevice::open(path, spec.read_only).await.with_context(cannot)?;
-            (device, Vec::new())
-        }
-        Format::Qcow2 => {
-            let options = qcow2_options(spec, references);
-            let image = Image::open(path, options).await.with_context(cannot)?;
-            let mut sources = bitmaps(&image, spec).await.with_context(cannot)?;
-            if spec.allocation_depth {
-                let source = AllocationDepth::new(&image).with_context(cannot)?;
-                sources.push((depth::CONTEXT.to_owned(), Arc::new(source)));
+    /// Opens an image, for writing where that is wanted and can be.
+    pub(super) async fn open(key: &ImageKey, writable: bool) -> anyhow::Result<Self> {
+        Ok(match key.format {
+            Format::Raw => {
+                Self { device: RawDevice::open(&key.path, !writable).await?, image: None }
             }
-            (Arc::new(image), sources)
+            Format::Qcow2 => {
+                let image = Image::open(&key.path, qcow2_options(key, writable)).await?;
+                Self { device: Arc::new(image.clone()), image: Some(image) }
+            }
+        })
+    }
+
+    /// What the image tells beside where data lies, as far as it was asked for: which layer holds what, and bitmaps, each
+    /// of which must tell every change: of the image, or else of the first image below it that has one of that name.
+    pub(super) async fn sources(
+        &self,
+        spec: &ExportSpec,
+    ) -> anyhow::Result<Vec<(String, Arc<dyn ExtentSource>)>> {
+        let mut sources: Vec<(String, Arc<dyn ExtentSource>)> = Vec::new();
+        for name in &spec.bitmaps {
+            let top = self.image.as_ref().context("a raw image has no bitmaps")?;
+            let source = Bitmap { image: image_with(top, name).await?, name: name.clone() };
+            sources.push((format!("qemu:dirty-bitmap:{name}"), Arc::new(source)));
         }
-    };
-    Ok(Opened { path: path.clone(), device, sources })
+        if spec.allocation_depth {
+            let top = self.image.as_ref().context("a raw image has no layers")?;
+            let source = AllocationDepth::new(top)?;
+            sources.push((depth::CONTEXT.to_owned(), Arc::new(source)));
+        }
+        Ok(sources)
+    }
 }
 
-/// The bitmaps that were asked for, each of which must tell every change: of the image, or else of the first image
-/// below it that has one of that name.
-async fn bitmaps(
-    image: &Image,
-    spec: &ExportSpec,
-) -> Result<Vec<(String, Arc<dyn ExtentSource>)>, qcow2::Error> {
-    let mut sources: Vec<(String, Arc<dyn ExtentSource>)> = Vec::new();
-    for name in &spec.bitmaps {
-        let source = Bitmap { image: image_with(image, name).await?, name: name.clone() };
-        sources.push((format!("qemu:dirty-bitmap:{name}"), Arc::new(source)));
+/// The format that was said, or that may be taken for granted. Nothing but a qcow2 header is recognised, and only where
+/// raw images have to be said: a guest could write a header into a raw disk, and would be believed.
+fn format_of(spec: &ExportSpec, path: &Path) -> anyhow::Result<Format> {
+    match (spec.format, spec.raw_unless_said) {
+        (Some(format), _) => Ok(format),
+        (None, true) if is_qcow2(path)? => {
+            bail!(
+                "it begins as a qcow2 image does; say format = qcow2, or format = raw where that is meant"
+            )
+        }
+        (None, true) => Ok(Format::Raw),
+        (None, false) if is_qcow2(path)? => Ok(Format::Qcow2),
+        (None, false) => bail!("it is no qcow2 image; say format=raw if it is a raw one"),
     }
-    Ok(sources)
 }
 
 /// The uppermost image from `top` down that has a usable bitmap of that name. One that is there and unusable hides
@@ -138,25 +170,25 @@ impl ExtentSource for Bitmap {
 }
 
 /// Locked, direct, and with backing files where they are allowed to be.
-fn qcow2_options(spec: &ExportSpec, references: Option<&AllowReferences>) -> OpenOptions {
-    let options = match &spec.snapshot {
+fn qcow2_options(key: &ImageKey, writable: bool) -> OpenOptions {
+    let options = match &key.snapshot {
         Some(snapshot) => OpenOptions::reading().snapshot(snapshot),
-        None if spec.read_only => OpenOptions::reading(),
-        None => OpenOptions::writing(),
+        None if writable => OpenOptions::writing(),
+        None => OpenOptions::reading(),
     };
-    options.references(match references {
+    options.references(match &key.references {
         None => References::Confined,
         Some(AllowReferences::Any) => References::Any,
         Some(AllowReferences::Below(directory)) => References::Under(directory.clone()),
     })
 }
 
-/// Recognises qcow2. Anything else must be named: a guest could write a header into a raw disk, and would be believed.
-fn recognise(path: &Path) -> anyhow::Result<Format> {
+/// Whether a file begins as a qcow2 image does.
+fn is_qcow2(path: &Path) -> io::Result<bool> {
     let mut magic = [0; QCOW2_MAGIC.len()];
     match File::open(path)?.read_exact(&mut magic) {
-        Ok(()) if magic == QCOW2_MAGIC => Ok(Format::Qcow2),
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error.into()),
-        _ => bail!("it is no qcow2 image; say format=raw if it is a raw one"),
+        Ok(()) => Ok(magic == QCOW2_MAGIC),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
     }
 }

@@ -1,124 +1,161 @@
-//! What the program does between its first and its last line. The command line is described in `options`, opening
-//! images in `images`.
+//! What the program does between its first and its last line. The command line is described in `options`, configuration
+//! files in `config`, what is served in `catalogue`.
 
+mod catalogue;
+mod config;
 mod depth;
+mod identity;
 mod images;
+mod manual;
 mod options;
+mod reload;
+mod sockets;
 
 use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use nbd_server::{Export, Limits, Server, ServerConfig};
+use nbd_server::{Limits, ListeningSocket, Removal, Server, ServerConfig, SocketFileOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::timeout;
 
-use images::Opened;
-use options::Listen;
+use catalogue::Catalogue;
+use config::Config;
 pub(crate) use options::Options;
+use reload::Reloading;
 
 /// How long connections may take to end, and devices to flush, after a signal.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 
-/// How long an image may take to close after that.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Serves until SIGTERM or SIGINT. An error is everything that kept an image from being served or from ending clean.
+/// Does what the options say. An error is everything that kept an image from being served or from ending clean.
 pub(crate) fn run(options: Options) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let done = runtime.block_on(serve(options));
+    if options.man {
+        return manual::print();
+    }
+    if let Some(shell) = options.completions {
+        return manual::complete(shell);
+    }
+    let config = options.config.as_deref().map(config::read).transpose()?;
+    for remark in config.iter().flat_map(|config| &config.remarks) {
+        tracing::warn!("{remark}");
+    }
+    let reloading = Reloading::new(&options, config.as_ref())?;
+    if options.check_config {
+        return reload::check(&reloading, config.as_ref());
+    }
+    let generic = config.as_ref().map(|config| &config.generic);
+    let listen = match (&options.listen[..], generic) {
+        // Sockets that are handed over take the place of those that the file names.
+        ([], Some(generic)) if !identity::has_sockets() => &generic.listen,
+        (said, _) => said,
+    };
+    let sockets = sockets::open(listen, &socket_options(&options, config.as_ref()))?;
+    let of_config = |field: fn(&config::Generic) -> Option<&String>| {
+        generic.and_then(field).map(String::as_str)
+    };
+    // While there is one thread, after the sockets and before the images are opened.
+    identity::become_user(
+        of_config(|generic| generic.user.as_ref()),
+        of_config(|generic| generic.group.as_ref()),
+    )?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if let Some(threads) = generic.and_then(|generic| generic.threads) {
+        runtime.worker_threads(threads);
+    }
+    let runtime = runtime.enable_all().build()?;
+    let limits = limits(&options, config.as_ref());
+    let done = runtime.block_on(serve(options, reloading, config, limits, sockets));
     // What hangs in a device is not waited for.
     runtime.shutdown_background();
     done
 }
 
-async fn serve(options: Options) -> anyhow::Result<()> {
+fn limits(options: &Options, config: Option<&Config>) -> Limits {
+    let generic = config.map(|config| &config.generic);
+    let mut limits = Limits::default();
+    let connections = options.max_connections.map(|number| number.get());
+    if let Some(connections) = connections.or(generic.and_then(|generic| generic.connections)) {
+        limits.connections = connections;
+    }
+    let seconds = options.handshake_timeout.map(|seconds| seconds.get());
+    if let Some(seconds) = seconds.or(generic.and_then(|generic| generic.handshake_secs)) {
+        limits.handshake_timeout = Duration::from_secs(seconds.into());
+    }
+    limits
+}
+
+fn socket_options(options: &Options, config: Option<&Config>) -> SocketFileOptions {
+    let generic = config.map(|config| &config.generic);
+    let owner = options.unix_owner.or(generic.and_then(|generic| generic.socket_owner));
+    SocketFileOptions {
+        mode: options.unix_mode.or(generic.and_then(|generic| generic.socket_mode)),
+        uid: owner.and_then(|owner| owner.uid),
+        gid: owner.and_then(|owner| owner.gid),
+    }
+}
+
+async fn serve(
+    options: Options,
+    mut reloading: Reloading,
+    config: Option<Config>,
+    limits: Limits,
+    sockets: Vec<ListeningSocket>,
+) -> anyhow::Result<()> {
     // Before anything is opened, so that a signal during the start leaves images clean, too.
     let mut stop = Stop::new()?;
-    let server = Server::new(ServerConfig::with_limits(limits(&options)));
-    let mut opened = Vec::new();
+    let mut hangup = signal(SignalKind::hangup())?;
+    let server = Server::new(ServerConfig::with_limits(limits));
+    let mut catalogue = Catalogue::new(server.clone(), options.allow_references.clone());
     let started = tokio::select! {
-        started = start(&server, &options, &mut opened) => started,
+        started = start(&server, &reloading, config.as_ref(), &mut catalogue, sockets) => started,
         () = stop.requested() => Ok(()),
     };
-    if started.is_ok() {
-        stop.requested().await;
+    while started.is_ok() {
+        tokio::select! {
+            () = stop.requested() => break,
+            _ = hangup.recv() => tokio::select! {
+                () = reloading.reload(&server, &mut catalogue) => {}
+                () = stop.requested() => break,
+            },
+            () = catalogue.settle() => catalogue.sweep().await,
+            () = server.used_and_left(), if options.once => break,
+        }
     }
     let ended = tokio::select! {
-        ended = end(&server, opened) => ended,
+        ended = end(&server, catalogue) => ended,
         () = stop.again() => bail!("stopped by a second signal; images may need a check"),
     };
     started.and(ended)
 }
 
-fn limits(options: &Options) -> Limits {
-    let mut limits = Limits::default();
-    if let Some(connections) = options.max_connections {
-        limits.connections = connections.get();
-    }
-    if let Some(seconds) = options.handshake_timeout {
-        limits.handshake_timeout = Duration::from_secs(seconds.get().into());
-    }
-    limits
-}
-
-/// Opens every image, then listens: a client that can connect finds all exports.
-async fn start(server: &Server, options: &Options, opened: &mut Vec<Opened>) -> anyhow::Result<()> {
-    for (index, spec) in options.exports.iter().enumerate() {
-        let image = images::open(spec, options.allow_references.as_ref()).await?;
-        let mut export = Export::new(&spec.name, image.device())
-            .description(spec.description.clone().unwrap_or_default())
-            .read_only(spec.read_only)
-            .default_export(index == 0);
-        for (name, source) in image.sources() {
-            export = export.context(name, source);
-        }
-        opened.push(image);
-        server.add_export(export)?;
-    }
+/// Opens every image, then serves: a client that is answered finds all exports.
+async fn start(
+    server: &Server,
+    reloading: &Reloading,
+    config: Option<&Config>,
+    catalogue: &mut Catalogue,
+    sockets: Vec<ListeningSocket>,
+) -> anyhow::Result<()> {
+    reloading.set_policy(server, config);
+    let references = config.and_then(|config| config.generic.references.as_ref());
+    catalogue.apply(&reloading.wanted(config), references, Removal::Drain).await?;
     let mut out = std::io::stdout();
-    for listen in &options.listen {
-        let actual = bind(server, listen).await?;
-        writeln!(out, "listening on {actual}").and_then(|()| out.flush())?;
+    for socket in sockets {
+        let address = socket.to_string();
+        server.listen(socket).with_context(|| format!("cannot listen on {address}"))?;
+        writeln!(out, "listening on {address}").and_then(|()| out.flush())?;
     }
     Ok(())
 }
 
-/// Listens, and tells where.
-async fn bind(server: &Server, listen: &Listen) -> anyhow::Result<String> {
-    match listen {
-        Listen::Unix(path) => {
-            let bound = server.listen_unix(path).await;
-            bound.with_context(|| format!("cannot listen on {listen}"))?;
-            Ok(listen.to_string())
-        }
-        Listen::Tcp { host, port } => {
-            let mut found = tokio::net::lookup_host((host.as_str(), *port))
-                .await
-                .with_context(|| format!("cannot resolve {host}"))?;
-            let Some(address) = found.next() else { bail!("{host} has no address") };
-            let bound = server.listen_tcp(address).await;
-            Ok(bound.with_context(|| format!("cannot listen on {listen}"))?.to_string())
-        }
-    }
-}
-
 /// Lets clients go, flushes, and closes every image, each whatever becomes of the others.
-async fn end(server: &Server, opened: Vec<Opened>) -> anyhow::Result<()> {
+async fn end(server: &Server, catalogue: Catalogue) -> anyhow::Result<()> {
     let report = server.shutdown(SHUTDOWN_GRACE).await;
     let mut failures = Vec::new();
     for (name, error) in report.unflushed {
         let why = error.map_or("it took too long".to_owned(), |error| error.to_string());
         failures.push(format!("cannot flush {name:?}: {why}"));
     }
-    for image in opened {
-        let what = image.path().display().to_string();
-        match timeout(CLOSE_TIMEOUT, image.device().close()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => failures.push(format!("cannot close {what}: {error}")),
-            Err(_) => failures.push(format!("closing {what} took too long")),
-        }
-    }
+    failures.extend(catalogue.end().await);
     if failures.is_empty() { Ok(()) } else { bail!(failures.join("; ")) }
 }
 

@@ -6,25 +6,49 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Parser;
+use clap::error::ErrorKind;
+use clap_complete::Shell;
+use nbd_server::{Admission, ClientRule};
 
-/// Serves disk images over NBD, each under a name.
+use super::identity;
+
+/// Serves disk images and block devices over NBD, each under a name.
 #[derive(Debug, Parser)]
 #[command(name = "nbd-server", version)]
 pub(crate) struct Options {
-    /// Where to listen: unix:PATH or HOST:PORT (port 0 takes a free one). Repeatable
-    #[arg(long, value_name = "unix:PATH|HOST:PORT", required = true)]
+    /// Where to listen: unix:PATH, HOST:PORT or vsock:CID:PORT (port 0 takes a free one, CID `any` all). Repeatable.
+    /// Sockets that systemd hands over are listened on, too
+    #[arg(long, value_name = "unix:PATH|HOST:PORT|vsock:CID:PORT")]
     pub(crate) listen: Vec<Listen>,
 
-    /// What to serve: NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,description=TEXT].
+    /// What to serve:
+    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,offset=BYTES][,size=BYTES][,partition=N][,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
     /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
     /// layer of the chain that holds each part of the disk as qemu:allocation-depth. A comma is written twice
-    #[arg(long = "export", value_name = "NAME=PATH[,...]", required = true)]
+    #[arg(long = "export", value_name = "NAME=PATH[,...]")]
     pub(crate) exports: Vec<ExportSpec>,
+
+    /// A configuration file in the format of the reference nbd-server, see CONFIGURATION FILES. SIGHUP reads it again.
+    /// --listen replaces the addresses that it names
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Read the configuration, look at the images without opening them, tell what is wrong by file and line, and end
+    #[arg(long, requires = "config")]
+    pub(crate) check_config: bool,
 
     /// Where backing files may lie: below DIR, or anywhere [default: below the directory of the image]
     #[arg(long, value_name = "DIR|any")]
     pub(crate) allow_references: Option<AllowReferences>,
+
+    /// Who may connect: ADDRESS[/BITS], unix, uid:USER or cid:NUMBER. Repeatable; then nobody else may
+    #[arg(long, value_name = "CLIENT", value_parser = identity::client)]
+    pub(crate) allow: Vec<ClientRule>,
+
+    /// Who may not connect, whatever --allow says. Repeatable
+    #[arg(long, value_name = "CLIENT", value_parser = identity::client)]
+    pub(crate) deny: Vec<ClientRule>,
 
     /// Connections at once over all listeners [default: 1024]
     #[arg(long, value_name = "N")]
@@ -33,13 +57,129 @@ pub(crate) struct Options {
     /// How long a client may take to choose an export [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) handshake_timeout: Option<NonZeroU32>,
+
+    /// The mode of Unix sockets [default: what the umask leaves]
+    #[arg(long, value_name = "OCTAL", value_parser = mode)]
+    pub(crate) unix_mode: Option<u32>,
+
+    /// The owner of Unix sockets
+    #[arg(long, value_name = "USER[:GROUP]")]
+    pub(crate) unix_owner: Option<Owner>,
+
+    /// End when the last client that used an export has left
+    #[arg(long, conflicts_with = "persistent")]
+    pub(crate) once: bool,
+
+    /// Stay when the last client has left, which is the default
+    #[arg(long)]
+    pub(crate) persistent: bool,
+
+    /// Print the manual as a page for man(1), and end
+    #[arg(long, exclusive = true)]
+    pub(crate) man: bool,
+
+    /// Print a completion script for a shell, and end
+    #[arg(long, value_name = "SHELL", exclusive = true)]
+    pub(crate) completions: Option<Shell>,
+}
+
+impl Options {
+    /// The options of this process; ends it where they are wrong, or where help was asked for.
+    pub(crate) fn of_process() -> Self {
+        let options = Self::parse();
+        if let Err(error) = options.check(identity::has_sockets()) {
+            error.exit();
+        }
+        options
+    }
+
+    /// Whether there is something to serve, and somewhere to serve it; `handed_over` are sockets from systemd.
+    fn check(&self, handed_over: bool) -> Result<(), clap::Error> {
+        let missing = |text: &str| {
+            <Self as clap::CommandFactory>::command()
+                .error(ErrorKind::MissingRequiredArgument, text)
+        };
+        if self.man || self.completions.is_some() || self.config.is_some() {
+            return Ok(());
+        }
+        if self.exports.is_empty() {
+            return Err(missing("nothing to serve: say --export or --config"));
+        }
+        if self.listen.is_empty() && !handed_over {
+            return Err(missing("nowhere to listen: say --listen or --config"));
+        }
+        Ok(())
+    }
+}
+
+/// A number of bytes, with a unit of 1024 where one is said.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    let wants = || "it is a number of bytes, or of K, M, G or T".to_owned();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text.get(digits.len()..) {
+        Some("") => 0,
+        Some("k" | "K") => 10,
+        Some("m" | "M") => 20,
+        Some("g" | "G") => 30,
+        Some("t" | "T") => 40,
+        _ => return Err(wants()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wants())?;
+    number.checked_mul(1 << shift).filter(|bytes| i64::try_from(*bytes).is_ok()).ok_or_else(wants)
+}
+
+/// The mode of a socket.
+pub(crate) fn mode(text: &str) -> Result<u32, String> {
+    let wants = || "it is an octal number up to 777".to_owned();
+    u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777).ok_or_else(wants)
+}
+
+/// Who owns a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Owner {
+    pub(crate) uid: Option<u32>,
+    pub(crate) gid: Option<u32>,
+}
+
+impl FromStr for Owner {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (user, group) = text.split_once(':').unwrap_or((text, ""));
+        let known = |name: &str, found: Option<u32>, what| match found {
+            _ if name.is_empty() => Ok(None),
+            Some(id) => Ok(Some(id)),
+            None => Err(format!("there is no {what} {name:?}")),
+        };
+        let owner = Self {
+            uid: known(user, identity::user(user).map(|user| user.uid), "user")?,
+            gid: known(group, identity::group(group), "group")?,
+        };
+        if owner.uid.or(owner.gid).is_none() {
+            return Err("it names nobody".to_owned());
+        }
+        Ok(owner)
+    }
 }
 
 /// An address to listen on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Listen {
     Unix(PathBuf),
-    Tcp { host: String, port: u16 },
+    Tcp {
+        host: String,
+        port: u16,
+        /// Whether a machine that has no such address goes on without.
+        optional: bool,
+        /// Whether an IPv6 address leaves IPv4 alone.
+        only_v6: bool,
+    },
+    Vsock {
+        /// `None` for all.
+        cid: Option<u32>,
+        /// 0 for a free one.
+        port: u32,
+    },
 }
 
 impl FromStr for Listen {
@@ -53,7 +193,14 @@ impl FromStr for Listen {
                 Ok(Self::Unix(path.into()))
             };
         }
-        let (host, port) = text.rsplit_once(':').ok_or("neither unix:PATH nor HOST:PORT")?;
+        if let Some(address) = text.strip_prefix("vsock:") {
+            let (cid, port) = address.split_once(':').ok_or("vsock: needs CID:PORT")?;
+            let number = |text: &str| text.parse().map_err(|_| format!("{text:?} is no number"));
+            let cid = if cid == "any" { None } else { Some(number(cid)?) };
+            return Ok(Self::Vsock { cid, port: number(port)? });
+        }
+        let (host, port) =
+            text.rsplit_once(':').ok_or("neither unix:PATH, HOST:PORT nor vsock:CID:PORT")?;
         let port = port.parse().map_err(|_| format!("{port:?} is no port"))?;
         // An IPv6 address stands in brackets, so that its last colon can be found.
         let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
@@ -66,7 +213,7 @@ impl FromStr for Listen {
         if host.is_empty() {
             return Err("the host is empty; all interfaces are 0.0.0.0 or [::]".to_owned());
         }
-        Ok(Self::Tcp { host: host.to_owned(), port })
+        Ok(Self::Tcp { host: host.to_owned(), port, optional: false, only_v6: false })
     }
 }
 
@@ -74,25 +221,53 @@ impl fmt::Display for Listen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Self::Tcp { host, port, .. } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp { host, port, .. } => write!(f, "{host}:{port}"),
+            Self::Vsock { cid: Some(cid), port } => write!(f, "vsock:{cid}:{port}"),
+            Self::Vsock { cid: None, port } => write!(f, "vsock:any:{port}"),
         }
     }
 }
 
 /// An image format that was named.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Format {
     Raw,
     Qcow2,
 }
 
-/// One image to serve.
-#[derive(Clone, Debug, PartialEq, Eq)]
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            other => Err(format!("format {other:?} is neither qcow2 nor raw")),
+        }
+    }
+}
+
+/// Where what clients write goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Writes {
+    /// Into the image.
+    #[default]
+    Image,
+    /// Into a file of the connection, beside the image or in this folder.
+    Apart { folder: Option<PathBuf> },
+    /// The same, over an empty disk.
+    Temporary,
+}
+
+/// One export: which image, what of it, for whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ExportSpec {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
     pub(crate) format: Option<Format>,
+    /// Whether an image whose format is not said is a raw one; otherwise it has to be a qcow2 image.
+    pub(crate) raw_unless_said: bool,
     pub(crate) read_only: bool,
     /// The internal snapshot to serve, by id or name.
     pub(crate) snapshot: Option<String>,
@@ -101,6 +276,25 @@ pub(crate) struct ExportSpec {
     /// Whether to tell which layer holds what.
     pub(crate) allocation_depth: bool,
     pub(crate) description: Option<String>,
+    pub(crate) is_default: bool,
+    /// Where what is served begins, in bytes.
+    pub(crate) offset: u64,
+    /// How much is served, in bytes.
+    pub(crate) size: Option<u64>,
+    /// The length, in bytes, of a raw image that is to be made where there is none.
+    pub(crate) makes_bytes: Option<u64>,
+    pub(crate) partition: Option<u32>,
+    pub(crate) references: Option<AllowReferences>,
+    pub(crate) admission: Admission,
+    pub(crate) rotational: bool,
+    pub(crate) durable: bool,
+    /// Transmission flags.
+    pub(crate) withheld: u16,
+    pub(crate) preferred_bytes: Option<u32>,
+    pub(crate) writes: Writes,
+    /// Commands for the shell, around each connection.
+    pub(crate) before: Option<String>,
+    pub(crate) after: Option<String>,
 }
 
 impl FromStr for ExportSpec {
@@ -113,36 +307,9 @@ impl FromStr for ExportSpec {
         if path.is_empty() {
             return Err("the path is empty".to_owned());
         }
-        let mut spec = Self {
-            name: name.to_owned(),
-            path: path.into(),
-            format: None,
-            read_only: false,
-            snapshot: None,
-            bitmaps: Vec::new(),
-            allocation_depth: false,
-            description: None,
-        };
+        let mut spec = Self { name: name.to_owned(), path: path.into(), ..Self::default() };
         for field in fields {
-            match field.split_once('=') {
-                Some(("format", "raw")) => spec.format = Some(Format::Raw),
-                Some(("format", "qcow2")) => spec.format = Some(Format::Qcow2),
-                Some(("format", other)) => {
-                    return Err(format!("format {other:?} is neither qcow2 nor raw"));
-                }
-                Some(("snapshot" | "bitmap", "")) => {
-                    return Err(format!("{field:?} names nothing"));
-                }
-                Some(("snapshot", name)) => spec.snapshot = Some(name.to_owned()),
-                Some(("bitmap", name)) if spec.bitmaps.iter().any(|known| known == name) => {
-                    return Err(format!("bitmap {name:?} is named twice"));
-                }
-                Some(("bitmap", name)) => spec.bitmaps.push(name.to_owned()),
-                Some(("description", text)) => spec.description = Some(text.to_owned()),
-                None if field == "read-only" => spec.read_only = true,
-                None if field == "allocation-depth" => spec.allocation_depth = true,
-                _ => return Err(format!("{field:?} is not known for an export")),
-            }
+            spec.take(&field)?;
         }
         spec.check()?;
         Ok(spec)
@@ -150,16 +317,57 @@ impl FromStr for ExportSpec {
 }
 
 impl ExportSpec {
-    /// What goes together.
-    fn check(&self) -> Result<(), String> {
-        let of_qcow2 = self.snapshot.is_some() || !self.bitmaps.is_empty() || self.allocation_depth;
-        if of_qcow2 && self.format == Some(Format::Raw) {
-            return Err("a raw image has neither snapshots nor bitmaps nor layers".to_owned());
-        }
-        if self.snapshot.is_some() && !self.bitmaps.is_empty() {
-            return Err("bitmaps tell of the present disk, not of a snapshot".to_owned());
+    fn take(&mut self, field: &str) -> Result<(), String> {
+        let with = |why: String| format!("{field}: {why}");
+        match field.split_once('=') {
+            Some(("format", format)) => self.format = Some(format.parse()?),
+            Some(("snapshot" | "bitmap", "")) => return Err(format!("{field:?} names nothing")),
+            Some(("snapshot", name)) => self.snapshot = Some(name.to_owned()),
+            Some(("bitmap", name)) if self.bitmaps.iter().any(|known| known == name) => {
+                return Err(format!("bitmap {name:?} is named twice"));
+            }
+            Some(("bitmap", name)) => self.bitmaps.push(name.to_owned()),
+            Some(("description", text)) => self.description = Some(text.to_owned()),
+            Some(("offset", text)) => self.offset = bytes(text).map_err(with)?,
+            Some(("size", text)) => self.size = Some(bytes(text).map_err(with)?),
+            Some(("partition", text)) => {
+                let number = text.parse().map_err(|_| with("it is a number from 1 on".to_owned()));
+                self.partition = Some(number?);
+            }
+            None if field == "read-only" => self.read_only = true,
+            None if field == "allocation-depth" => self.allocation_depth = true,
+            _ => return Err(format!("{field:?} is not known for an export")),
         }
         Ok(())
+    }
+
+    /// What goes together.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let told = !self.bitmaps.is_empty() || self.allocation_depth;
+        let of_qcow2 = self.snapshot.is_some() || told;
+        let is_raw =
+            self.format == Some(Format::Raw) || (self.raw_unless_said && self.format.is_none());
+        let is_part = self.offset != 0 || self.size.is_some() || self.partition.is_some();
+        let wrong = if of_qcow2 && is_raw {
+            "a raw image has neither snapshots nor bitmaps nor layers; format=qcow2 is to be said"
+        } else if self.snapshot.is_some() && !self.bitmaps.is_empty() {
+            "bitmaps tell of the present disk, not of a snapshot"
+        } else if told && (is_part || self.writes != Writes::Image) {
+            "bitmaps and layers tell of the whole image as it is written"
+        } else if self.partition == Some(0) {
+            "partitions are counted from 1 on"
+        } else if self.partition.is_some() && (self.offset != 0 || self.size.is_some()) {
+            "a partition has its place and size"
+        } else if self.makes_bytes.is_some() && self.format == Some(Format::Qcow2) {
+            "filesize makes raw images; size says how much of another one is served"
+        } else if self.writes == Writes::Temporary
+            && (self.size.is_none() || self.offset != 0 || self.read_only || !is_raw)
+        {
+            "a temporary disk is a raw one with filesize alone"
+        } else {
+            return Ok(());
+        };
+        Err(wrong.to_owned())
     }
 }
 
@@ -178,7 +386,7 @@ fn split(text: &str) -> Vec<String> {
 }
 
 /// Where references of an image may lead.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum AllowReferences {
     Any,
     Below(PathBuf),
@@ -208,10 +416,29 @@ mod tests {
 
     #[test]
     fn listen_addresses_are_read_and_written() {
-        for text in ["unix:/run/x:y", "localhost:10809", "127.0.0.1:0", "[::1]:10809"] {
+        for text in [
+            "unix:/run/x:y",
+            "localhost:10809",
+            "127.0.0.1:0",
+            "[::1]:10809",
+            "vsock:2:10809",
+            "vsock:any:0",
+        ] {
             assert_eq!(text.parse::<Listen>().unwrap().to_string(), text);
         }
-        for text in ["", "unix:", "10809", ":10809", "::1:10809", "host:port", "host:70000"] {
+        for text in [
+            "",
+            "unix:",
+            "vsock:",
+            "vsock:1",
+            "vsock:x:1",
+            "vsock:1:-1",
+            "10809",
+            ":10809",
+            "::1:10809",
+            "host:port",
+            "host:70000",
+        ] {
             assert!(text.parse::<Listen>().is_err(), "{text}");
         }
     }
@@ -225,10 +452,8 @@ mod tests {
             path: "/x/b=c,d.img".into(),
             format: Some(Format::Raw),
             read_only: true,
-            snapshot: None,
-            bitmaps: Vec::new(),
-            allocation_depth: false,
             description: Some("one, two=2".into()),
+            ..ExportSpec::default()
         };
         assert_eq!(spec, expected);
         assert_eq!("=x".parse::<ExportSpec>().unwrap().name, "");
@@ -236,11 +461,15 @@ mod tests {
         assert_eq!(spec.bitmaps, ["x", "y=z"]);
         let spec: ExportSpec = "a=b,snapshot=one,format=qcow2".parse().unwrap();
         assert_eq!(spec.snapshot.as_deref(), Some("one"));
+        let spec: ExportSpec = "a=b,offset=1M,size=512,format=raw".parse().unwrap();
+        assert_eq!((spec.offset, spec.size), (1 << 20, Some(512)));
         assert!("a=b,allocation-depth".parse::<ExportSpec>().unwrap().allocation_depth);
         for text in [
             "",
             "a",
             "a=",
+            "a=b,allocation-depth,format=raw",
+            "a=b,allocation-depth=1",
             "a=b,format=vmdk",
             "a=b,",
             "a=b,read-only=1",
@@ -249,11 +478,35 @@ mod tests {
             "a=b,bitmap=x,bitmap=x",
             "a=b,bitmap=x,snapshot=y",
             "a=b,bitmap=x,format=raw",
-            "a=b,allocation-depth,format=raw",
-            "a=b,allocation-depth=1",
             "a=b,snapshot=x,format=raw",
+            "a=b,partition=0",
+            "a=b,partition=1,offset=512",
+            "a=b,bitmap=x,size=1",
+            "a=b,size=16E",
+            "a=b,size=8388608T",
+            "a=b,offset=-1",
         ] {
             assert!(text.parse::<ExportSpec>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn there_is_something_to_serve_and_somewhere_to_serve_it() {
+        let parse = |arguments: &[&str]| {
+            Options::try_parse_from(["nbd-server"].iter().chain(arguments)).unwrap()
+        };
+        let listen = "--listen=unix:/x";
+        for fine in [&[listen, "--export=a=b"][..], &["--config=x"], &["--man"]] {
+            assert!(parse(fine).check(false).is_ok(), "{fine:?}");
+        }
+        for missing in [&[listen][..], &["--export=a=b"], &[]] {
+            assert!(parse(missing).check(false).is_err(), "{missing:?}");
+        }
+        assert!(parse(&["--export=a=b"]).check(true).is_ok());
+        for wrong in [&["--once", "--persistent"][..], &["--check-config"], &["--unix-mode=9"]] {
+            let base = ["nbd-server", listen, "--export=a=b"];
+            let arguments = base.iter().chain(wrong);
+            assert!(Options::try_parse_from(arguments).is_err(), "{wrong:?}");
         }
     }
 
@@ -261,7 +514,7 @@ mod tests {
     fn options_of_later_days_are_refused() {
         let base = ["nbd-server", "--listen", "unix:/x", "--export", "a=b"];
         assert!(Options::try_parse_from(base).is_ok());
-        for later in ["--tls=on", "--config=x", "--tls-certificates=x"] {
+        for later in ["--tls=on", "--tls-certificates=x"] {
             assert!(Options::try_parse_from(base.into_iter().chain([later])).is_err());
         }
     }

@@ -1,0 +1,30 @@
+//! Who stands at the door of an export: told of each client that chooses it and of each that has left, and asked what the
+//! client is to work on. What is said in between is not its business.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use block::BlockDevice;
+
+use crate::peer::Peer;
+
+/// Why a client is turned away; for the log.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct TurnedAway(pub String);
+
+/// Told of the clients of an export. See [`Export::attendant`](crate::Export::attendant).
+#[async_trait]
+pub trait Attendant: Send + Sync {
+    /// A client has chosen the export; it waits until this is done, for as long as a handshake may take. The device, if
+    /// any, takes the place of the export's for this connection alone, and has the same size and abilities; it is dropped,
+    /// not closed, at the end. Clients should then not be told that connections can be combined
+    /// ([`CAN_MULTI_CONN`](crate::wire::transmission_flag::CAN_MULTI_CONN)).
+    ///
+    /// # Errors
+    /// Why the client is turned away: its connection is closed.
+    async fn arrived(&self, peer: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway>;
+
+    /// A client that was let in has left. Not told where the whole server is stopped by force.
+    async fn left(&self, peer: &Peer);
+}

@@ -1,0 +1,89 @@
+//! What happens around each connection: commands before and after it, and a disk of its own. When, is told by the server.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use block::BlockDevice;
+use nbd_server::{Attendant, Peer, TurnedAway};
+use tokio::process::Command;
+
+use super::options::ExportSpec;
+use super::overlay::Overlay;
+
+/// The attendant of one export.
+pub(super) struct Doorkeeper {
+    name: String,
+    path: PathBuf,
+    before: Option<String>,
+    after: Option<String>,
+    /// What each client gets a fresh one of.
+    overlay: Option<Arc<Overlay>>,
+}
+
+impl Doorkeeper {
+    /// `None` where nothing is to be done.
+    pub(super) fn new(spec: &ExportSpec, overlay: Option<Arc<Overlay>>) -> Option<Arc<Self>> {
+        let (before, after) = (spec.before.clone(), spec.after.clone());
+        if before.is_none() && after.is_none() && overlay.is_none() {
+            return None;
+        }
+        let (name, path) = (spec.name.clone(), spec.path.clone());
+        Some(Arc::new(Self { name, path, before, after, overlay }))
+    }
+
+    /// Runs a command to its end; whether it went well.
+    async fn run(&self, command: &str, peer: &Peer) -> Result<(), TurnedAway> {
+        let path = quoted(&self.path.to_string_lossy());
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(command.replace("%s", &path)).stdin(Stdio::null()).kill_on_drop(true);
+        shell.env("NBD_EXPORT", &self.name).env("NBD_PEER", peer.to_string());
+        // These sockets are ours.
+        shell.env_remove("LISTEN_FDS").env_remove("LISTEN_PID");
+        match shell.status().await {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(TurnedAway(format!("{command:?} ended with {status}"))),
+            Err(error) => Err(TurnedAway(format!("cannot run {command:?}: {error}"))),
+        }
+    }
+}
+
+/// A text as one word of the shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[async_trait]
+impl Attendant for Doorkeeper {
+    async fn arrived(&self, peer: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway> {
+        if let Some(command) = &self.before {
+            self.run(command, peer).await?;
+        }
+        Ok(self.overlay.as_ref().map(|overlay| overlay.fresh() as Arc<dyn BlockDevice>))
+    }
+
+    async fn left(&self, peer: &Peer) {
+        if let Some(command) = &self.after
+            && let Err(error) = self.run(command, peer).await
+        {
+            tracing::warn!(export = self.name, %peer, "{error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_one_word_of_the_shell_whatever_it_holds() {
+        for path in ["/a b", "/a'b; rm x", "$HOME", "\"`"] {
+            let shell = std::process::Command::new("sh")
+                .args(["-c", &format!("printf %s {}", quoted(path))])
+                .output()
+                .unwrap();
+            assert_eq!(String::from_utf8(shell.stdout).unwrap(), path);
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! What is served: images that are open and the exports that show them, changed all at once or not at all. Who asks for
+//! a change is told in `mod`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use block::{BlockDevice, ByteRange, RawDevice};
+use nbd_server::{Export, Removal, Replaced, Server, Window, WriteThrough, partition};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::config::Place;
+use super::images::{ImageKey, Opened};
+use super::options::{AllowReferences, ExportSpec, Writes};
+
+/// How long an image may take to close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// An export that is asked for, and where.
+#[derive(Clone, Debug)]
+pub(super) struct Wanted {
+    pub(super) spec: ExportSpec,
+    /// `None` for the command line.
+    pub(super) place: Option<Place>,
+}
+
+/// An export that is served.
+struct Placed {
+    spec: ExportSpec,
+    key: ImageKey,
+    export: Export,
+}
+
+/// An image that is open.
+struct Shown {
+    opened: Opened,
+    writable: bool,
+    /// Exports that are in the table no more and may have connections.
+    retired: usize,
+}
+
+/// Images and exports.
+pub(super) struct Catalogue {
+    server: Server,
+    references: Option<AllowReferences>,
+    images: HashMap<ImageKey, Shown>,
+    placed: BTreeMap<String, Placed>,
+    leaving: JoinSet<ImageKey>,
+}
+
+impl Catalogue {
+    pub(super) fn new(server: Server, references: Option<AllowReferences>) -> Self {
+        let (images, placed) = (HashMap::new(), BTreeMap::new());
+        Self { server, references, images, placed, leaving: JoinSet::new() }
+    }
+
+    /// Serves what is wanted and nothing else. Where that cannot be, everything is as it was before.
+    ///
+    /// An export that is wanted as it is stays as it is, and its image is not opened again, unless another file has
+    /// taken its place. Dropping the future leaves images open that `end` closes.
+    pub(super) async fn apply(
+        &mut self,
+        wanted: &[Wanted],
+        references: Option<&AllowReferences>,
+        removal: Removal,
+    ) -> anyhow::Result<Replaced> {
+        let references = references.or(self.references.as_ref()).cloned();
+        let applied = match self.prepare(wanted, references).await {
+            Ok(placed) => {
+                let exports = placed.values().map(|placed| placed.export.clone());
+                let replaced = self.server.replace_exports(exports, removal);
+                replaced.map(|replaced| (placed, replaced)).map_err(anyhow::Error::from)
+            }
+            Err(error) => Err(error),
+        };
+        let (placed, replaced) = match applied {
+            Ok(applied) => applied,
+            Err(error) => {
+                self.sweep().await;
+                return Err(error);
+            }
+        };
+        let before = std::mem::replace(&mut self.placed, placed);
+        let mut replaced = replaced;
+        for retired in std::mem::take(&mut replaced.retired) {
+            let Some(key) = before.get(retired.name()).map(|placed| placed.key.clone()) else {
+                continue;
+            };
+            if let Some(shown) = self.images.get_mut(&key) {
+                shown.retired += 1;
+                self.leaving.spawn(async move {
+                    retired.unused().await;
+                    key
+                });
+            }
+        }
+        Ok(replaced)
+    }
+
+    /// Waits until the last connection of an export that was removed or changed is gone, and closes its image where
+    /// nothing else shows it. Waits for ever where there is none. Nothing is lost where the future is dropped.
+    pub(super) async fn settle(&mut self) {
+        let Some(left) = self.leaving.join_next().await else {
+            return std::future::pending().await;
+        };
+        if let Ok(key) = left
+            && let Some(shown) = self.images.get_mut(&key)
+        {
+            shown.retired -= 1;
+        }
+    }
+
+    /// Closes the images that nothing shows.
+    pub(super) async fn sweep(&mut self) {
+        let is_idle = |(key, shown): (&ImageKey, &Shown)| {
+            let used = shown.retired > 0 || self.placed.values().any(|placed| placed.key == *key);
+            (!used).then(|| key.clone())
+        };
+        let idle: Vec<ImageKey> = self.images.iter().filter_map(is_idle).collect();
+        for key in idle {
+            // Still in the map while it is being closed, so that `end` would wait for it.
+            let Some(device) = self.images.get(&key).map(|shown| shown.opened.device()) else {
+                continue;
+            };
+            match close(key.path(), &*device).await {
+                Ok(()) => tracing::info!(image = %key.path().display(), "closed an image"),
+                Err(error) => tracing::error!("{error}"),
+            }
+            self.images.remove(&key);
+        }
+    }
+
+    /// Closes every image, each whatever becomes of the others; what went wrong.
+    pub(super) async fn end(self) -> Vec<String> {
+        let mut failures = Vec::new();
+        for (key, shown) in self.images {
+            if let Err(error) = close(key.path(), &*shown.opened.device()).await {
+                failures.push(error.to_string());
+            }
+        }
+        failures
+    }
+
+    /// Opens what is not open yet, and makes the exports. Nobody sees them so far.
+    async fn prepare(
+        &mut self,
+        wanted: &[Wanted],
+        references: Option<AllowReferences>,
+    ) -> anyhow::Result<BTreeMap<String, Placed>> {
+        for one in wanted {
+            make(&one.spec).await.with_context(|| blame(one))?;
+        }
+        let keys = keys(wanted.to_vec(), references).await?;
+        let mut placed = BTreeMap::new();
+        for (one, key) in wanted.iter().zip(&keys) {
+            let known = self.placed.get(&one.spec.name);
+            let known = known.filter(|known| known.spec == one.spec && known.key == *key);
+            let export = match known {
+                Some(known) => known.export.clone(),
+                None => {
+                    let writes =
+                        |(other, of): (&Wanted, &ImageKey)| of == key && is_written(&other.spec);
+                    let writable = wanted.iter().zip(&keys).any(writes);
+                    self.export(&one.spec, key, writable).await.with_context(|| blame(one))?
+                }
+            };
+            let next = Placed { spec: one.spec.clone(), key: key.clone(), export };
+            if placed.insert(one.spec.name.clone(), next).is_some() {
+                bail!("{}: there is already an export named {:?}", blame(one), one.spec.name);
+            }
+        }
+        Ok(placed)
+    }
+
+    /// Makes an export over its image.
+    async fn export(
+        &mut self,
+        spec: &ExportSpec,
+        key: &ImageKey,
+        writable: bool,
+    ) -> anyhow::Result<Export> {
+        if spec.writes != Writes::Image || spec.before.is_some() || spec.after.is_some() {
+            bail!("copyonwrite, temporary, prerun and postrun are not carried out");
+        }
+        match self.images.get(key) {
+            Some(shown) if shown.writable || !writable => {}
+            Some(_) => bail!(
+                "the image is served read-only and would have to be opened again for writing: remove its exports, \
+                 reload, and add them again"
+            ),
+            None => {
+                let opened = Opened::open(key, writable).await?;
+                self.images.insert(key.clone(), Shown { opened, writable, retired: 0 });
+            }
+        }
+        let shown = self.images.get(key).context("the image is gone")?;
+        let sources = shown.opened.sources(spec).await?;
+        let device = part(shown.opened.device(), spec).await?;
+        let mut export = Export::new(&spec.name, device)
+            .description(spec.description.clone().unwrap_or_default())
+            .read_only(spec.read_only)
+            .default_export(spec.is_default)
+            .admission(spec.admission.clone())
+            .rotational(spec.rotational)
+            .withhold(spec.withheld);
+        if let Some(bytes) = spec.preferred_bytes {
+            export = export.preferred_bytes(bytes);
+        }
+        for (name, source) in sources {
+            export = export.context(name, source);
+        }
+        Ok(export)
+    }
+}
+
+/// Whether an export changes its image.
+fn is_written(spec: &ExportSpec) -> bool {
+    !spec.read_only && spec.writes == Writes::Image
+}
+
+/// What to say before an error with an export.
+fn blame(one: &Wanted) -> String {
+    let path = one.spec.path.display();
+    let what = format!("cannot open {path} for export {:?}", one.spec.name);
+    match &one.place {
+        Some(place) => format!("{place}: {what}"),
+        None => what,
+    }
+}
+
+/// Which images are wanted. They are looked at on a thread that may block.
+async fn keys(
+    wanted: Vec<Wanted>,
+    references: Option<AllowReferences>,
+) -> anyhow::Result<Vec<ImageKey>> {
+    let look = move || {
+        let key =
+            |one: &Wanted| ImageKey::of(&one.spec, references.as_ref()).with_context(|| blame(one));
+        wanted.iter().map(key).collect()
+    };
+    tokio::task::spawn_blocking(look).await?
+}
+
+/// Makes a raw image where there is none and one is to be made.
+async fn make(spec: &ExportSpec) -> anyhow::Result<()> {
+    let Some(bytes) = spec.makes_bytes else { return Ok(()) };
+    let path = spec.path.clone();
+    if spec.read_only || tokio::task::spawn_blocking(move || path.try_exists()).await?? {
+        return Ok(());
+    }
+    tracing::info!(image = %spec.path.display(), bytes, "made an image");
+    Ok(RawDevice::create(&spec.path, bytes).await?.close().await?)
+}
+
+/// The part of an image that an export shows.
+async fn part(
+    image: Arc<dyn BlockDevice>,
+    spec: &ExportSpec,
+) -> anyhow::Result<Arc<dyn BlockDevice>> {
+    let size_bytes = image.limits().size_bytes;
+    let mut device = image;
+    if let Some(number) = spec.partition {
+        let range = partition::find(&*device, number).await?;
+        device = Window::new(device, range)?;
+    } else if spec.offset != 0 || spec.size.is_some_and(|size| size != size_bytes) {
+        let size = spec.size.unwrap_or(size_bytes.saturating_sub(spec.offset));
+        let range = ByteRange::new(spec.offset, size).context("offset and size are too large")?;
+        device = Window::new(device, range)?;
+    }
+    if spec.durable {
+        device = WriteThrough::new(device);
+    }
+    Ok(device)
+}
+
+async fn close(path: &Path, device: &dyn BlockDevice) -> anyhow::Result<()> {
+    match timeout(CLOSE_TIMEOUT, device.close()).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => bail!("cannot close {}: {error}", path.display()),
+        Err(_) => bail!("closing {} took too long", path.display()),
+    }
+}

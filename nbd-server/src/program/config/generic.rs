@@ -1,0 +1,215 @@
+//! The section [generic]. Exports have their own file beside this one.
+
+use std::path::PathBuf;
+
+use nbd_server::{Admission, ClientRule, Removal};
+
+use super::keys::Keys;
+use crate::program::identity;
+use crate::program::options::{AllowReferences, Listen, Owner};
+
+/// The port that IANA gave to NBD.
+const PORT: u16 = 10809;
+
+/// What holds for all exports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Generic {
+    pub(crate) listen: Vec<Listen>,
+    pub(crate) socket_mode: Option<u32>,
+    pub(crate) socket_owner: Option<Owner>,
+    pub(crate) user: Option<String>,
+    pub(crate) group: Option<String>,
+    pub(crate) include: Option<(PathBuf, usize)>,
+    pub(crate) listing: bool,
+    pub(crate) admission: Admission,
+    pub(crate) references: Option<AllowReferences>,
+    pub(crate) connections: Option<usize>,
+    pub(crate) handshake_secs: Option<u32>,
+    pub(crate) threads: Option<usize>,
+    pub(crate) removal: Removal,
+}
+
+impl Generic {
+    /// Whether what takes effect only at the start is equal. The rest follows a reload.
+    pub(crate) fn starts_like(&self, other: &Self) -> bool {
+        let fixed = |generic: &Self| Self {
+            include: None,
+            listing: false,
+            admission: Admission::default(),
+            references: None,
+            removal: Removal::Drain,
+            ..generic.clone()
+        };
+        fixed(self) == fixed(other)
+    }
+}
+
+/// Reads the section.
+pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
+    refuse(keys);
+    let include_line = keys.entry("includedir").map_or(0, |entry| entry.line);
+    Generic {
+        listen: listen(keys),
+        socket_mode: mode(keys),
+        socket_owner: keys
+            .value("unixsock_owner", "it is USER or USER:GROUP, known on this machine"),
+        user: keys.text("user"),
+        group: keys.text("group"),
+        include: keys.path("includedir").map(|path| (path, include_line)),
+        listing: keys.flag("allowlist").unwrap_or(false),
+        admission: admission(keys, Admission::default()),
+        references: references(keys),
+        connections: at_least_one(keys, "max_connections"),
+        handshake_secs: at_least_one(keys, "handshake_timeout"),
+        threads: at_least_one(keys, "max_threads"),
+        removal: removal(keys),
+    }
+}
+
+fn refuse(keys: &mut Keys<'_>) {
+    for key in ["certfile", "keyfile", "cacertfile", "force_tls", "tlsprio"] {
+        keys.refuse(
+            key,
+            "TLS is not configured by files yet; clients are not to be left without it unnoticed",
+        );
+    }
+    keys.refuse("oldstyle", "nobody speaks the old handshake any more");
+    keys.without_effect("splice", "data is not copied needlessly anyhow");
+}
+
+/// A number from 1 on.
+fn at_least_one<T: std::str::FromStr + PartialOrd + From<u8>>(
+    keys: &mut Keys<'_>,
+    name: &'static str,
+) -> Option<T> {
+    let wants = "it is a number from 1 on";
+    let number: T = keys.value(name, wants)?;
+    if number < T::from(1) {
+        if let Some(entry) = keys.entry(name) {
+            keys.wrong(name, entry, wants);
+        }
+        return None;
+    }
+    Some(number)
+}
+
+fn mode(keys: &mut Keys<'_>) -> Option<u32> {
+    let entry = keys.entry("unixsock_mode")?;
+    match crate::program::options::mode(entry.value.trim_end()) {
+        Ok(mode) => Some(mode),
+        Err(wants) => {
+            keys.wrong("unixsock_mode", entry, &wants);
+            None
+        }
+    }
+}
+
+fn removal(keys: &mut Keys<'_>) -> Removal {
+    let Some(entry) = keys.entry("removal") else { return Removal::Drain };
+    match entry.value.trim_end() {
+        "drain" => Removal::Drain,
+        "cut" => Removal::Cut,
+        _ => {
+            keys.wrong("removal", entry, "it is either drain or cut");
+            Removal::Drain
+        }
+    }
+}
+
+pub(super) fn references(keys: &mut Keys<'_>) -> Option<AllowReferences> {
+    let path = keys.path("allow_references")?;
+    let anywhere = keys.entry("allow_references").is_some_and(|entry| entry.value == "any");
+    Some(if anywhere { AllowReferences::Any } else { AllowReferences::Below(path) })
+}
+
+/// Adds what `allow` and `deny` say.
+pub(super) fn admission(keys: &mut Keys<'_>, mut admission: Admission) -> Admission {
+    if keys.entry("allow").is_some() {
+        admission = admission.allow(clients(keys, "allow"));
+    }
+    let denied = clients(keys, "deny");
+    admission.deny(denied)
+}
+
+fn clients(keys: &mut Keys<'_>, name: &'static str) -> Vec<ClientRule> {
+    let mut rules = Vec::new();
+    let entries: Vec<_> = keys.entries(name).collect();
+    for entry in entries {
+        let words = entry.value.split([',', ' ', '\t']).filter(|word| !word.is_empty());
+        for word in words {
+            match identity::client(word) {
+                Ok(rule) => rules.push(rule),
+                Err(why) => keys.wrong(name, entry, &why),
+            }
+        }
+    }
+    rules
+}
+
+/// Where to listen. Without a word on it, on all addresses, as the reference server does.
+fn listen(keys: &mut Keys<'_>) -> Vec<Listen> {
+    let mut listen = Vec::new();
+    let own: Vec<_> = keys.entries("listen").collect();
+    for entry in &own {
+        match entry.value.trim_end().parse() {
+            Ok(address) => listen.push(address),
+            Err(wants) => {
+                let wants: String = wants;
+                keys.wrong("listen", entry, &wants);
+            }
+        }
+    }
+    let unix = keys.path("unixsock");
+    let both = keys.flag("duallisten");
+    let has_address = keys.entry("listenaddr").is_some() || keys.entry("port").is_some();
+    let port = port(keys);
+    if let Some(path) = &unix {
+        listen.push(Listen::Unix(path.clone()));
+    }
+    let on_addresses = match (&unix, both) {
+        (Some(_), both) => both == Some(true),
+        (None, _) => own.is_empty() || has_address,
+    };
+    if unix.is_none() && both.is_some() {
+        keys.without_effect("duallisten", "there is no unixsock");
+    }
+    if !on_addresses {
+        if unix.is_some() && has_address {
+            let why = "unixsock is set and duallisten is not";
+            keys.without_effect("listenaddr", why);
+            keys.without_effect("port", why);
+        }
+        return listen;
+    }
+    let addresses = keys.text("listenaddr");
+    let named = addresses.as_deref().unwrap_or("::,0.0.0.0");
+    let hosts = named.split(',').map(str::trim).filter(|host| !host.is_empty());
+    listen.extend(hosts.map(|host| Listen::Tcp {
+        host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
+        port,
+        // The default of a machine without IPv6, too.
+        optional: addresses.is_none() && host == "::",
+        only_v6: true,
+    }));
+    listen
+}
+
+fn port(keys: &mut Keys<'_>) -> u16 {
+    let Some(entry) = keys.entry("port") else { return PORT };
+    let text = entry.value.trim_end();
+    if text == "0" {
+        let text = "port 0 takes any free port; standard input is not served";
+        keys.log.remark(keys.file, entry.line, text);
+    }
+    match text.parse().ok().or_else(|| identity::service(text)) {
+        Some(port) => port,
+        None => {
+            keys.wrong(
+                "port",
+                entry,
+                "it is neither a number up to 65535 nor a TCP service in /etc/services",
+            );
+            PORT
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! The keys that configuration files may hold, with a sentence on each for the manual, and taking their values out of a
+//! section. What follows from the values is decided in `read`.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use super::fault::{Fault, Finding, Place, Remark};
+use super::ini::{Entry, Section};
+
+/// A key as the manual tells of it.
+pub(crate) struct Key {
+    pub(crate) name: &'static str,
+    pub(crate) value: &'static str,
+    pub(crate) text: &'static str,
+}
+
+const fn key(name: &'static str, value: &'static str, text: &'static str) -> Key {
+    Key { name, value, text }
+}
+
+/// The keys of `[generic]`.
+pub(crate) const GENERIC: &[Key] = &[
+    key(
+        "listen",
+        "ADDRESS",
+        "Where to listen, as --listen. Repeatable. With it alone, listenaddr, port and unixsock have no defaults",
+    ),
+    key("listenaddr", "ADDRESS,...", "The addresses to listen on [default: ::, 0.0.0.0]"),
+    key(
+        "port",
+        "PORT",
+        "The port of listenaddr, a number or a name of /etc/services [default: 10809]",
+    ),
+    key("unixsock", "PATH", "A Unix socket to listen on, and then on no address"),
+    key("duallisten", "true|false", "Listen on unixsock and on addresses"),
+    key("unixsock_mode", "OCTAL", "The mode of Unix sockets"),
+    key("unixsock_owner", "USER[:GROUP]", "The owner of Unix sockets"),
+    key("user", "USER", "Run as this user once the sockets are open, and before any image is"),
+    key("group", "GROUP", "Run as this group"),
+    key(
+        "includedir",
+        "DIR",
+        "Also read the files *.conf in DIR, in the order of their names. They hold exports only",
+    ),
+    key("allowlist", "true|false", "Let clients list the exports [default: false]"),
+    key(
+        "allow",
+        "CLIENT,...",
+        "Who may connect: ADDRESS[/BITS], unix, uid:USER, cid:NUMBER. Everybody else may not",
+    ),
+    key("deny", "CLIENT,...", "Who may not connect, whatever allow says"),
+    key("allow_references", "DIR|any", "Where backing files may lie, as --allow-references"),
+    key("max_connections", "N", "Connections at once, as --max-connections"),
+    key(
+        "handshake_timeout",
+        "SECONDS",
+        "How long a client may take to choose an export, as --handshake-timeout",
+    ),
+    key("max_threads", "N", "How many threads serve connections [default: one for each processor]"),
+    key(
+        "removal",
+        "drain|cut",
+        "What becomes of connections to an export that a reload removes: they go on, or are closed [default: drain]",
+    ),
+    key("certfile", "FILE", "Refused: TLS is not configured by files yet"),
+    key("keyfile", "FILE", "Refused, as certfile"),
+    key("cacertfile", "FILE", "Refused, as certfile"),
+    key("force_tls", "true|false", "true is refused, as certfile"),
+    key("tlsprio", "TEXT", "Refused, as certfile"),
+    key("oldstyle", "true|false", "true is refused: nobody speaks the old handshake any more"),
+    key(
+        "splice",
+        "true|false",
+        "No effect: data is not copied through user memory needlessly anyhow",
+    ),
+];
+
+/// The keys of exports.
+pub(crate) const EXPORT: &[Key] = &[
+    key(
+        "exportname",
+        "PATH",
+        "The image or block device. A relative path begins at the folder of the configuration file",
+    ),
+    key(
+        "format",
+        "raw|qcow2",
+        "Its format [default: raw, refused where the file begins as a qcow2 image does]",
+    ),
+    key("description", "TEXT", "A text for people who list exports"),
+    key("default", "true|false", "Also serve it to clients that name no export"),
+    key("readonly", "true|false", "Refuse every change"),
+    key(
+        "filesize",
+        "BYTES",
+        "Serve that much of the image. A raw image that does not exist is made",
+    ),
+    key("size", "BYTES", "The same as filesize, but makes nothing"),
+    key("offset", "BYTES", "Serve what lies behind this part of the image"),
+    key(
+        "partition",
+        "N",
+        "Serve this partition of an MBR or a GPT, counted from 1, logical ones from 5",
+    ),
+    key("snapshot", "NAME", "Serve this internal snapshot of a qcow2 image, read-only"),
+    key(
+        "bitmap",
+        "NAME",
+        "Offer this bitmap of a qcow2 image as qemu:dirty-bitmap:NAME. Repeatable",
+    ),
+    key(
+        "allocation_depth",
+        "true|false",
+        "Offer which layer of the chain holds each part of the disk as qemu:allocation-depth",
+    ),
+    key("allow_references", "DIR|any", "Where backing files of this image may lie"),
+    key("allow", "CLIENT,...", "Who may use it, of those who may connect"),
+    key("deny", "CLIENT,...", "Who may not use it"),
+    key(
+        "authfile",
+        "FILE",
+        "A file with a client or network on each line: who may use it. Where there is no such file, everybody",
+    ),
+    key(
+        "blocksize",
+        "BYTES",
+        "The size of requests that clients are told to prefer: a power of two from 512 to 32 MiB",
+    ),
+    key("flush", "true|false", "false: clients are not told that they can flush [default: true]"),
+    key(
+        "fua",
+        "true|false",
+        "false: clients are not told of writes that are durable at once [default: true]",
+    ),
+    key("trim", "true|false", "false: clients are not told that they can discard [default: true]"),
+    key("rotational", "true|false", "Tell clients to sort their requests"),
+    key("sync", "true|false", "Make every write durable before it is answered"),
+    key(
+        "copyonwrite",
+        "true|false",
+        "Keep what a client writes in a file of its connection, gone when it leaves",
+    ),
+    key("cowdir", "DIR", "Where copyonwrite keeps these files [default: beside the image]"),
+    key(
+        "temporary",
+        "true|false",
+        "Serve each client an empty disk of filesize bytes, gone when it leaves, in the folder of exportname",
+    ),
+    key(
+        "prerun",
+        "COMMAND",
+        "Run by the shell when a client chooses the export, %s being the path; where it fails, the client is turned away",
+    ),
+    key("postrun", "COMMAND", "Run by the shell when the client has left"),
+    key(
+        "virtstyle",
+        "STYLE",
+        "none: %s in exportname means itself. Other styles are refused where exportname holds %s",
+    ),
+    key("multifile", "true|false", "true is refused: join the files, or convert them to one image"),
+    key("treefiles", "true|false", "true is refused: a qcow2 image grows as it is filled, too"),
+    key("waitfile", "true|false", "true is refused: there is no writing before the image exists"),
+    key("sparse_cow", "true|false", "No effect: files of copyonwrite are sparse"),
+    key("sdp", "true|false", "true is refused: the protocol left the kernel"),
+    key("splice", "true|false", "No effect, as in [generic]"),
+    key("listenaddr", "ADDRESS", "No effect: exports share the addresses of [generic]"),
+    key("port", "PORT", "No effect, as listenaddr"),
+    key("transactionlog", "FILE", "No effect: requests are told by RUST_LOG=nbd_server=debug"),
+    key("datalog", "true|false", "No effect, as transactionlog"),
+    key("maxconnections", "N", "Refused, unless 0: connections are limited for the whole server"),
+    key("timeout", "SECONDS", "Refused, unless 0: idle connections are kept"),
+    key("force_tls", "true|false", "true is refused: TLS is not configured by files yet"),
+    key("tlsonly", "true|false", "true is refused, as force_tls"),
+];
+
+/// What reading collects beside the values.
+#[derive(Debug, Default)]
+pub(super) struct Log {
+    pub(super) faults: Vec<Finding>,
+    pub(super) remarks: Vec<Remark>,
+}
+
+impl Log {
+    pub(super) fn fault(&mut self, file: &Arc<Path>, line: usize, what: Fault) {
+        self.faults.push(Finding { place: Place { file: Arc::clone(file), line }, what });
+    }
+
+    pub(super) fn remark(&mut self, file: &Arc<Path>, line: usize, text: impl Into<String>) {
+        let place = Place { file: Arc::clone(file), line };
+        self.remarks.push(Remark { place, text: text.into(), unfinished: false });
+    }
+}
+
+/// A section whose values are being taken.
+pub(super) struct Keys<'a> {
+    pub(super) file: &'a Arc<Path>,
+    pub(super) section: &'a Section,
+    pub(super) log: &'a mut Log,
+    known: &'static [Key],
+}
+
+impl<'a> Keys<'a> {
+    /// Refuses what is not `known` in such sections, and single keys that stand twice.
+    pub(super) fn new(
+        file: &'a Arc<Path>,
+        section: &'a Section,
+        (known, scope): (&'static [Key], &'static str),
+        log: &'a mut Log,
+    ) -> Self {
+        for (index, entry) in section.entries.iter().enumerate() {
+            let before = section.entries.iter().take(index).find(|other| other.key == entry.key);
+            if !known.iter().any(|key| key.name == entry.key) {
+                let near = nearest(&entry.key, known);
+                let key = entry.key.clone();
+                log.fault(file, entry.line, Fault::Unknown { key, scope, near });
+            } else if let Some(first) = before
+                && !matches!(entry.key.as_str(), "bitmap" | "listen" | "allow" | "deny")
+            {
+                let (key, first) = (entry.key.clone(), first.line);
+                log.fault(file, entry.line, Fault::KeyTwice { key, first });
+            }
+        }
+        Self { file, section, log, known }
+    }
+
+    /// Every value of a key, in their order.
+    pub(super) fn entries(
+        &mut self,
+        name: &'static str,
+    ) -> impl Iterator<Item = &'a Entry> + use<'a> {
+        debug_assert!(self.known.iter().any(|key| key.name == name), "{name}");
+        self.section.entries.iter().filter(move |entry| entry.key == name)
+    }
+
+    /// The one value of a key.
+    pub(super) fn entry(&mut self, name: &'static str) -> Option<&'a Entry> {
+        self.entries(name).next()
+    }
+
+    /// A text, which may not be empty.
+    pub(super) fn text(&mut self, name: &'static str) -> Option<String> {
+        let entry = self.entry(name)?;
+        if entry.value.ends_with(|c: char| c.is_ascii_whitespace()) {
+            let text = format!("the white space behind the value of {name} belongs to it");
+            self.log.remark(self.file, entry.line, text);
+        }
+        if entry.value.is_empty() {
+            self.wrong(name, entry, "it needs a value");
+            return None;
+        }
+        Some(entry.value.clone())
+    }
+
+    /// A path; a relative one begins at the folder of the file.
+    pub(super) fn path(&mut self, name: &'static str) -> Option<PathBuf> {
+        let text = self.text(name)?;
+        Some(self.file.parent().unwrap_or(Path::new("")).join(text))
+    }
+
+    /// `true` or `false`.
+    pub(super) fn flag(&mut self, name: &'static str) -> Option<bool> {
+        let entry = self.entry(name)?;
+        match entry.value.trim_end() {
+            "true" => Some(true),
+            "false" => Some(false),
+            _ => {
+                self.wrong(name, entry, "it is either true or false");
+                None
+            }
+        }
+    }
+
+    /// Something that a text can be read as.
+    pub(super) fn value<T: FromStr>(&mut self, name: &'static str, wants: &str) -> Option<T> {
+        let entry = self.entry(name)?;
+        let value = entry.value.trim_end().parse().ok();
+        if value.is_none() {
+            self.wrong(name, entry, wants);
+        }
+        value
+    }
+
+    /// A number of bytes, also with a unit.
+    pub(super) fn bytes(&mut self, name: &'static str) -> Option<u64> {
+        let entry = self.entry(name)?;
+        match crate::program::options::bytes(entry.value.trim_end()) {
+            Ok(bytes) => Some(bytes),
+            Err(wants) => {
+                self.wrong(name, entry, &wants);
+                None
+            }
+        }
+    }
+
+    /// Says that a value will not do.
+    pub(super) fn wrong(&mut self, key: &'static str, entry: &Entry, wants: &str) {
+        let (value, wants) = (entry.value.clone(), wants.to_owned());
+        self.log.fault(self.file, entry.line, Fault::Value { key, value, wants });
+    }
+
+    /// Refuses a key where it is there, or a switch where it is on.
+    pub(super) fn refuse(&mut self, name: &'static str, why: &'static str) {
+        let Some(entry) = self.entry(name) else { return };
+        if entry.value.trim_end() != "false" {
+            self.log.fault(self.file, entry.line, Fault::Refused { key: name, why });
+        }
+    }
+
+    /// Says of a key that nothing follows from it.
+    pub(super) fn without_effect(&mut self, name: &'static str, why: &str) {
+        if let Some(entry) = self.entry(name) {
+            self.log.remark(self.file, entry.line, format!("{name} has no effect: {why}"));
+        }
+    }
+}
+
+/// The key that was probably meant: one that differs in a letter or two.
+fn nearest(name: &str, known: &'static [Key]) -> Option<&'static str> {
+    let plain = |text: &str| text.to_ascii_lowercase().replace(['-', '_'], "");
+    let name = plain(name);
+    let candidates = known.iter().map(|key| (distance(&name, &plain(key.name)), key.name));
+    candidates.filter(|(distance, _)| *distance <= 2).min().map(|(_, name)| name)
+}
+
+/// How many letters have to be put in, taken out or changed.
+fn distance(one: &str, other: &str) -> usize {
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (above, a) in (1..).zip(one.bytes()) {
+        let mut diagonal = above - 1;
+        let mut left = above;
+        let mut next = vec![above];
+        for (b, up) in other.bytes().zip(row.iter().skip(1)) {
+            let changed = diagonal + usize::from(a != b);
+            diagonal = *up;
+            left = changed.min(up + 1).min(left + 1);
+            next.push(left);
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn misspelt_keys_are_recognised() {
+        assert_eq!(nearest("readonyl", EXPORT), Some("readonly"));
+        assert_eq!(nearest("read_only", EXPORT), Some("readonly"));
+        assert_eq!(nearest("export_name", EXPORT), Some("exportname"));
+        assert_eq!(nearest("colour", EXPORT), None);
+        assert_eq!(distance("kitten", "sitting"), 3);
+    }
+
+    #[test]
+    fn every_key_is_told_once() {
+        for keys in [GENERIC, EXPORT] {
+            let mut names: Vec<_> = keys.iter().map(|key| key.name).collect();
+            names.sort_unstable();
+            let all = names.len();
+            names.dedup();
+            assert_eq!(names.len(), all);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Reading the main file and those that it includes, and what has to hold between them.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::fault::{Fault, Faults, Place, Remark};
+use super::ini::{self, Document};
+use super::keys::{GENERIC, Keys, Log};
+use super::{Config, export, generic};
+
+/// The longest file that is read, in bytes.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+
+/// Reads the configuration that begins in `path`.
+///
+/// # Errors
+/// All that is wrong with it, by file and line.
+pub(crate) fn read(path: &Path) -> Result<Config, Faults> {
+    let mut log = Log::default();
+    let main: Arc<Path> = path.into();
+    let document = load(&main, &mut log);
+    let mut generic = None;
+    let mut sections = document.sections.iter();
+    match sections.next() {
+        Some(first) if first.name == "generic" => {
+            generic =
+                Some(generic::read(&mut Keys::new(&main, first, (GENERIC, "[generic]"), &mut log)));
+        }
+        Some(first) => log.fault(&main, first.line, Fault::NotGeneric),
+        None if document.faults.is_empty() && log.faults.is_empty() => {
+            log.fault(&main, 1, Fault::NotGeneric);
+        }
+        None => {}
+    }
+    let mut files = vec![(main, sections.cloned().collect::<Vec<_>>())];
+    if let Some((folder, line)) = generic.as_ref().and_then(|generic| generic.include.clone()) {
+        match included(&folder) {
+            Ok(paths) => files.extend(paths.into_iter().map(|path| {
+                let file: Arc<Path> = path.into();
+                let sections = load(&file, &mut log).sections;
+                (file, sections)
+            })),
+            Err(error) => {
+                let (file, why) = (&files[0].0, error.kind());
+                log.fault(file, line, Fault::Unreadable { path: folder, why });
+            }
+        }
+    }
+    let mut exports = Vec::new();
+    let mut first = HashMap::new();
+    for (file, sections) in &files {
+        for section in sections {
+            if section.name == "generic" {
+                log.fault(file, section.line, Fault::GenericHere);
+                continue;
+            }
+            let place = Place { file: Arc::clone(file), line: section.line };
+            if let Some(first) = first.insert(section.name.clone(), place.clone()) {
+                let name = section.name.clone();
+                log.fault(file, section.line, Fault::SectionTwice { name, first });
+            }
+            exports.extend(export::read(file, section, &mut log).map(|spec| (place, spec)));
+        }
+    }
+    match generic {
+        Some(generic) if log.faults.is_empty() => {
+            let files = files.into_iter().map(|(file, _)| file.to_path_buf()).collect();
+            Ok(Config { generic, exports, files, remarks: log.remarks })
+        }
+        _ => Err(Faults(log.faults)),
+    }
+}
+
+/// The files that a folder adds, by name.
+fn included(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let is_ours = path.as_os_str().as_encoded_bytes().ends_with(b".conf");
+        // What vanished meanwhile, or is a link to nowhere, is not silently left out: reading it fails.
+        if is_ours && std::fs::metadata(&path).map_or(true, |metadata| metadata.is_file()) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Reads and takes apart one file.
+fn load(file: &Arc<Path>, log: &mut Log) -> Document {
+    let bytes = match read_whole(file) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => {
+            log.fault(file, 1, Fault::Changing);
+            return Document::default();
+        }
+        Err(error) => {
+            let (path, why) = (file.to_path_buf(), error.kind());
+            log.fault(file, 0, Fault::Unreadable { path, why });
+            return Document::default();
+        }
+    };
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        log.fault(file, 0, Fault::TooLong(MAX_FILE_BYTES));
+        return Document::default();
+    }
+    if bytes.is_empty() {
+        log.fault(file, 1, Fault::Empty);
+    }
+    let document = ini::parse(&bytes);
+    for (line, fault) in &document.faults {
+        log.fault(file, *line, fault.clone());
+    }
+    if let Some(line) = document.unfinished {
+        let place = Place { file: Arc::clone(file), line };
+        let text = "the line has no end; a reload would not take the file".to_owned();
+        log.remarks.push(Remark { place, text, unfinished: true });
+    }
+    document
+}
+
+/// What the file holds; `None` where somebody writes it meanwhile.
+fn read_whole(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let file = File::open(path)?;
+    let stamp = |file: &File| -> io::Result<_> {
+        let metadata = file.metadata()?;
+        Ok((metadata.len(), metadata.modified()?))
+    };
+    let before = stamp(&file)?;
+    let mut bytes = Vec::new();
+    (&file).take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    Ok((stamp(&file)? == before).then_some(bytes))
+}

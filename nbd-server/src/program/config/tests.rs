@@ -1,0 +1,269 @@
+//! Configurations as people write them, the reference server's own, and broken ones.
+
+use std::path::Path;
+
+use nbd_server::wire::transmission_flag as flag;
+use nbd_server::{Admission, Peer, Removal};
+
+use super::keys::{EXPORT, GENERIC};
+use super::{Config, Faults, read};
+use crate::program::options::{Format, Listen, Writes};
+
+/// A folder with files in it.
+struct Files(tempfile::TempDir);
+
+impl Files {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn read(&self) -> Result<Config, Faults> {
+        read(&self.path("config"))
+    }
+
+    /// What is wrong, with the folder left out.
+    fn faults(&self) -> Vec<String> {
+        let folder = format!("{}/", self.0.path().display());
+        let Faults(findings) = self.read().unwrap_err();
+        findings.iter().map(|finding| finding.to_string().replace(&folder, "")).collect()
+    }
+}
+
+fn config(text: &str) -> Config {
+    Files::new(&[("config", text)]).read().unwrap()
+}
+
+fn tcp(host: &str, port: u16, optional: bool) -> Listen {
+    Listen::Tcp { host: host.into(), port, optional, only_v6: true }
+}
+
+#[test]
+fn the_examples_of_the_reference_load() {
+    // The forms of its manual and of its test suite.
+    let simple = config("[generic]\n[export]\n    exportname = /export/blkdev\n");
+    assert_eq!(simple.generic.listen, [tcp("::", 10809, true), tcp("0.0.0.0", 10809, false)]);
+    let (place, spec) = &simple.exports[0];
+    assert_eq!((spec.name.as_str(), spec.path.as_path()), ("export", Path::new("/export/blkdev")));
+    assert!(place.line == 2 && spec.raw_unless_said && !spec.read_only && !spec.is_default);
+    assert!(!simple.generic.listing);
+
+    let several = config(
+        "[generic]\n[export1]\n\texportname = /tmp/x\n\tcopyonwrite = true\n\tlistenaddr = 127.0.0.1\n[export2]\n\t\
+         exportname = /tmp/x\n\treadonly = true\n\tlistenaddr = 127.0.0.1\n",
+    );
+    assert_eq!(several.exports[0].1.writes, Writes::Apart { folder: None });
+    assert!(several.exports[1].1.read_only);
+    assert_eq!(several.remarks.len(), 2, "of listenaddr: {:?}", several.remarks);
+
+    let flags = config(
+        "[generic]\n[export1]\nexportname = /tmp/x\nflush = true\nfua = true\nrotational = true\nfilesize = 52428800\n\
+         temporary = true\n",
+    );
+    let spec = &flags.exports[0].1;
+    assert_eq!(
+        (&spec.writes, spec.size, spec.makes_bytes),
+        (&Writes::Temporary, Some(52_428_800), None)
+    );
+    assert!(spec.rotational && spec.withheld == 0);
+
+    let unix =
+        "[generic]\nunixsock = /tmp/s\nlistenaddr = 127.0.0.1\n[export1]\nexportname = /tmp/x\n";
+    assert_eq!(config(unix).generic.listen, [Listen::Unix("/tmp/s".into())]);
+    let both = unix.replace("unixsock", "duallisten = true\nunixsock");
+    let listen = [Listen::Unix("/tmp/s".into()), tcp("127.0.0.1", 10809, false)];
+    assert_eq!(config(&both).generic.listen, listen);
+    let list = "[generic]\nlistenaddr = 127.0.0.1, ::1\nport=1234\nallowlist = true\n[export1]\nexportname = /tmp/x\n";
+    let list = config(list);
+    assert_eq!(list.generic.listen, [tcp("127.0.0.1", 1234, false), tcp("::1", 1234, false)]);
+    assert!(list.generic.listing);
+}
+
+#[test]
+fn an_authorization_file_says_who_may_use_an_export() {
+    let text =
+        "[generic]\n user = root\n group = root\n[export]\n exportname = /x\n authfile = allow\n";
+    let list = "# of the manual\n127.0.0.1\n192.168.0.0/8\n192.168.1.1 # a word\n\n";
+    let files = Files::new(&[("config", text), ("allow", list)]);
+    let config = files.read().unwrap();
+    let admission = &config.exports[0].1.admission;
+    let peer = |address: &str| Peer::Tcp(address.parse().unwrap());
+    assert!(admission.permits(&peer("127.0.0.1:1")) && admission.permits(&peer("192.9.9.9:1")));
+    assert!(!admission.permits(&peer("10.0.0.1:1")) && !admission.permits(&Peer::Unix { uid: 0 }));
+    std::fs::write(files.path("allow"), "").unwrap();
+    assert_eq!(files.read().unwrap().exports[0].1.admission, Admission::nobody());
+    std::fs::write(files.path("allow"), "# one\nlocalhost\n").unwrap();
+    assert!(files.faults()[0].starts_with("allow:2: "));
+    std::fs::remove_file(files.path("allow")).unwrap();
+    let config = files.read().unwrap();
+    assert_eq!(config.exports[0].1.admission, Admission::default());
+    assert!(config.remarks[0].text.contains("everybody"));
+}
+
+#[test]
+fn included_files_are_read_in_the_order_of_their_names() {
+    let files = Files::new(&[
+        ("config", "[generic]\nincludedir = conf.d\n[main]\nexportname = m\n"),
+        ("conf.d/20-b.conf", "[b]\nexportname = /b\n"),
+        ("conf.d/10-a.conf", "# a comment first\n[a]\nexportname = a.img\n[z]\nexportname=/z\n"),
+        ("conf.d/30-nothing.conf", "# switched off\n"),
+        ("conf.d/README", "[generic]\n"),
+        ("conf.d/old.conf.bak", "broken"),
+        ("conf.d/folder.conf/x", "broken"),
+    ]);
+    let config = files.read().unwrap();
+    let names: Vec<_> = config.exports.iter().map(|(_, spec)| spec.name.as_str()).collect();
+    assert_eq!(names, ["main", "a", "z", "b"]);
+    assert_eq!(config.exports[0].1.path, files.path("m"));
+    assert_eq!(config.exports[1].1.path, files.path("conf.d/a.img"));
+    assert_eq!(config.exports[1].0.line, 2);
+    assert_eq!(config.files.len(), 4);
+    std::fs::write(files.path("conf.d/40.conf"), "[generic]\n[a]\nexportname=/a\n[c]\n").unwrap();
+    let faults = files.faults();
+    assert!(
+        faults[0].starts_with("conf.d/40.conf:1: [generic] stands in the main file"),
+        "{faults:?}"
+    );
+    assert!(faults[1].starts_with("conf.d/40.conf:2: the section [a] is at "), "{faults:?}");
+    assert!(faults[1].ends_with("conf.d/10-a.conf:2 already"), "{faults:?}");
+    assert_eq!(faults[2], "conf.d/40.conf:4: [c] does not say exportname");
+    std::fs::write(files.path("conf.d/40.conf"), "").unwrap();
+    assert!(files.faults()[0].starts_with("conf.d/40.conf:1: the file is empty"));
+    std::fs::remove_dir_all(files.path("conf.d")).unwrap();
+    assert!(files.faults()[0].starts_with("config:2: cannot read"));
+}
+
+#[test]
+fn our_own_keys_are_read() {
+    let config = config(
+        "[generic]\nlisten = unix:/s\nlisten = vsock:any:10809\nunixsock_mode = 0660\nunixsock_owner = root:root\n\
+         handshake_timeout = 7\nmax_connections = 9\nmax_threads = 2\nremoval = cut\nallow = 10.0.0.0/8, uid:root\n\
+         deny = 10.0.0.1\nallow_references = any\n\
+         [a]\nexportname = /a\nformat = qcow2\ndescription = one, two\ndefault = true\nbitmap = x\nbitmap = y\n\
+         blocksize = 64K\nsync = true\ntrim = false\nflush = false\nallow_references = sub\nprerun = true\n\
+         [b]\nexportname = /b\noffset = 1M\nsize = 2M\nreadonly = true\ndeny = unix\n\
+         [c]\nexportname = /c\npartition = 2\n[d]\nexportname = /d\nsnapshot = s\nformat = qcow2\n",
+    );
+    let generic = &config.generic;
+    let vsock = Listen::Vsock { cid: None, port: 10809 };
+    assert_eq!(generic.listen, [Listen::Unix("/s".into()), vsock]);
+    assert_eq!((generic.socket_mode, generic.threads), (Some(0o660), Some(2)));
+    assert_eq!((generic.handshake_secs, generic.connections), (Some(7), Some(9)));
+    assert_eq!(generic.removal, Removal::Cut);
+    assert!(generic.admission.permits(&Peer::Unix { uid: 0 }));
+    assert!(!generic.admission.permits(&Peer::Tcp("10.0.0.1:5".parse().unwrap())));
+    let [a, b, c, d] = &config.exports[..] else { panic!("{:?}", config.exports) };
+    let a = &a.1;
+    assert_eq!((a.format, a.description.as_deref()), (Some(Format::Qcow2), Some("one, two")));
+    assert_eq!((a.bitmaps.len(), a.preferred_bytes), (2, Some(65_536)));
+    assert!(a.is_default && a.durable && a.before.as_deref() == Some("true"));
+    assert_eq!(a.withheld, flag::SEND_TRIM | flag::SEND_FLUSH);
+    assert_eq!((b.1.offset, b.1.size, b.1.makes_bytes), (1 << 20, Some(2 << 20), None));
+    assert!(!b.1.admission.permits(&Peer::Unix { uid: 0 }));
+    assert_eq!((c.1.partition, d.1.snapshot.as_deref()), (Some(2), Some("s")));
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_file_and_line() {
+    let export = "[generic]\n[a]\nexportname = /a\n";
+    for (text, expected) in [
+        ("", "config:1: the file is empty"),
+        ("# nothing\n", "config:1: the first section must be [generic]"),
+        ("[a]\nexportname = /a\n", "config:1: the first section must be [generic]"),
+        ("[generic]\nreadonly = true\n", "config:2: there is no key \"readonly\" in [generic]"),
+        ("[generic]\nport = 70000\n", "config:2: port = \"70000\""),
+        ("[generic]\nport\n", "config:2: the line is neither"),
+        ("[generic]\nuser =\n", "config:2: user = \"\": it needs a value"),
+        ("[generic]\nmax_threads = 0\n", "config:2: max_threads = \"0\""),
+        ("[generic]\nkeyfile = /k\n", "config:2: keyfile: TLS"),
+        ("[generic]\noldstyle = true\n", "config:2: oldstyle: "),
+        ("[generic]\n[generic]\n", "config:2: [generic] stands"),
+        ("[generic]\n[a]\n", "config:2: [a] does not say exportname"),
+        (
+            &format!("{export}readonyl = true\n"),
+            "config:4: there is no key \"readonyl\" in the section of an export; is readonly meant?",
+        ),
+        (&format!("{export}readonly = yes\n"), "config:4: readonly = \"yes\": it is either"),
+        (&format!("{export}exportname = /b\n"), "config:4: exportname is set in line 3 already"),
+        (
+            &format!("{export}[a]\nexportname = /b\n"),
+            "config:4: the section [a] is at config:2 already",
+        ),
+        (&format!("{export}multifile = true\n"), "config:4: multifile: "),
+        (&format!("{export}maxconnections = 3\n"), "config:4: maxconnections: "),
+        (&format!("{export}force_tls = true\n"), "config:4: force_tls: "),
+        (&format!("{export}virtstyle = moon\n"), "config:4: virtstyle = \"moon\""),
+        (&format!("{export}bitmap = x\n"), "config:2: [a]: a raw image has neither"),
+        (&format!("{export}temporary = true\n"), "config:2: [a]: a temporary disk"),
+        (&format!("{export}blocksize = 1000\n"), "config:4: blocksize = \"1000\""),
+        (&format!("{export}allow = 10.0.0.0/40\n"), "config:4: allow = "),
+        ("[generic]\n[a]\nexportname = /x/%s\n", "config:3: exportname: %s"),
+    ] {
+        let faults = Files::new(&[("config", text)]).faults();
+        assert!(faults.iter().any(|fault| fault.starts_with(expected)), "{text}: {faults:?}");
+    }
+    let faults = Files::new(&[]).faults();
+    assert!(faults[0].contains("cannot read"), "{faults:?}");
+}
+
+#[test]
+fn every_fault_is_told_at_once() {
+    let text = "[generic]\nport = x\nnonsense\n[a]\nreadonly = 1\nsize = x\n";
+    let lines: Vec<_> = Files::new(&[("config", text)]).faults();
+    assert_eq!(lines.len(), 5, "{lines:?}");
+}
+
+#[test]
+fn what_has_no_effect_is_remarked() {
+    let config = config(
+        "[generic]\nsplice = true\nduallisten = false\nport = 0\n[a]\nexportname = /a\nport = 9\ntransactionlog = /l\n\
+         datalog = false\nsparse_cow = true\ncowdir = /c\nvirtstyle = cidrhash 16\nlistenaddr = ::\ndescription = x \n",
+    );
+    let lines: Vec<_> = config.remarks.iter().map(|remark| remark.place.line).collect();
+    assert!(
+        [2, 3, 4, 7, 8, 9, 10, 11, 12, 13].iter().all(|line| lines.contains(line)),
+        "{lines:?}"
+    );
+    let unfinished = Files::new(&[("config", "[generic]\n[a]\nexportname = /a")]).read().unwrap();
+    assert!(unfinished.remarks[0].unfinished && unfinished.remarks[0].place.line == 3);
+}
+
+#[test]
+fn every_key_of_the_manual_is_meant_refused_or_remarked() {
+    for (keys, is_generic) in [(GENERIC, true), (EXPORT, false)] {
+        for key in keys {
+            let line = format!("{} = %\n", key.name);
+            let own = if is_generic { &line } else { "" };
+            let export = match (is_generic, key.name) {
+                (false, "exportname") => line.clone(),
+                (false, _) => format!("exportname = /a\n{line}"),
+                (true, _) => "exportname = /a\n".to_owned(),
+            };
+            let text = format!("[generic]\n{own}[a]\n{export}");
+            match Files::new(&[("config", &text)]).read() {
+                Err(Faults(findings)) => {
+                    assert!(
+                        !findings.iter().any(|found| found.to_string().contains("no key")),
+                        "{}",
+                        key.name
+                    );
+                }
+                Ok(with) => {
+                    let without = config("[generic]\n[a]\nexportname = /a\n");
+                    let same = with.generic == without.generic
+                        && with.exports[0].1 == without.exports[0].1;
+                    assert!(!same || !with.remarks.is_empty(), "{} is silently ignored", key.name);
+                }
+            }
+        }
+    }
+}

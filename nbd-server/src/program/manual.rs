@@ -1,0 +1,84 @@
+//! What people and shells read about the program: the manual and scripts for completion, made from the definitions that
+//! it parses by.
+
+use std::io::Write;
+
+use anyhow::Context;
+use clap::CommandFactory;
+use clap_complete::Shell;
+use clap_mangen::roff::{Roff, bold, roman};
+
+use super::config::{EXPORT, GENERIC, Key};
+use super::options::Options;
+
+const SYNTAX: &str = "Configuration files have the format of the reference nbd-server: sections [NAME], lines KEY = \
+VALUE, and comments that begin with #. The first section of the main file is [generic]; each other one, and each in the \
+files that includedir adds, is an export of that name. Sizes are bytes, or take K, M, G or T. Relative paths begin at \
+the folder of the file. A key that is not known, or that would promise what is not kept, is an error; one without effect \
+here is a warning. Both tell file and line.";
+
+const RELOADING: &str = "Reads the configuration again. Exports are added, changed and removed at one stroke, or, where \
+anything is wrong, not at all: then what is wrong is told by file and line, and everything goes on as before. Images of \
+exports that stay are not opened again. Open connections stay with an export that changed; removal says what becomes of \
+those to one that is gone. Addresses, limits, user and group change with the next start.";
+
+const STOPPING: &str = "Answers what is in flight, closes the connections, flushes and closes the images, and ends with \
+0. Takes 20 seconds at most for clients, and as much again for images.";
+
+/// Prints the manual.
+pub(super) fn print() -> anyhow::Result<()> {
+    let mut page = Vec::new();
+    clap_mangen::Man::new(Options::command())
+        .render(&mut page)
+        .context("cannot write the manual")?;
+    let mut more = Roff::new();
+    more.control("SH", ["CONFIGURATION FILES"]);
+    more.text([roman(SYNTAX)]);
+    keys(&mut more, "Keys of [generic]", GENERIC);
+    keys(&mut more, "Keys of exports", EXPORT);
+    more.control("SH", ["SIGNALS"]);
+    for (signal, text) in [("SIGHUP", RELOADING), ("SIGTERM, SIGINT", STOPPING)] {
+        more.control("TP", []);
+        more.text([bold(signal)]);
+        more.text([roman(text)]);
+    }
+    more.control("SH", ["ENVIRONMENT"]);
+    for (name, text) in [
+        ("LISTEN_FDS, LISTEN_PID", "Sockets that systemd hands over, see sd_listen_fds(3)."),
+        ("RUST_LOG", "What is logged to standard error, as `debug` or `nbd_server=debug`."),
+        ("SENDENSE_IO", "`blocking` does without io_uring."),
+    ] {
+        more.control("TP", []);
+        more.text([bold(name)]);
+        more.text([roman(text)]);
+    }
+    more.control("SH", ["EXIT STATUS"]);
+    more.text([roman("0 after a clean end, 1 after an error, 2 where the command line is wrong.")]);
+    page.extend(more.render().into_bytes());
+    out(&page)
+}
+
+fn keys(page: &mut Roff, title: &str, keys: &[Key]) {
+    page.control("SS", [title]);
+    for key in keys {
+        page.control("TP", []);
+        page.text([bold(key.name), roman(" = "), roman(key.value)]);
+        page.text([roman(key.text), roman(".")]);
+    }
+}
+
+/// Prints a script for a shell.
+pub(super) fn complete(shell: Shell) -> anyhow::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Options::command(), "nbd-server", &mut script);
+    out(&script)
+}
+
+fn out(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        // Who reads no further has read enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot write to standard output"),
+    }
+}

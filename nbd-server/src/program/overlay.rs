@@ -1,0 +1,352 @@
+//! A disk whose writes go to a file of its own, over another device or over nothing. The file has no name and is gone with
+//! the disk; nothing of it is meant to last.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use async_trait::async_trait;
+use block::{
+    BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, RawDevice, Segment, Segments,
+    ZeroMode,
+};
+use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
+use tokio::sync::{Mutex as AsyncMutex, OnceCell};
+
+/// The unit, in bytes, in which a write takes a part of the disk over.
+const BLOCK_BYTES: u64 = 4096;
+/// How many blocks a word, and a group of words, tells of.
+const WORD_BLOCKS: u64 = 64;
+const GROUP_WORDS: usize = 64;
+
+/// A disk over another one.
+pub(super) struct Overlay {
+    base: Option<Arc<dyn BlockDevice>>,
+    limits: Limits,
+    folder: PathBuf,
+    /// Made by the first write.
+    file: OnceCell<Arc<RawDevice>>,
+    taken: Mutex<Taken>,
+    /// Held by whoever takes blocks over.
+    writing: AsyncMutex<()>,
+}
+
+/// Which blocks were written.
+#[derive(Default)]
+struct Taken(HashMap<u64, Box<[u64; GROUP_WORDS]>>);
+
+impl Taken {
+    fn place(block: u64) -> (u64, usize, u64) {
+        let words = block / WORD_BLOCKS;
+        let word = usize::try_from(words % GROUP_WORDS as u64).unwrap_or(0);
+        (words / GROUP_WORDS as u64, word, 1 << (block % WORD_BLOCKS))
+    }
+
+    fn holds(&self, block: u64) -> bool {
+        let (group, word, bit) = Self::place(block);
+        let words = self.0.get(&group).and_then(|words| words.get(word));
+        words.is_some_and(|word| word & bit != 0)
+    }
+
+    fn add(&mut self, blocks: ByteRange) {
+        for block in blocks.start()..blocks.end() {
+            let (group, word, bit) = Self::place(block);
+            let words = self.0.entry(group).or_insert_with(|| Box::new([0; GROUP_WORDS]));
+            if let Some(word) = words.get_mut(word) {
+                *word |= bit;
+            }
+        }
+    }
+
+    /// The longest part of `range`, from its beginning, that is all taken or all not, and which.
+    fn run(&self, range: ByteRange) -> (ByteRange, bool) {
+        let first = range.start() / BLOCK_BYTES;
+        let taken = self.holds(first);
+        let mut next = first + 1;
+        while next * BLOCK_BYTES < range.end() && self.holds(next) == taken {
+            next += 1;
+        }
+        (ByteRange::between(range.start(), range.end().min(next * BLOCK_BYTES)), taken)
+    }
+}
+
+impl Overlay {
+    /// Over `base`; files are made in `folder`.
+    pub(super) fn over(base: Arc<dyn BlockDevice>, folder: &Path) -> Arc<Self> {
+        let limits = base.limits();
+        Self::new(Some(base), limits, folder)
+    }
+
+    /// Over zeros.
+    pub(super) fn empty(size_bytes: u64, folder: &Path) -> Arc<Self> {
+        let preferred_bytes = 4096;
+        let limits = Limits {
+            size_bytes,
+            read_only: false,
+            preferred_bytes,
+            can_discard: false,
+            fast_zeroes: false,
+        };
+        Self::new(None, limits, folder)
+    }
+
+    fn new(base: Option<Arc<dyn BlockDevice>>, limits: Limits, folder: &Path) -> Arc<Self> {
+        Arc::new(Self {
+            base,
+            limits: Limits { read_only: false, can_discard: false, ..limits },
+            folder: folder.to_owned(),
+            file: OnceCell::new(),
+            taken: Mutex::default(),
+            writing: AsyncMutex::default(),
+        })
+    }
+
+    /// Another one over the same, with nothing written.
+    pub(super) fn fresh(&self) -> Arc<Self> {
+        Self::new(self.base.clone(), self.limits, &self.folder)
+    }
+
+    /// The file, made and without a name.
+    async fn file(&self) -> Result<&Arc<RawDevice>, DeviceError> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let make = || async {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!(".nbd-server-{}-{number}", std::process::id());
+            let path = self.folder.join(name);
+            let blocks = self.limits.size_bytes.div_ceil(BLOCK_BYTES);
+            let file = RawDevice::create(&path, blocks * BLOCK_BYTES).await?;
+            // Where its name cannot be taken away, somebody else has done that.
+            let _ = std::fs::remove_file(&path);
+            Ok(file)
+        };
+        self.file.get_or_try_init(make).await
+    }
+
+    /// What lies below.
+    async fn below(&self, range: ByteRange) -> Result<Segments, DeviceError> {
+        match &self.base {
+            Some(base) => base.read(range).await,
+            None => Ok(Segments(vec![Segment::Zero(range.len())])),
+        }
+    }
+
+    /// What a block holds, padded with zeros behind the end of the disk.
+    async fn block(&self, block: u64) -> Result<Vec<u8>, DeviceError> {
+        let start = block * BLOCK_BYTES;
+        let end = (start + BLOCK_BYTES).min(self.limits.size_bytes);
+        let mut bytes = self.read(ByteRange::between(start, end)).await?.to_vec();
+        bytes.resize(usize::try_from(BLOCK_BYTES).unwrap_or(bytes.len()), 0);
+        Ok(bytes)
+    }
+
+    /// Writes `data`, together with what surrounds it in its blocks, to the file.
+    async fn take(&self, range: ByteRange, data: &[u8]) -> Result<(), DeviceError> {
+        let wide = range.widen(BLOCK_BYTES);
+        let mut bytes = BytesMut::with_capacity(data.len() + 8192);
+        let within = |bytes: &[u8], until: u64| {
+            let len = usize::try_from(until % BLOCK_BYTES).unwrap_or(0);
+            bytes.get(..len).unwrap_or_default().to_vec()
+        };
+        if wide.start() != range.start() {
+            let head = self.block(wide.start() / BLOCK_BYTES).await?;
+            bytes.extend_from_slice(&within(&head, range.start()));
+        }
+        bytes.extend_from_slice(data);
+        if wide.end() != range.end() {
+            let tail = self.block(wide.end() / BLOCK_BYTES - 1).await?;
+            let kept = within(&tail, range.end()).len();
+            bytes.extend_from_slice(tail.get(kept..).unwrap_or_default());
+        }
+        self.file().await?.write(wide.start(), bytes.freeze(), Durability::Deferred).await?;
+        self.mark(wide);
+        Ok(())
+    }
+
+    fn mark(&self, wide: ByteRange) {
+        let blocks = ByteRange::between(wide.start() / BLOCK_BYTES, wide.end() / BLOCK_BYTES);
+        self.taken.lock().add(blocks);
+    }
+}
+
+#[async_trait]
+impl BlockDevice for Overlay {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<Segments, DeviceError> {
+        self.limits.check_read(range)?;
+        let (mut segments, mut at) = (Segments::default(), range.start());
+        while at < range.end() {
+            let (run, taken) = self.taken.lock().run(ByteRange::between(at, range.end()));
+            segments.extend(match taken {
+                true => self.file().await?.read(run).await?,
+                false => self.below(run).await?,
+            });
+            at = run.end();
+        }
+        Ok(segments)
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, _: Durability) -> Result<(), DeviceError> {
+        let range = ByteRange::new(offset, data.len() as u64)
+            .unwrap_or_else(|| ByteRange::between(offset, u64::MAX));
+        self.limits.check_write(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _alone = self.writing.lock().await;
+        self.take(range, &data).await
+    }
+
+    async fn write_zeroes(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+        _: Durability,
+    ) -> Result<(), DeviceError> {
+        self.limits.check_write(range)?;
+        if mode.fast_only {
+            return Err(DeviceError::NotSupported { what: "zeroing faster than writing zeros" });
+        }
+        let _alone = self.writing.lock().await;
+        let zeros = [0; 4096];
+        let mut at = range.start();
+        while at < range.end() {
+            let next = (at + 1).next_multiple_of(BLOCK_BYTES).min(range.end());
+            let whole = ByteRange::between(at, range.end() / BLOCK_BYTES * BLOCK_BYTES);
+            if at % BLOCK_BYTES == 0 && !whole.is_empty() {
+                let file = self.file().await?;
+                file.write_zeroes(whole, ZeroMode::default(), Durability::Deferred).await?;
+                self.mark(whole);
+                at = whole.end();
+                continue;
+            }
+            let len = usize::try_from(next - at).unwrap_or(0);
+            self.take(ByteRange::between(at, next), zeros.get(..len).unwrap_or_default()).await?;
+            at = next;
+        }
+        Ok(())
+    }
+
+    async fn discard(&self, range: ByteRange, _: Durability) -> Result<(), DeviceError> {
+        self.limits.check_write(range)
+    }
+
+    async fn flush(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
+        self.limits.check_read(range)?;
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (run, taken) = self.taken.lock().run(range);
+        match (taken, &self.base) {
+            (true, _) => self.file().await?.extents(run).await,
+            (false, Some(base)) => base.extents(run).await,
+            (false, None) => Ok(vec![Extent { range: run, allocated: false, zero: true }]),
+        }
+    }
+
+    async fn close(&self) -> Result<(), DeviceError> {
+        match self.file.get() {
+            Some(file) => file.close().await,
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use block::MemoryDevice;
+    use proptest::prelude::*;
+
+    const SIZE: u64 = 50_001;
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Write(u64, u64, u8),
+        Zero(u64, u64),
+    }
+
+    fn any_change() -> impl Strategy<Value = Change> {
+        let at = (0..SIZE, 0..20_000_u64);
+        prop_oneof![
+            (at.clone(), 1_u8..).prop_map(|((at, len), byte)| Change::Write(
+                at,
+                len.min(SIZE - at),
+                byte
+            )),
+            at.prop_map(|(at, len)| Change::Zero(at, len.min(SIZE - at))),
+        ]
+    }
+
+    async fn imitate(base: Option<Arc<dyn BlockDevice>>, mut model: Vec<u8>, changes: Vec<Change>) {
+        let dir = tempfile::tempdir().unwrap();
+        let before = model.clone();
+        let overlay = match &base {
+            Some(base) => Overlay::over(Arc::clone(base), dir.path()),
+            None => Overlay::empty(SIZE, dir.path()),
+        };
+        let place =
+            |at: u64, len: u64| usize::try_from(at).unwrap()..usize::try_from(at + len).unwrap();
+        for change in changes {
+            match change {
+                Change::Write(at, len, byte) => {
+                    let data = vec![byte; usize::try_from(len).unwrap()];
+                    model[place(at, len)].copy_from_slice(&data);
+                    overlay.write(at, data.into(), Durability::Deferred).await.unwrap();
+                }
+                Change::Zero(at, len) => {
+                    model[place(at, len)].fill(0);
+                    let (range, mode) = (ByteRange::new(at, len).unwrap(), ZeroMode::default());
+                    overlay.write_zeroes(range, mode, Durability::Deferred).await.unwrap();
+                }
+            }
+        }
+        let all = ByteRange::between(0, SIZE);
+        assert!(overlay.read(all).await.unwrap().to_vec() == model);
+        let mut at = 0;
+        while at < SIZE {
+            let extents = overlay.extents(ByteRange::between(at, SIZE)).await.unwrap();
+            for extent in extents.iter().filter(|extent| extent.zero) {
+                assert!(
+                    model[place(extent.range.start(), extent.range.len())]
+                        .iter()
+                        .all(|byte| *byte == 0)
+                );
+            }
+            assert_eq!(extents[0].range.start(), at);
+            at = extents.last().unwrap().range.end();
+        }
+        assert!(overlay.fresh().read(all).await.unwrap().to_vec() == before);
+        if let Some(base) = base {
+            assert!(base.read(all).await.unwrap().to_vec() == before, "the base is as it was");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing has a name");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn it_reads_like_a_vector_and_leaves_its_base_alone(
+            changes in proptest::collection::vec(any_change(), 0..12),
+            is_empty in any::<bool>(),
+        ) {
+            let len = usize::try_from(SIZE).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let (base, model): (Option<Arc<dyn BlockDevice>>, _) = if is_empty {
+                (None, vec![0; len])
+            } else {
+                let bytes: Vec<u8> = (0..=255).cycle().take(len).collect();
+                (Some(MemoryDevice::read_only(bytes.clone())), bytes)
+            };
+            runtime.block_on(imitate(base, model, changes));
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Configuration files, and what a reload makes of them: all of it, or nothing.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use super::{Running, create_qcow2, image, run};
+
+const URI: &str = "nbd+unix:///one?socket=socket";
+
+fn write(dir: &Path, name: &str, text: &str) {
+    let path = dir.join(name);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
+}
+
+/// A main file that adds a folder, and one export in it.
+fn two_files(dir: &Path) {
+    write(dir, "config", "[generic]\nunixsock = socket\nallowlist = true\nincludedir = conf.d\n");
+    write(dir, "conf.d/one.conf", "[one]\nexportname = ../disk.img\ndescription = the first\n");
+}
+
+fn qemu_io(dir: &Path, command: &str, uri: &str) -> bool {
+    // What only reads can be done to a read-only export, too.
+    let mode = if command.starts_with("read") { &["-r"][..] } else { &[] };
+    let arguments = [&["40", "qemu-io", "-f", "raw", "-c", command], mode, &[uri]].concat();
+    let mut qemu = Command::new("timeout");
+    qemu.args(arguments).current_dir(dir).stdout(Stdio::null()).stderr(Stdio::null());
+    qemu.status().unwrap().success()
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let list = run(dir, "nbdinfo", &["--list", "nbd+unix:///?socket=socket"]);
+    let names = list.lines().filter_map(|line| line.strip_prefix("export=\""));
+    names.map(|line| line.split('"').next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_configuration_is_served_and_follows_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    create_qcow2(dir, "two.qcow2", None);
+    two_files(dir);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    assert_eq!(names(dir), ["one"]);
+    assert!(qemu_io(dir, "write -P 9 1M 4k", URI));
+    // Added and changed.
+    write(dir, "conf.d/one.conf", "[one]\nexportname = ../disk.img\nreadonly = true\n");
+    write(dir, "conf.d/two.conf", "[two]\nexportname = ../two.qcow2\nformat = qcow2\n");
+    server.signal("-HUP");
+    let log = server.log_until("reloaded").concat();
+    assert!(log.contains(r#"added=["two"]"#) && log.contains(r#"changed=["one"]"#), "{log}");
+    assert_eq!(names(dir), ["one", "two"]);
+    assert!(qemu_io(dir, "read -P 9 1M 4k", URI));
+    assert!(!qemu_io(dir, "write -P 8 1M 4k", URI));
+    assert!(qemu_io(dir, "write -P 7 0 64k", "nbd+unix:///two?socket=socket"));
+    // Removed: its image is closed, and another program can have it.
+    std::fs::remove_file(dir.join("conf.d/two.conf")).unwrap();
+    server.signal("-HUP");
+    let log = server.log_until("closed an image").concat();
+    assert!(log.contains(r#"removed=["two"]"#), "{log}");
+    run(dir, "qemu-img", &["check", "-q", "two.qcow2"]);
+    run(dir, "qemu-io", &["-f", "qcow2", "-c", "write 0 4k", "two.qcow2"]);
+    // The same again changes nothing.
+    server.signal("-HUP");
+    let log = server.log_until("reloaded").concat();
+    assert!(log.contains("added=[] changed=[] removed=[] kept=1"), "{log}");
+    assert!(server.stop());
+}
+
+#[test]
+fn a_broken_or_half_written_file_keeps_what_was_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    two_files(dir);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let good = "[two]\nexportname = ../disk.img\nreadonly = true\n";
+    for (text, expected) in [
+        ("[two]\nexportname = ../missing.img\n", "conf.d/two.conf:1: cannot open"),
+        ("[two]\nexportname = ../disk.img\nformat = qcow2\n", "conf.d/two.conf:1: cannot open"),
+        ("[two]\nexportname = ../disk.img\nnonsense\n", "conf.d/two.conf:3: "),
+        ("[two]\nexportname = ../disk.img\nreadonly = tr\n", "conf.d/two.conf:3: readonly"),
+        ("[one]\nexportname = ../disk.img\n", "conf.d/two.conf:1: the section [one] is at"),
+        ("", "conf.d/two.conf:1: the file is empty"),
+        (&good[..5], "conf.d/two.conf:1: [two] does not say exportname"),
+        (&good[..24], "conf.d/two.conf:2: the line has no end"),
+        (&good[..good.len() - 1], "conf.d/two.conf:3: the line has no end"),
+    ] {
+        write(dir, "conf.d/two.conf", text);
+        server.signal("-HUP");
+        let log = server.log_until("not reloaded").concat();
+        assert!(log.contains(expected), "{text:?}: {log}");
+        assert_eq!(names(dir), ["one"]);
+    }
+    // What was opened on the way is closed again.
+    create_qcow2(dir, "three.qcow2", None);
+    let text = format!("[three]\nexportname = ../three.qcow2\nformat = qcow2\n{good}offset = 1T\n");
+    write(dir, "conf.d/two.conf", &text);
+    server.signal("-HUP");
+    server.log_until("closed an image");
+    server.log_until("not reloaded");
+    run(dir, "qemu-io", &["-f", "qcow2", "-c", "write 0 4k", "three.qcow2"]);
+    write(dir, "conf.d/two.conf", good);
+    server.signal("-HUP");
+    server.log_until("reloaded");
+    assert_eq!(names(dir), ["one", "two"]);
+    assert!(qemu_io(dir, "write -P 9 1M 4k", URI));
+    assert!(server.stop());
+}
+
+#[test]
+fn files_are_checked_without_touching_what_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    two_files(dir);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let program = env!("CARGO_BIN_EXE_nbd-server");
+    let told = run(dir, program, &["--config=config", "--check-config"]);
+    assert_eq!(told, "1 exports in 2 files: all is well\n");
+    for (text, expected) in [
+        (
+            "[two]\nexportname = /no/such/image\n",
+            "conf.d/two.conf:1: [two] /no/such/image: No such file",
+        ),
+        ("[two]\nexportname = ../config\nreadonyl = true\n", "conf.d/two.conf:3: there is no key"),
+    ] {
+        write(dir, "conf.d/two.conf", text);
+        let mut check = Running::start(dir, &["--config=config", "--check-config"]);
+        assert_eq!(check.child.wait().unwrap().code(), Some(1));
+        let errors = check.errors();
+        assert!(errors.contains(expected), "{errors}");
+    }
+    assert!(qemu_io(dir, "write -P 9 1M 4k", URI));
+    assert!(server.stop());
+}
+
+#[test]
+fn a_raw_image_that_looks_like_another_format_is_not_served_by_accident() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create_qcow2(dir, "two.qcow2", None);
+    write(dir, "config", "[generic]\nunixsock = socket\n[two]\nexportname = two.qcow2\n");
+    let mut server = Running::start(dir, &["--config=config"]);
+    assert_eq!(server.child.wait().unwrap().code(), Some(1));
+    let errors = server.errors();
+    assert!(errors.contains("config:3: ") && errors.contains("say format = qcow2"), "{errors}");
+}
+
+#[test]
+fn what_the_files_promise_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    write(
+        dir,
+        "config",
+        "[generic]\nunixsock = socket\n[made]\nexportname = made.img\nfilesize = 3M\nflush = false\nrotational = true\n\
+         blocksize = 128K\nsync = true\ndefault = true\n[all]\nexportname = disk.img\n[same]\nexportname = disk.img\n\
+         readonly = true\n",
+    );
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let made = run(dir, "nbdinfo", &["--json", "nbd+unix:///?socket=socket"]);
+    for expected in [
+        "\"export-size\": 3145728",
+        "\"can_flush\": false",
+        "\"is_rotational\": true",
+        "\"block_size_preferred\": 131072",
+    ] {
+        assert!(made.contains(expected), "{expected}: {made}");
+    }
+    // Listing is off, as it is by default in these files.
+    let list = ["10", "nbdinfo", "--list", "nbd+unix:///?socket=socket"];
+    let listed = Command::new("timeout").args(list).current_dir(dir).output().unwrap();
+    assert!(!listed.status.success());
+    // Two exports of one image see the same bytes.
+    assert!(qemu_io(dir, "write -P 5 0 64k", "nbd+unix:///all?socket=socket"));
+    assert!(qemu_io(dir, "read -P 5 0 64k", "nbd+unix:///same?socket=socket"));
+    assert!(server.stop());
+}
+
+#[test]
+fn the_manual_and_the_completions_come_from_the_same_definition() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = env!("CARGO_BIN_EXE_nbd-server");
+    let manual = run(dir.path(), program, &["--man"]);
+    for told in [r"\-\-listen", r"\-\-check\-config", "CONFIGURATION FILES", "exportname", "SIGHUP"]
+    {
+        assert!(manual.contains(told), "{told}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(dir.path(), program, &["--completions", shell]);
+        assert!(script.contains("check-config"), "{shell}");
+    }
+    std::fs::write(dir.path().join("script"), run(dir.path(), program, &["--completions=bash"]))
+        .unwrap();
+    run(dir.path(), "bash", &["-n", "script"]);
+}

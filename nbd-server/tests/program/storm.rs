@@ -1,0 +1,154 @@
+//! Reloads under clients: a storm of them loses nothing, and an image whose path changed stays until its last client.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use block::{BlockDevice, ByteRange, Durability};
+use bytes::Bytes;
+use nbd_server::client::{Address, ClientOptions, NbdDevice};
+
+use super::{Running, create_qcow2, run};
+
+/// How often the configuration changes.
+const ROUNDS: usize = 300;
+
+fn put(dir: &Path, name: &str, text: &str) {
+    // As careful people write configurations: whole, under another name, then in their place.
+    std::fs::write(dir.join("new"), text).unwrap();
+    std::fs::rename(dir.join("new"), dir.join(name)).unwrap();
+}
+
+async fn connect(dir: &Path, name: &str) -> Arc<NbdDevice> {
+    let address = Address::Unix(dir.join("socket"));
+    NbdDevice::connect(&address, name, ClientOptions::default()).await.unwrap()
+}
+
+async fn write(device: &NbdDevice, at: u64, byte: u8) {
+    device.write(at, Bytes::from(vec![byte; 4096]), Durability::Deferred).await.unwrap();
+}
+
+async fn read(device: &NbdDevice, at: u64) -> Vec<u8> {
+    device.read(ByteRange::between(at, at + 4096)).await.unwrap().to_vec()
+}
+
+/// Writes over its part of the disk again and again, and reads each write back; the byte that each place holds.
+async fn work(device: Arc<NbdDevice>, part: u64, stop: Arc<AtomicBool>) -> Vec<u8> {
+    let mut held = vec![0; 16];
+    let mut round = 0_usize;
+    while !stop.load(Ordering::Relaxed) || round < held.len() {
+        let slot = round % held.len();
+        let at = (part * 16 + slot as u64) * 4096;
+        held[slot] = u8::try_from(round % 250).unwrap() + 1;
+        write(&device, at, held[slot]).await;
+        assert!(read(&device, at).await == vec![held[slot]; 4096], "part {part}, round {round}");
+        round += 1;
+    }
+    held
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_of_reloads_under_load_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create_qcow2(dir, "stays.qcow2", None);
+    std::fs::create_dir(dir.join("conf.d")).unwrap();
+    for index in 0..4 {
+        std::fs::write(dir.join(format!("{index}.img")), vec![0; 65_536]).unwrap();
+    }
+    put(dir, "config", "[generic]\nunixsock = socket\nincludedir = conf.d\n");
+    put(dir, "conf.d/stays.conf", "[stays]\nexportname = ../stays.qcow2\nformat = qcow2\n");
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut workers = Vec::new();
+    for part in 0..4 {
+        let device = connect(dir, "stays").await;
+        workers.push(tokio::spawn(work(device, part, Arc::clone(&stop))));
+    }
+    for round in 0..ROUNDS {
+        let image = round % 4;
+        let text = match round % 5 {
+            // A broken one, now and then.
+            0 => "[passing]\nexportname".to_owned(),
+            1 => format!("[stays]\nexportname = ../{image}.img\n"),
+            _ => format!(
+                "[passing]\nexportname = ../{image}.img\n[round{round}]\nexportname = ../{image}.img\n"
+            ),
+        };
+        put(dir, "conf.d/passing.conf", &text);
+        server.signal("-HUP");
+        if round % 10 == 9 {
+            // This one has been taken, not only those between it and the next.
+            let log = server.log_until(&format!("round{round}"));
+            let closed =
+                log.iter().any(|line| line.contains("closed an image") && line.contains("stays"));
+            assert!(!closed, "{log:?}");
+        }
+    }
+    put(dir, "conf.d/passing.conf", "[last]\nexportname = ../0.img\n");
+    server.signal("-HUP");
+    server.log_until(r#"added=["last""#);
+    stop.store(true, Ordering::Relaxed);
+    let mut held = Vec::new();
+    for worker in workers {
+        held.push(worker.await.unwrap());
+    }
+    assert!(server.stop());
+    run(dir, "qemu-img", &["check", "-q", "stays.qcow2"]);
+    run(dir, "qemu-img", &["convert", "-O", "raw", "stays.qcow2", "stays.img"]);
+    let disk = std::fs::read(dir.join("stays.img")).unwrap();
+    for (slot, byte) in held.into_iter().flatten().enumerate() {
+        assert!(disk[slot * 4096..][..4096] == vec![byte; 4096], "slot {slot}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_whose_path_changed_is_closed_when_its_clients_have_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create_qcow2(dir, "old.qcow2", None);
+    create_qcow2(dir, "new.qcow2", None);
+    let config = |image: &str, removal: &str| {
+        format!(
+            "[generic]\nunixsock = socket\nremoval = {removal}\n[disk]\nexportname = {image}.qcow2\nformat = qcow2\n"
+        )
+    };
+    put(dir, "config", &config("old", "drain"));
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let old = connect(dir, "disk").await;
+    write(&old, 0, 1).await;
+    put(dir, "config", &config("new", "drain"));
+    server.signal("-HUP");
+    server.log_until(r#"changed=["disk"]"#);
+    let new = connect(dir, "disk").await;
+    write(&old, 4096, 2).await;
+    write(&new, 0, 3).await;
+    assert_eq!((read(&old, 0).await, read(&new, 0).await), (vec![1; 4096], vec![3; 4096]));
+    // Back again while it still has a client: the image is open, and is not opened twice.
+    put(dir, "config", &config("old", "drain"));
+    server.signal("-HUP");
+    server.log_until(r#"changed=["disk"]"#);
+    let again = connect(dir, "disk").await;
+    assert_eq!(read(&again, 4096).await, vec![2; 4096]);
+    drop(new);
+    assert!(server.log_until("closed an image").concat().contains("new.qcow2"));
+    run(dir, "qemu-io", &["-f", "qcow2", "-c", "read -P 3 0 4k", "new.qcow2"]);
+    // Another file in the same place is another image.
+    std::fs::rename(dir.join("new.qcow2"), dir.join("old.qcow2")).unwrap();
+    server.signal("-HUP");
+    server.log_until(r#"changed=["disk"]"#);
+    let new = connect(dir, "disk").await;
+    assert_eq!(read(&new, 0).await, vec![3; 4096]);
+    drop((old, again));
+    server.log_until("closed an image");
+    // And what is removed can be cut off.
+    let other =
+        "[generic]\nunixsock = socket\nremoval = cut\n[other]\nexportname = x.img\nfilesize = 4K\n";
+    put(dir, "config", other);
+    server.signal("-HUP");
+    server.log_until(r#"removed=["disk"]"#);
+    assert!(new.read(ByteRange::between(0, 1)).await.is_err());
+    assert!(server.stop());
+}

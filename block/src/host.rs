@@ -17,7 +17,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use self::bounce::Locks;
 use crate::buffer::{Buffer, BufferPool, ZEROS_BYTES, zeros};
 use crate::storage::{Effect, Hold, Keep, Lengths, Op, Outcome, Request, Storage, StorageFacts};
-use crate::{ByteRange, Engine, HostError, HostOp, RangeLock, Root};
+use crate::{ByteRange, Engine, FileReader, HostError, HostOp, RangeLock, Root};
 
 /// The unit, in bytes, in which ranges are punched and zeroed on the host; the edges are written.
 const HOLE_BYTES: u64 = 4096;
@@ -294,6 +294,11 @@ impl HostFile {
             Err(error) if is_unsupported(&error.source) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// The file for a library that reads files itself, blocking its thread; `None` where it is no file of this host.
+    pub fn reader(&self) -> Option<FileReader> {
+        self.inner.storage.copy_source().map(FileReader::new)
     }
 
     /// Makes `range` read as zeros and stay, or become, allocated; the file grows where needed. Writes zeros where

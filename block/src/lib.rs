@@ -50,6 +50,7 @@ mod patience;
 mod range;
 mod range_lock;
 mod raw;
+mod reader;
 mod storage;
 mod uring;
 
@@ -74,5 +75,6 @@ pub use memory_storage::{CrashChoice, HeldOps, LoggedOp, MemoryStorage, OpView, 
 pub use range::ByteRange;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use raw::RawDevice;
+pub use reader::FileReader;
 pub use storage::{Finish, Hold, Op, OpKind, Outcome, Request, Storage, StorageFacts};
 pub use uring::URING_THREADS;

@@ -192,6 +192,21 @@ impl MemoryStorage {
         self.shared.state.lock().bytes.clone()
     }
 
+    /// The length now, in bytes.
+    pub(crate) fn len_now(&self) -> u64 {
+        self.shared.state.lock().bytes.len() as u64
+    }
+
+    /// Reads what there is at `at`, without faults, holds or a log.
+    pub(crate) fn read_now(&self, at: u64, buffer: &mut [u8]) -> usize {
+        let state = self.shared.state.lock();
+        let found = usize::try_from(at).ok().and_then(|at| state.bytes.get(at..));
+        let found = found.unwrap_or_default();
+        let len = found.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&found[..len]);
+        len
+    }
+
     /// What took effect since creation, in order.
     pub fn log(&self) -> Vec<LoggedOp> {
         self.shared.state.lock().log.clone()

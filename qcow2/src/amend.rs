@@ -5,6 +5,7 @@ use std::path::Path;
 
 use block::HostFile;
 
+use crate::backing::has_protocol;
 use crate::change::ChangeError;
 use crate::create::{BackingName, Version};
 use crate::error::{Error, Fault, Feature};
@@ -214,6 +215,9 @@ fn check_name(name: &str) -> Result<(), ChangeError> {
     let limit = MAX_BACKING_NAME_BYTES;
     if name.is_empty() || name.len() > limit || name.contains('\0') {
         return Err(ChangeError::Name { len: name.len(), limit });
+    }
+    if has_protocol(name) {
+        return Err(ChangeError::Protocol(name.to_owned()));
     }
     Ok(())
 }

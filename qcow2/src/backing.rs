@@ -33,6 +33,8 @@ pub(crate) struct Trail {
     /// The files above, by device and inode.
     seen: Vec<(u64, u64)>,
     depth: usize,
+    /// The layer that was entered last: what comes next is what it refers to.
+    last: Option<PathBuf>,
 }
 
 /// A backing file that may be opened.
@@ -94,33 +96,40 @@ impl Trail {
         let open = |path: &Path| {
             Root::open(path).map_err(|source| Error::Path { path: path.to_owned(), source })
         };
-        Ok(Self { root: root.map(open).transpose()?, seen: Vec::new(), depth: 0 })
+        let root = root.map(open).transpose()?;
+        Ok(Self { root, seen: Vec::new(), depth: 0, last: None })
     }
 
     /// The trail behind the layer in `path`, which was opened as the file `id`.
-    pub(crate) fn enter(mut self, path: &Path, id: Option<(u64, u64)>) -> Result<Self, Error> {
-        let refused = |reason| Error::Reference {
-            file: path.to_owned(),
-            name: path.display().to_string(),
-            reason,
-        };
+    pub(crate) fn enter(self, path: &Path, id: Option<(u64, u64)>) -> Result<Self, Error> {
+        let mut trail = self.pass(path, id)?;
+        trail.depth += 1;
+        if trail.depth > MAX_CHAIN_DEPTH {
+            return Err(trail.refused(path, ReferenceError::TooDeep(MAX_CHAIN_DEPTH)));
+        }
+        trail.last = Some(path.to_owned());
+        Ok(trail)
+    }
+
+    /// The trail of a layer whose guest data lies in `path`: a file that no other part of the chain may be.
+    pub(crate) fn beside(self, path: &Path, id: Option<(u64, u64)>) -> Result<Self, Error> {
+        self.pass(path, id)
+    }
+
+    fn pass(mut self, path: &Path, id: Option<(u64, u64)>) -> Result<Self, Error> {
         if let Some(id) = id {
             if self.seen.contains(&id) {
-                return Err(refused(ReferenceError::Loop));
+                return Err(self.refused(path, ReferenceError::Loop));
             }
             self.seen.push(id);
-        }
-        self.depth += 1;
-        if self.depth > MAX_CHAIN_DEPTH {
-            return Err(refused(ReferenceError::TooDeep(MAX_CHAIN_DEPTH)));
         }
         Ok(self)
     }
 
-    /// The trail of a layer whose guest data lies in `path`: a file that no other part of the chain may be.
-    pub(crate) fn beside(mut self, path: &Path, id: Option<(u64, u64)>) -> Result<Self, Error> {
-        let depth = std::mem::take(&mut self.depth);
-        Ok(Self { depth, ..self.enter(path, id)? })
+    /// Why the last layer may not refer to the file in `path`.
+    fn refused(&self, path: &Path, reason: ReferenceError) -> Error {
+        let file = self.last.as_deref().unwrap_or(path).to_owned();
+        Error::Reference { file, name: path.display().to_string(), reason }
     }
 
     /// Refuses a file that is part of the chain already.
@@ -184,8 +193,9 @@ impl Trail {
     }
 }
 
-/// Whether QEMU would take a name for a protocol: a colon before the first slash.
-fn has_protocol(name: &str) -> bool {
+/// Whether QEMU would take a name for a protocol: a colon before the first slash. No image follows such names, and none
+/// is written down.
+pub(crate) fn has_protocol(name: &str) -> bool {
     name.split('/').next().is_some_and(|first| first.contains(':'))
 }
 
@@ -287,7 +297,11 @@ mod tests {
         }
         let again = trail.clone().enter(path, Some((1, 3))).map(drop).map_err(reason);
         assert_eq!(again, Err(ReferenceError::Loop));
-        let deeper = trail.enter(path, Some((2, 0))).map(drop).map_err(reason);
-        assert_eq!(deeper, Err(ReferenceError::TooDeep(MAX_CHAIN_DEPTH)));
+        let deeper = trail.enter(Path::new("/tmp/y"), Some((2, 0))).map(drop).unwrap_err();
+        assert_eq!(
+            deeper.to_string(),
+            "/tmp/x refers to \"/tmp/y\": the chain has more than 256 layers"
+        );
+        assert_eq!(reason(deeper), ReferenceError::TooDeep(MAX_CHAIN_DEPTH));
     }
 }

@@ -80,6 +80,11 @@ pub enum ChangeError {
         /// The limit.
         limit: usize,
     },
+    /// A name that no opening follows.
+    #[error(
+        "the name {0:?}: only plain paths are followed, not protocols or json: names (./ before a path)"
+    )]
+    Protocol(String),
 }
 
 impl Inner {

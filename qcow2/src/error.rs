@@ -505,9 +505,18 @@ pub enum VmdkError {
         /// The size of the disk in bytes.
         size_bytes: u64,
     },
-    /// One of several extents is compressed.
-    #[error("compressed grains in the extent {}", .0.display())]
-    CompressedExtent(PathBuf),
+    /// A disk of a kind that is not read.
+    #[error("a disk of the kind {0:?}")]
+    Kind(String),
+    /// A line of its descriptor that should be an extent, counted from 1.
+    #[error("line {0} of its descriptor is no extent that is understood")]
+    Line(usize),
+    /// More extents than `MAX_VMDK_EXTENTS`.
+    #[error("its descriptor names more than {0} extents")]
+    TooManyExtents(usize),
+    /// A file with less of the disk than its descriptor says.
+    #[error("the extent {} is too short", .0.display())]
+    ShortExtent(PathBuf),
 }
 
 /// What a new image cannot be.
@@ -574,6 +583,11 @@ pub enum InvalidOption {
         /// The largest size for the cluster size.
         limit_bytes: u64,
     },
+    /// A name that no opening follows.
+    #[error(
+        "the name {0:?}: only plain paths are followed, not protocols or json: names (./ before a path)"
+    )]
+    Protocol(String),
     /// A backing name that is empty, too long for the header or not plain text.
     #[error("a backing file name of {len} bytes (at most {limit})")]
     BackingName {
@@ -635,8 +649,8 @@ pub enum Error {
     /// The host failed.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// A backing file was not opened.
-    #[error("{} refers to backing file {name:?}: {reason}", file.display())]
+    /// A file that an image refers to was not opened: what lies below it, its data file or an extent.
+    #[error("{} refers to {name:?}: {reason}", file.display())]
     Reference {
         /// The image that refers to it.
         file: PathBuf,

@@ -89,6 +89,7 @@ mod error;
 mod fields;
 mod flush;
 mod fold;
+mod follow;
 mod free;
 mod header;
 mod image;
@@ -152,6 +153,7 @@ pub use fold::{
     MergeOptions, RebaseOptions, commit, merge, merge_losses, plan_commit, plan_merge, plan_rebase,
     rebase,
 };
+pub use follow::{ChainFile, ChainFiles};
 pub use header::{MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub use image::Image;
 pub use info::{ImageInfo, RecordedBacking, RecordedDataFile, RecordedEncryption};
@@ -173,4 +175,4 @@ pub use units::{
     ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
 };
 #[cfg(feature = "vmdk")]
-pub use vmdk::Vmdk;
+pub use vmdk::{MAX_VMDK_EXTENTS, Vmdk};

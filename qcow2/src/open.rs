@@ -283,7 +283,7 @@ pub(crate) async fn open_found(
 async fn open_other(found: &Found, options: &OpenOptions, trail: Trail) -> Result<Lower, Error> {
     let path = found.path.clone();
     if found.format == BackingFormat::Vmdk {
-        return Ok((open_vmdk(&path, options, trail).await?, Below::Other(path)));
+        return Ok((open_vmdk(found, options, trail).await?, Below::Other(path)));
     }
     Ok((open_raw(found, options, &trail).await?, Below::Raw(path)))
 }
@@ -300,16 +300,21 @@ async fn open_raw(
 
 #[cfg(feature = "vmdk")]
 async fn open_vmdk(
-    path: &Path,
+    found: &Found,
     options: &OpenOptions,
     trail: Trail,
 ) -> Result<Arc<dyn BlockDevice>, Error> {
-    Ok(Arc::new(crate::vmdk::Vmdk::open_on_trail(path, options, trail).await?))
+    let path = &found.path;
+    Ok(Arc::new(crate::vmdk::Vmdk::open_on_trail(path, Some(found), options, trail).await?))
 }
 
 #[cfg(not(feature = "vmdk"))]
-async fn open_vmdk(path: &Path, _: &OpenOptions, _: Trail) -> Result<Arc<dyn BlockDevice>, Error> {
-    Err(Fault::Unsupported(Feature::VmdkLeftOut).of(path))
+async fn open_vmdk(
+    found: &Found,
+    _: &OpenOptions,
+    _: Trail,
+) -> Result<Arc<dyn BlockDevice>, Error> {
+    Err(Fault::Unsupported(Feature::VmdkLeftOut).of(&found.path))
 }
 
 /// Reads a header that may be opened.

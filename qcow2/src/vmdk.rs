@@ -1,58 +1,78 @@
-//! VMDK images as read-only devices: a thin adapter around the library that knows the format. Which of its extents may
-//! be opened is checked here, before the library opens them; deltas over a parent are refused.
+//! VMDK images as read-only devices: a descriptor and the extents that it names, or one file that holds all. How grains
+//! are stored is known to a library; deltas over a parent are refused.
 
-use std::io::{self, Read, Seek, SeekFrom};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+mod descriptor;
+mod sparse;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use block::{
-    BlockDevice, BufferPool, ByteRange, DeviceError, Durability, Engine, Extent, HostError,
-    HostFile, HostOp, Limits, MAX_EXTENTS, Segment, Segments, ZeroMode, try_join_all,
+    BlockDevice, ByteRange, DeviceError, Durability, Extent, HostFile, Limits, MAX_EXTENTS,
+    Segment, Segments, ZeroMode, try_join_all,
 };
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::RwLock;
 use tokio::sync::Semaphore;
-use vmdk::VmdkFileReader;
 
-use crate::backing::Trail;
+use self::descriptor::{Content, ExtentLine, NO_PARENT};
+use self::sparse::Sparse;
+use crate::backing::{Found, Trail};
 use crate::error::{Error, VmdkError};
 use crate::open::OpenOptions;
-use crate::units::{SECTOR_BYTES, index};
+
+pub use self::descriptor::MAX_VMDK_EXTENTS;
 
 /// The longest text descriptor that is read, in bytes.
 const MAX_DESCRIPTOR_BYTES: u64 = 1 << 20;
-/// How many requests one image serves at once, each through a reader of its own.
-const READERS: u32 = 4;
-/// The largest piece that one reader reads at once, in bytes.
+/// How many pieces of files with grains one image reads at once, each through a reader of its own.
+const READERS: usize = 4;
+/// The largest piece that is read at once, in bytes.
 const READ_BYTES: u64 = 1 << 20;
-/// How many grain tables a reader may keep in memory: 32 MiB. One with more is replaced.
-const MAX_CACHED_TABLES: usize = 16384;
 /// How many grains one question about extents looks at.
 const MAX_PROBES: u64 = 1 << 16;
-/// What a descriptor without a parent says.
-const NO_PARENT: u32 = 0xffff_ffff;
-/// The flag of a sparse extent whose grains are compressed, and where flags are.
-const COMPRESSED: u32 = 1 << 16;
 
 /// A VMDK image, open for reading.
 ///
-/// Sparse, flat, split and stream-optimised images are read. Extents must be regular files that obey
-/// [`OpenOptions::references`]; all files are locked as QEMU does.
+/// Sparse, flat, split and stream-optimised images are read. Extents obey [`OpenOptions::references`], as backing files
+/// do; all files are locked as QEMU does.
 pub struct Vmdk {
-    shared: Arc<Shared>,
+    path: PathBuf,
     size_bytes: u64,
-    /// The unit of allocation in bytes; 0 where all is allocated.
-    grain_bytes: u64,
+    /// Nothing once it is closed.
+    live: RwLock<Option<Arc<Live>>>,
+    places: Semaphore,
 }
 
-struct Shared {
-    path: PathBuf,
-    idle: Mutex<Vec<VmdkFileReader>>,
-    places: Arc<Semaphore>,
-    /// Held for their locks.
-    files: Mutex<Vec<HostFile>>,
+/// The files that it holds open.
+struct Live {
+    /// For its lock alone.
+    _descriptor: HostFile,
+    /// What the disk is made of, in its order.
+    parts: Vec<Part>,
+}
+
+/// A range of the disk.
+struct Part {
+    range: ByteRange,
+    holds: Holds,
+}
+
+#[derive(Clone)]
+enum Holds {
+    Zeros,
+    /// The bytes as they are, from an offset on.
+    Flat(HostFile, u64),
+    Sparse(Arc<Sparse>),
+}
+
+/// What an image says of itself.
+enum Told {
+    /// It is one file.
+    Whole(Arc<Sparse>),
+    /// It names extents.
+    Extents(Vec<ExtentLine>),
 }
 
 impl Vmdk {
@@ -63,95 +83,94 @@ impl Vmdk {
     /// [`Error::Host`].
     pub async fn open(path: &Path, options: &OpenOptions) -> Result<Self, Error> {
         let trail = Trail::start(path, &options.references)?;
-        Self::open_on_trail(path, options, trail).await
+        Self::open_on_trail(path, None, options, trail).await
     }
 
+    /// The size of the disk in bytes, as the image in an open file (not a direct one) says it. Its extents are not
+    /// opened.
+    ///
+    /// # Errors
+    /// As [`Vmdk::open`].
+    pub async fn size_on(file: &HostFile) -> Result<u64, Error> {
+        match told(file).await? {
+            Told::Whole(whole) => Ok(whole.bytes),
+            Told::Extents(lines) => Ok(ranges(file.path(), &lines)?.1),
+        }
+    }
+
+    /// As [`Vmdk::open`], by the reference that led here, if one did.
     pub(crate) async fn open_on_trail(
         path: &Path,
+        found: Option<&Found>,
         options: &OpenOptions,
         trail: Trail,
     ) -> Result<Self, Error> {
         let options = options.to_read();
-        let file = options.open_file(path).await?;
-        let trail = trail.enter(path, file.id())?;
-        let start = file.read(ByteRange::between(0, file.len().min(MAX_DESCRIPTOR_BYTES))).await?;
-        if start.first() == Some(&b'#') && file.len() > MAX_DESCRIPTOR_BYTES {
-            return Err(refused(path, VmdkError::LongDescriptor(file.len())));
-        }
-        let mut files = vec![file];
-        let owned = path.to_owned();
-        let names = on_file(path, move || VmdkFileReader::extent_dependencies(&owned)).await?;
-        for extent in &names {
-            // The library tells where extents are, not how the descriptor spells them.
-            let extent = std::path::absolute(extent)
-                .map_err(|source| Error::Path { path: extent.clone(), source })?;
-            let place = trail.place(path, extent.as_os_str().as_encoded_bytes())?;
-            let file = place.open(&options).await?;
-            check_extent(path, &file).await?;
-            files.push(file);
-        }
-        let owned = path.to_owned();
-        let mut reader = on_file(path, move || VmdkFileReader::open_path(&owned)).await?;
-        let (size_bytes, grain_bytes) = check(path, &start, names.is_empty(), &mut reader)?;
-        let shared = Shared {
-            path: path.to_owned(),
-            idle: Mutex::new(vec![reader]),
-            places: Arc::new(Semaphore::new(index(u64::from(READERS)))),
-            files: Mutex::new(files),
+        // Read at any offset.
+        let cached = OpenOptions { direct: false, ..options.clone() };
+        let file = match found {
+            Some(found) => found.open(&cached).await?,
+            None => cached.open_file(path).await?,
         };
-        Ok(Self { shared: Arc::new(shared), size_bytes, grain_bytes })
+        let trail = trail.enter(path, file.id())?;
+        let (parts, size_bytes) = match told(&file).await? {
+            Told::Whole(whole) => {
+                let range = ByteRange::between(0, whole.bytes);
+                (vec![Part { range, holds: Holds::Sparse(whole) }], range.end())
+            }
+            Told::Extents(lines) => {
+                let (ranges, size_bytes) = ranges(path, &lines)?;
+                let mut parts = Vec::with_capacity(lines.len());
+                for (line, range) in lines.iter().zip(ranges) {
+                    parts.push(Part {
+                        range,
+                        holds: open_extent(path, line, &options, &trail).await?,
+                    });
+                }
+                (parts, size_bytes)
+            }
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            size_bytes,
+            live: RwLock::new(Some(Arc::new(Live { _descriptor: file, parts }))),
+            places: Semaphore::new(READERS),
+        })
     }
 
     /// The path that it was opened by.
     pub fn path(&self) -> &Path {
-        &self.shared.path
+        &self.path
     }
 
-    /// Runs `work` on a thread for blocking calls, with a reader that nobody else has.
-    async fn with_reader<T: Send + 'static>(
-        &self,
-        range: ByteRange,
-        work: impl FnOnce(&mut VmdkFileReader) -> io::Result<T> + Send + 'static,
-    ) -> Result<T, DeviceError> {
-        let places = Arc::clone(&self.shared.places);
-        let place = places.acquire_owned().await.map_err(|_| DeviceError::Closed)?;
-        let shared = Arc::clone(&self.shared);
-        let done = Engine::shared().run(move || {
-            let _place = place;
-            let idle = shared.idle.lock().pop();
-            let mut reader = match idle {
-                Some(reader) => reader,
-                None => VmdkFileReader::open_path(&shared.path).map_err(io::Error::other)?,
+    /// What a range is made of, in the order of the disk: what holds it, where it begins there, and how long it is.
+    fn inside(&self, range: ByteRange) -> Result<Vec<(Holds, ByteRange, ByteRange)>, DeviceError> {
+        let live = self.live.read().clone().ok_or(DeviceError::Closed)?;
+        let touched = live.parts.iter().map(|part| (part, part.range.intersection(range)));
+        let pieces = touched.filter(|(_, piece)| !piece.is_empty()).map(|(part, piece)| {
+            let base = match &part.holds {
+                Holds::Flat(_, at) => *at,
+                Holds::Zeros | Holds::Sparse(_) => 0,
             };
-            let done = caught(|| work(&mut reader))?;
-            if reader.gt_cache_size() <= MAX_CACHED_TABLES {
-                shared.idle.lock().push(reader);
-            }
-            done
+            let start = base + (piece.start() - part.range.start());
+            (part.holds.clone(), piece, ByteRange::between(start, start + piece.len()))
         });
-        let failed =
-            |source| HostError { path: self.shared.path.clone(), op: HostOp::Read, range, source };
-        Ok(done.await.and_then(|done| done).map_err(failed)?)
+        Ok(pieces.collect())
     }
 
     async fn read_piece(&self, range: ByteRange) -> Result<Segments, DeviceError> {
-        let grain = self.grain_bytes;
-        self.with_reader(range, move |reader| {
-            let mut segments = Segments::default();
-            for stretch in stretches(reader, range, grain, u64::MAX)? {
-                if !stretch.allocated {
-                    segments.push(Segment::Zero(stretch.range.len()));
-                    continue;
+        let mut all = Segments::default();
+        for (holds, _, there) in self.inside(range)? {
+            match holds {
+                Holds::Zeros => all.push(Segment::Zero(there.len())),
+                Holds::Flat(file, _) => all.push(Segment::Data(file.read(there).await?)),
+                Holds::Sparse(sparse) => {
+                    let _place = self.places.acquire().await.map_err(|_| DeviceError::Closed)?;
+                    all.extend(sparse.read(there).await?);
                 }
-                // Never waits: the request that this belongs to has been admitted already.
-                let mut buffer = BufferPool::shared().get_now(index(stretch.range.len()));
-                reader.seek(SeekFrom::Start(stretch.range.start()))?;
-                reader.read_exact(&mut buffer)?;
-                segments.push(Segment::Data(buffer.freeze()));
             }
-            Ok(segments)
-        })
-        .await
+        }
+        Ok(all)
     }
 }
 
@@ -200,122 +219,127 @@ impl BlockDevice for Vmdk {
 
     async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
         self.limits().check_read(range)?;
-        if range.is_empty() {
-            return Ok(Vec::new());
+        let mut all: Vec<Extent> = Vec::new();
+        for (holds, piece, there) in self.inside(range)? {
+            let sparse = match holds {
+                Holds::Zeros => {
+                    all.push(Extent { range: piece, allocated: true, zero: true });
+                    continue;
+                }
+                Holds::Flat(..) => {
+                    all.push(Extent { range: piece, allocated: true, zero: false });
+                    continue;
+                }
+                Holds::Sparse(sparse) => sparse,
+            };
+            let _place = self.places.acquire().await.map_err(|_| DeviceError::Closed)?;
+            let found = sparse.extents(there, MAX_PROBES).await?;
+            let mut end = piece.start();
+            for extent in found {
+                let len = extent.range.len();
+                all.push(Extent { range: ByteRange::between(end, end + len), ..extent });
+                end += len;
+            }
+            // The rest is another question.
+            if end < piece.end() || all.len() >= MAX_EXTENTS {
+                break;
+            }
         }
-        let grain = self.grain_bytes;
-        self.with_reader(range, move |reader| stretches(reader, range, grain, MAX_PROBES)).await
+        Ok(joined(all))
     }
 
     async fn close(&self) -> Result<(), DeviceError> {
-        if let Ok(all) = self.shared.places.acquire_many(READERS).await {
-            self.shared.places.close();
-            drop(all);
-            self.shared.idle.lock().clear();
-            self.shared.files.lock().clear();
+        let live = self.live.write().take();
+        // Reads that go on keep what they need.
+        for part in live.iter().flat_map(|live| &live.parts) {
+            if let Holds::Sparse(sparse) = &part.holds {
+                sparse.close();
+            }
         }
         Ok(())
     }
 }
 
-/// What is allocated of `range`, looking at `probes` grains at most.
-fn stretches(
-    reader: &mut VmdkFileReader,
-    range: ByteRange,
-    grain: u64,
-    probes: u64,
-) -> io::Result<Vec<Extent>> {
-    if grain == 0 {
-        return Ok(vec![Extent { range, allocated: true, zero: false }]);
-    }
-    let mut all: Vec<Extent> = Vec::new();
-    let mut at = range.start();
-    let mut probed = 0;
-    while at < range.end() && probed < probes {
-        let end = (at - at % grain).saturating_add(grain).min(range.end());
-        let allocated = reader.is_allocated(at / SECTOR_BYTES)?;
-        let full = all.len() == MAX_EXTENTS;
-        match all.last_mut() {
-            Some(last) if last.allocated == allocated => {
-                last.range = ByteRange::between(last.range.start(), end);
-            }
-            _ if full => break,
-            _ => {
-                all.push(Extent { range: ByteRange::between(at, end), allocated, zero: !allocated })
-            }
+/// What an image says of itself.
+async fn told(file: &HostFile) -> Result<Told, Error> {
+    let path = file.path();
+    let start = file.read(ByteRange::between(0, file.len().min(1))).await?;
+    if start.first() != Some(&b'#') {
+        let whole = Sparse::open(path, file.clone()).await?;
+        if whole.parent != NO_PARENT {
+            return Err(refused(path, VmdkError::Parent));
         }
-        at = end;
-        probed += 1;
+        return Ok(Told::Whole(whole));
     }
-    Ok(all)
+    if file.len() > MAX_DESCRIPTOR_BYTES {
+        return Err(refused(path, VmdkError::LongDescriptor(file.len())));
+    }
+    let text = file.read(ByteRange::between(0, file.len())).await?;
+    descriptor::parse(&text).map(Told::Extents).map_err(|what| refused(path, what))
 }
 
-/// The size of the disk and of a grain in bytes, if all that the image says agrees.
-fn check(
+/// Where extents lie on the disk, and the size of the disk.
+fn ranges(path: &Path, lines: &[ExtentLine]) -> Result<(Vec<ByteRange>, u64), Error> {
+    let mut end: u64 = 0;
+    let mut ranges = Vec::with_capacity(lines.len());
+    for line in lines {
+        let start = end;
+        end = start.saturating_add(line.bytes);
+        if end > i64::MAX.unsigned_abs() {
+            return Err(refused(path, VmdkError::Size(end)));
+        }
+        ranges.push(ByteRange::between(start, end));
+    }
+    Ok((ranges, end))
+}
+
+/// Opens an extent of the image in `path`, as other references are opened: once, where it may lie.
+async fn open_extent(
     path: &Path,
-    start: &[u8],
-    is_one_file: bool,
-    reader: &mut VmdkFileReader,
-) -> Result<(u64, u64), Error> {
-    if reader.parent_cid() != NO_PARENT {
-        return Err(refused(path, VmdkError::Parent));
-    }
-    let size_bytes = reader.virtual_disk_size();
-    if size_bytes > i64::MAX.unsigned_abs() {
-        return Err(refused(path, VmdkError::Size(size_bytes)));
-    }
-    // The library leaves out lines that it does not understand: the disk would be shorter, and shifted.
-    if start.first() == Some(&b'#') {
-        let promised = extent_lines_bytes(&String::from_utf8_lossy(start));
-        if promised != Some(size_bytes) {
-            return Err(refused(path, VmdkError::Extents { size_bytes }));
+    line: &ExtentLine,
+    options: &OpenOptions,
+    trail: &Trail,
+) -> Result<Holds, Error> {
+    let (name, cached) = match &line.content {
+        Content::Zeros => return Ok(Holds::Zeros),
+        Content::Flat { name, .. } => (name, false),
+        Content::Sparse { name } => (name, true),
+    };
+    let place = trail.place(path, name.as_bytes())?;
+    trail.check_new(&place)?;
+    // Files with grains are read at any offset.
+    let options = OpenOptions { direct: options.direct && !cached, ..options.clone() };
+    let file = place.open(&options).await?;
+    let (holds, has) = match &line.content {
+        Content::Flat { at, .. } => {
+            let has = file.len().saturating_sub(*at);
+            (Holds::Flat(file.clone(), *at), has)
         }
-    } else if !is_one_file {
-        return Err(refused(path, VmdkError::Extents { size_bytes }));
+        Content::Zeros | Content::Sparse { .. } => {
+            let sparse = Sparse::open(path, file.clone()).await?;
+            let has = sparse.bytes;
+            (Holds::Sparse(sparse), has)
+        }
+    };
+    if has < line.bytes {
+        return Err(refused(path, VmdkError::ShortExtent(file.path().to_owned())));
     }
-    Ok((size_bytes, reader.info().grain_size_bytes))
+    Ok(holds)
 }
 
-/// The bytes of the disk that all extent lines of a descriptor, known or not, add up to.
-fn extent_lines_bytes(descriptor: &str) -> Option<u64> {
-    let mut sectors: u64 = 0;
-    for line in descriptor.lines() {
-        let mut words = line.split_whitespace();
-        if let (Some("RW" | "RDONLY" | "NOACCESS"), Some(count)) = (words.next(), words.next()) {
-            sectors = sectors.checked_add(count.parse().ok()?)?;
+/// Neighbours that say the same become one; of more than an answer may have the rest is left out.
+fn joined(all: Vec<Extent>) -> Vec<Extent> {
+    let mut joined: Vec<Extent> = Vec::new();
+    for extent in all {
+        match joined.last_mut() {
+            Some(last) if (last.allocated, last.zero) == (extent.allocated, extent.zero) => {
+                last.range = ByteRange::between(last.range.start(), extent.range.end());
+            }
+            _ => joined.push(extent),
         }
     }
-    sectors.checked_mul(SECTOR_BYTES)
-}
-
-/// Refuses what the library would take for something else: compressed grains in one extent of several.
-async fn check_extent(image: &Path, file: &HostFile) -> Result<(), Error> {
-    let head = file.read(ByteRange::between(0, file.len().min(SECTOR_BYTES))).await?;
-    let flags = head.get(8..12).and_then(|flags| flags.first_chunk());
-    let flags = flags.map_or(0, |flags| u32::from_le_bytes(*flags));
-    if head.starts_with(b"KDMV") && flags & COMPRESSED != 0 {
-        return Err(refused(image, VmdkError::CompressedExtent(file.path().to_owned())));
-    }
-    Ok(())
-}
-
-/// Runs a call of the library that opens files.
-async fn on_file<T: Send + 'static>(
-    path: &Path,
-    work: impl FnOnce() -> Result<T, vmdk::VmdkError> + Send + 'static,
-) -> Result<T, Error> {
-    let failed = |source: io::Error| refused(path, VmdkError::Library(Box::new(source)));
-    let done = Engine::shared().run(|| caught(work)).await.map_err(failed)?;
-    match done.map_err(failed)? {
-        Ok(answer) => Ok(answer),
-        Err(source) => Err(refused(path, VmdkError::Library(Box::new(source)))),
-    }
-}
-
-/// The library reads what strangers wrote: a panic in it is one more way of saying that an image is broken.
-fn caught<T>(work: impl FnOnce() -> T) -> io::Result<T> {
-    catch_unwind(AssertUnwindSafe(work))
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the VMDK library panicked"))
+    joined.truncate(MAX_EXTENTS);
+    joined
 }
 
 fn refused(path: &Path, what: VmdkError) -> Error {

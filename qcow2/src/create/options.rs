@@ -1,5 +1,6 @@
 //! What a new image is to be: the options, and which of them go together. Nothing is made here.
 
+use crate::backing::has_protocol;
 use crate::codec::Compression;
 use crate::encryption::LuksOptions;
 use crate::error::InvalidOption;
@@ -238,6 +239,11 @@ impl CreateOptions {
         }
         if let Some(name) = self.data_file.as_ref().map(|d| &d.path).filter(|name| bad(name)) {
             return Err(InvalidOption::DataFileName { len: name.len(), limit });
+        }
+        let names =
+            [self.backing.as_ref().map(|b| &b.path), self.data_file.as_ref().map(|d| &d.path)];
+        if let Some(name) = names.into_iter().flatten().find(|name| has_protocol(name)) {
+            return Err(InvalidOption::Protocol(name.clone()));
         }
         Ok(())
     }

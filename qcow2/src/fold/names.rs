@@ -2,6 +2,8 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use crate::backing::has_protocol;
+use crate::change::ChangeError;
 use crate::create::BackingName;
 use crate::error::{Error, InvalidOption};
 use crate::header::MAX_BACKING_NAME_BYTES;
@@ -12,6 +14,10 @@ pub(super) fn check(file: &Path, backing: Option<&BackingName>) -> Result<(), Er
     if path.is_empty() || path.len() > MAX_BACKING_NAME_BYTES || path.contains('\0') {
         let what = InvalidOption::BackingName { len: path.len(), limit: MAX_BACKING_NAME_BYTES };
         return Err(Error::Invalid { file: file.to_owned(), what });
+    }
+    if has_protocol(path) {
+        let what = ChangeError::Protocol(path.clone());
+        return Err(Error::Change { file: file.to_owned(), what });
     }
     Ok(())
 }
@@ -27,7 +33,9 @@ pub(super) fn relative(from: &Path, to: &Path) -> Option<String> {
     let shared = here.iter().zip(&there).take_while(|(a, b)| a == b).count();
     let up = here.iter().skip(shared).map(|_| Component::ParentDir);
     let path: PathBuf = up.chain(there.iter().skip(shared).copied()).collect();
-    path.to_str().map(str::to_owned)
+    let path = path.to_str()?;
+    // A colon must not make a protocol of a folder or a file.
+    Some(if has_protocol(path) { format!("./{path}") } else { path.to_owned() })
 }
 
 #[cfg(test)]
@@ -38,7 +46,7 @@ mod tests {
     fn the_way_between_two_images_is_as_short_as_it_can_be() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
-        for name in ["top", "a/middle", "a/b/low"] {
+        for name in ["top", "a/middle", "a/b/low", "a:b"] {
             std::fs::write(dir.path().join(name), b"").unwrap();
         }
         let way = |from: &str, to: &str| relative(&dir.path().join(from), &dir.path().join(to));
@@ -46,5 +54,6 @@ mod tests {
         assert_eq!(way("a/b/low", "top").as_deref(), Some("../../top"));
         assert_eq!(way("a/middle", "a/middle").as_deref(), Some("middle"));
         assert_eq!(way("a/middle", "nothing"), None);
+        assert_eq!(way("top", "a:b").as_deref(), Some("./a:b"));
     }
 }

@@ -658,18 +658,23 @@ fn data_files_that_may_not_be_are_refused_at_once() {
             let given = OpenOptions::writing().data_file(&data);
             let image = Image::open(&path, given).await.unwrap();
             let to = AmendOptions { data_file: Some(name.to_owned()), ..Default::default() };
-            image.amend(&to).await.unwrap();
+            let done = image.amend(&to).await;
             image.close().await.unwrap();
-        });
+            done
+        })
     };
-    for name in
-        ["fifo", "folder", "link", "/etc/passwd", "/dev/null", "json:{}", "nbd:x:1", "disk.qcow2"]
-    {
-        amend(name);
+    for name in ["json:{}", "nbd:x:1", "nbd://x/y"] {
+        let refused = amend(name);
+        let what = ChangeError::Protocol(name.to_owned());
+        assert!(matches!(refused, Err(Error::Change { what: found, .. }) if found == what));
+        open().unwrap();
+    }
+    for name in ["fifo", "folder", "link", "/etc/passwd", "/dev/null", "disk.qcow2"] {
+        amend(name).unwrap();
         let refused = open();
         assert!(matches!(refused, Err(Error::Reference { .. })), "{name}: {refused:?}");
     }
-    amend("first");
+    amend("first").unwrap();
     open().unwrap();
     // A data file for an image that has none.
     let plain = dir.path().join("plain.qcow2");

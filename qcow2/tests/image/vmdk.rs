@@ -141,6 +141,85 @@ fn extents_stay_in_the_folder() {
 }
 
 #[test]
+fn what_takes_the_place_of_an_open_file_is_never_read() {
+    let dir = tempfile::tempdir().unwrap();
+    for subformat in SUBFORMATS {
+        let inner = dir.path().join(subformat);
+        std::fs::create_dir(&inner).unwrap();
+        let (path, disk) = make(&inner, subformat);
+        std::fs::remove_file(inner.join("disk.raw")).unwrap();
+        block_on(async {
+            let device = std::sync::Arc::new(open(&path).await.unwrap());
+            // A stranger's disk in the same shape, behind links in the place of every file.
+            let strange = dir.path().join(format!("{subformat}-strange"));
+            std::fs::create_dir(&strange).unwrap();
+            for file in std::fs::read_dir(&inner).unwrap().map(|file| file.unwrap()) {
+                let other = strange.join(file.file_name());
+                let mut bytes = std::fs::read(file.path()).unwrap();
+                bytes.iter_mut().skip(70_000).for_each(|byte| *byte ^= 0x55);
+                std::fs::write(&other, bytes).unwrap();
+                std::fs::remove_file(file.path()).unwrap();
+                std::os::unix::fs::symlink(&other, file.path()).unwrap();
+            }
+            let reads = (0..40u64).map(|number| {
+                let (device, start) = (std::sync::Arc::clone(&device), number * 131_071);
+                tokio::spawn(async move { (start, device.read(range(start, 99_999)).await) })
+            });
+            for read in reads.collect::<Vec<_>>() {
+                let (start, bytes) = read.await.unwrap();
+                let from = usize::try_from(start).unwrap();
+                let wanted = &disk[from..from + 99_999];
+                assert!(bytes.unwrap().to_vec() == wanted, "{subformat}: {start}");
+            }
+        });
+    }
+}
+
+#[test]
+fn extents_say_what_they_hold_and_may_hold_no_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let (sparse, disk) = make(dir.path(), "monolithicSparse");
+    // One that was compressed as a whole can be one of several, too.
+    let (packed, _) = make(dir.path(), "streamOptimized");
+    let [sparse, packed] =
+        [sparse, packed].map(|path| path.file_name().unwrap().to_str().unwrap().to_owned());
+    let sectors = disk.len() / 512;
+    let path = dir.path().join("all.vmdk");
+    let put = |lines: &str| {
+        let head = "# Disk DescriptorFile\nparentCID=ffffffff\ncreateType=\"custom\"\n";
+        std::fs::write(&path, format!("{head}{lines}")).unwrap();
+    };
+    put(&format!(
+        "RW {sectors} SPARSE \"{sparse}\"\nRW 8 ZERO\nRW {sectors} SPARSE \"{packed}\"\n\
+         RW 100 FLAT \"disk.raw\" 6144\n"
+    ));
+    let wanted = [&disk[..], &[0; 4096], &disk, &disk[3 << 20..][..51200]].concat();
+    block_on(async {
+        let device = open(&path).await.unwrap();
+        assert!(read_device(&device).await == wanted);
+        let extents = device.extents(range(0, wanted.len() as u64)).await.unwrap();
+        assert!(extents.iter().any(|extent| !extent.allocated), "{extents:?}");
+        let last = extents.last().unwrap();
+        assert!(last.range.end() == wanted.len() as u64 && last.allocated && !last.zero);
+    });
+    for line in [
+        format!("RW {} SPARSE \"{sparse}\"", sectors + 1),
+        format!("RW {} FLAT \"disk.raw\" 1", sectors),
+        format!("RW 1 FLAT \"disk.raw\" {}", u64::MAX / 512),
+    ] {
+        put(&line);
+        let refused = block_on(open(&path)).map(drop);
+        let short = matches!(&refused, Err(Error::Vmdk { what: VmdkError::ShortExtent(_), .. }));
+        assert!(short, "{line}: {refused:?}");
+    }
+    // It would lie below itself.
+    put("RW 1 FLAT \"all.vmdk\"");
+    let refused = block_on(open(&path)).map(drop);
+    let turns = |reason: &ReferenceError| *reason == ReferenceError::Loop;
+    assert!(matches!(refused, Err(Error::Reference { reason, .. }) if turns(&reason)));
+}
+
+#[test]
 fn a_delta_and_a_descriptor_that_lies_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = make(dir.path(), "monolithicSparse");

@@ -377,6 +377,14 @@ pub(crate) async fn connect(uri: &NbdUri) -> anyhow::Result<Arc<dyn BlockDevice>
 }
 
 async fn open_raw(path: &Path, how: &How) -> anyhow::Result<Arc<dyn BlockDevice>> {
+    Ok(RawDevice::new(open_file(path, how).await?))
+}
+
+/// Opens a file that the command line names, whatever is in it.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) async fn open_file(path: &Path, how: &How) -> anyhow::Result<HostFile> {
     let facts = std::fs::metadata(path).with_context(|| could_not_open(path))?;
     ensure!(!facts.is_dir(), "{}: it is a directory", could_not_open(path));
     let options = block::OpenOptions {
@@ -385,10 +393,7 @@ async fn open_raw(path: &Path, how: &How) -> anyhow::Result<Arc<dyn BlockDevice>
         lock: !how.shared,
         ..block::OpenOptions::default()
     };
-    match HostFile::open(path, options).await {
-        Ok(file) => Ok(RawDevice::new(file)),
-        Err(error) => Err(explained(error, path, how)),
-    }
+    HostFile::open(path, options).await.map_err(|error| explained(error, path, how))
 }
 
 /// Opens a qcow2 image with everything below it.

@@ -1,12 +1,15 @@
-//! `info`: what an image says of itself. Nothing below it is opened unless `--backing-chain` asks for it.
+//! `info`: what an image says of itself. Nothing below it is opened unless `--backing-chain` asks for it, and then what
+//! opening the image would open.
 
-use std::collections::BTreeSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 use block::HostFile;
-use qcow2::{Compression, Image, ImageInfo, Inspection, RecordedEncryption};
+use qcow2::{
+    BackingFormat, ChainFile, ChainFiles, Compression, Image, ImageInfo, Inspection, OpenOptions,
+    RecordedEncryption, Vmdk,
+};
 
 use crate::facts::{
     BitmapFacts, Child, EncryptionFacts, Node, Nothing, Qcow2Facts, SnapshotFacts, Specific,
@@ -20,8 +23,9 @@ use crate::stop::Stop;
 
 /// Say what an image is: format, sizes, backing file, snapshots, bitmaps
 ///
-/// Nothing but the image itself is opened, and no passphrase is needed. Ends with 1 where a part of the image cannot
-/// be read; what can be is told all the same.
+/// Nothing but the image itself is opened, and no passphrase is needed; with --backing-chain what lies below it is, as
+/// far as references may be followed. Ends with 1 where a part of the image cannot be read; what can be is told all the
+/// same.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the image; qcow2 is recognised, everything else is said
@@ -37,7 +41,7 @@ pub(crate) struct Options {
     force_share: bool,
 
     /// Every image of the chain, from the top down
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
 
     /// How to write the result
@@ -70,51 +74,42 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
 type Faults = Vec<qcow2::Error>;
 
 async fn chain(options: &Options) -> anyhow::Result<(Vec<Node>, Faults)> {
-    let mut named = Named::parse(&options.file, options.format, options.image_opts)?;
-    let mut seen = BTreeSet::new();
-    let (mut nodes, mut faults) = (Vec::new(), Vec::new());
-    loop {
-        if !seen.insert(named.place.to_string()) {
-            bail!("Backing file '{}' creates an infinite loop.", named.place);
-        }
-        let node = inspect(&named, options, &mut faults).await?;
-        let next = match (&node.full_backing_filename, &node.backing_filename) {
-            _ if !options.backing_chain => None,
-            (Some(full), _) => Some((full.clone(), node.backing_filename_format.clone())),
-            (None, Some(name)) => {
-                bail!("Could not determine absolute backing filename of '{name}'")
-            }
-            (None, None) => None,
-        };
-        nodes.push(node);
-        let Some((name, format)) = next else { return Ok((nodes, faults)) };
-        let format = format.as_deref().map(str::parse).transpose().map_err(anyhow::Error::msg)?;
-        named = Named::parse(&name, format, false)?;
-    }
-}
-
-async fn inspect(named: &Named, options: &Options, faults: &mut Faults) -> anyhow::Result<Node> {
+    let named = Named::parse(&options.file, options.format, options.image_opts)?;
+    let mut faults = Vec::new();
     let path = match &named.place {
         Place::File(path) => path,
-        Place::Nbd { .. } => return of_export(named, &options.access).await,
+        Place::Nbd { .. } => return Ok((vec![of_export(&named, &options.access).await?], faults)),
     };
     let how = named.how(&How::reading(None, options.force_share))?;
-    match named.format.map_or_else(|| format::recognise(path), Ok)? {
-        Format::Qcow2 => of_qcow2(path, &how, faults).await,
-        other => of_disk(path, other, &how, &options.access).await,
-    }
-}
-
-async fn of_disk(path: &Path, format: Format, how: &How, access: &Access) -> anyhow::Result<Node> {
-    let opened = open::open(&Named::file(path, Some(format)), how, access).await?;
-    let size = opened.size_bytes().next_multiple_of(SECTOR_BYTES);
-    opened.close().await?;
-    let length = match format {
-        Format::Raw => size,
-        _ => std::fs::metadata(path)?.len().next_multiple_of(SECTOR_BYTES),
+    let explained = |error: qcow2::Error| open::explained(error, path, &how);
+    // Of files with tables only these are read.
+    let opening = OpenOptions { direct: false, ..open::qcow2_options(&how, &options.access)? };
+    let nodes = match named.format.map_or_else(|| format::recognise(path), Ok)? {
+        Format::Raw => {
+            let file = open::open_file(path, &how).await?;
+            vec![of_disk(&file, path, file.len(), Format::Raw)?]
+        }
+        Format::Vmdk => {
+            let file = open::open_file(path, &how).await?;
+            let size = Vmdk::size_on(&file).await.map_err(explained)?;
+            vec![of_disk(&file, path, size, Format::Vmdk)?]
+        }
+        Format::Qcow2 => {
+            let mut files = ChainFiles::start(path, &opening).map_err(explained)?;
+            let (mut nodes, mut name) = (Vec::new(), path.clone());
+            while let Some(found) = files.next().await.map_err(explained)? {
+                let node = of_layer(&found, &name, &how, &mut faults).await?;
+                let below = node.full_backing_filename.clone();
+                nodes.push(node);
+                match below {
+                    Some(below) if options.backing_chain => name = below.into(),
+                    _ => break,
+                }
+            }
+            nodes
+        }
     };
-    let file = file_node(path, length, "file", Some(Specific::File(Nothing {})))?;
-    Ok(Node { children: vec![child(file)], ..file_node(path, size, format.name(), None)? })
+    Ok((nodes, faults))
 }
 
 async fn of_export(named: &Named, access: &Access) -> anyhow::Result<Node> {
@@ -129,44 +124,77 @@ fn child(info: Node) -> Child {
     Child { name: "file", info }
 }
 
+/// What is known of an open file; `name` is how it is told.
 fn file_node(
-    path: &Path,
+    file: &HostFile,
+    name: &Path,
     size: u64,
     format: &str,
     specific: Option<Specific>,
 ) -> anyhow::Result<Node> {
-    let facts = std::fs::metadata(path).with_context(|| could_not_open(path))?;
+    let facts = std::fs::metadata(file.path()).with_context(|| could_not_open(name))?;
+    // By its path, which may lead elsewhere by now.
+    let same = file.id() == Some((facts.dev(), facts.ino()));
+    ensure!(same, "{}: another file took its place", could_not_open(name));
     let is_device = facts.file_type().is_block_device();
     Ok(Node {
         actual_size: Some(if is_device { 0 } else { facts.blocks() * SECTOR_BYTES }),
         dirty_flag: Some(false),
         format_specific: specific,
-        ..Node::new(path.display().to_string(), size, format)
+        ..Node::new(name.display().to_string(), size, format)
     })
 }
 
-async fn of_qcow2(path: &Path, how: &How, faults: &mut Faults) -> anyhow::Result<Node> {
-    let options = block::OpenOptions {
-        read_only: true,
-        direct: false,
-        lock: !how.shared,
-        ..block::OpenOptions::default()
-    };
-    let file = HostFile::open(path, options).await;
-    let file = file.map_err(|error| open::explained(error, path, how))?;
-    let seen = Image::inspect_on(&file).await;
-    let seen = seen.map_err(|error| open::explained(error, path, how))?;
+/// The node of the bytes of a file, below that of its format.
+fn bytes_of(file: &HostFile, name: &Path) -> anyhow::Result<Vec<Child>> {
+    let length = file.len().next_multiple_of(SECTOR_BYTES);
+    Ok(vec![child(file_node(file, name, length, "file", Some(Specific::File(Nothing {})))?)])
+}
+
+/// A disk of a format of which only the size is told.
+fn of_disk(file: &HostFile, name: &Path, size: u64, format: Format) -> anyhow::Result<Node> {
+    let size = size.next_multiple_of(SECTOR_BYTES);
+    let children = bytes_of(file, name)?;
+    Ok(Node { children, ..file_node(file, name, size, format.name(), None)? })
+}
+
+/// A file of a chain, which is told by `name`.
+async fn of_layer(
+    found: &ChainFile,
+    name: &Path,
+    how: &How,
+    faults: &mut Faults,
+) -> anyhow::Result<Node> {
+    let file = &found.file;
+    let explained = |error: qcow2::Error| open::explained(error, name, how);
+    match found.format {
+        BackingFormat::Qcow2 => {
+            let seen = Image::inspect_on(file).await.map_err(explained)?;
+            of_qcow2(file, name, seen, faults)
+        }
+        BackingFormat::Raw => of_disk(file, name, file.len(), Format::Raw),
+        BackingFormat::Vmdk => {
+            let size = Vmdk::size_on(file).await.map_err(explained)?;
+            of_disk(file, name, size, Format::Vmdk)
+        }
+    }
+}
+
+fn of_qcow2(
+    file: &HostFile,
+    path: &Path,
+    seen: Inspection,
+    faults: &mut Faults,
+) -> anyhow::Result<Node> {
     let facts = Specific::Qcow2(Box::new(qcow2_facts(&seen)));
-    let Inspection { info, snapshots, file_bytes, faults: found, .. } = seen;
+    let Inspection { info, snapshots, faults: found, .. } = seen;
     faults.extend(found);
-    let length = file_bytes.next_multiple_of(SECTOR_BYTES);
-    let file = file_node(path, length, "file", Some(Specific::File(Nothing {})))?;
     let (name, format) = match info.backing {
         Some(backing) => (Some(backing.name), backing.format),
         None => (None, None),
     };
     Ok(Node {
-        children: vec![child(file)],
+        children: bytes_of(file, path)?,
         snapshots: snapshots.iter().map(SnapshotFacts::of).collect(),
         full_backing_filename: name.as_deref().map(|name| full_name(path, name)),
         backing_filename: name,
@@ -174,7 +202,7 @@ async fn of_qcow2(path: &Path, how: &How, faults: &mut Faults) -> anyhow::Result
         cluster_size: Some(info.cluster_bytes),
         dirty_flag: Some(info.is_dirty),
         encrypted: (info.encryption != RecordedEncryption::None).then_some(true),
-        ..file_node(path, info.size_bytes, "qcow2", Some(facts))?
+        ..file_node(file, path, info.size_bytes, "qcow2", Some(facts))?
     })
 }
 

@@ -88,6 +88,88 @@ fn info_tells_what_it_can_of_an_image_with_a_broken_part() {
 }
 
 #[test]
+fn info_follows_a_chain_as_far_as_opening_does() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("jail")).unwrap();
+    place.qemu_img(&["create", "-f", "qcow2", "secret.qcow2", "77M"]).good();
+    place.qemu_img(&["snapshot", "-c", "treasure", "secret.qcow2"]).good();
+    place.write_raw("secret.raw", 65536, 1);
+    std::os::unix::fs::symlink("../secret.qcow2", place.path("jail/link.qcow2")).unwrap();
+    let socket = place.path("socket");
+    let server = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    server.set_nonblocking(true).unwrap();
+    let export = format!("nbd+unix:///e?socket={}", socket.display());
+    for (name, format, text) in [
+        ("../secret.qcow2", "qcow2", "outside"),
+        ("link.qcow2", "qcow2", "outside"),
+        ("../secret.raw", "raw", "outside"),
+        ("/etc/passwd", "raw", "outside"),
+        (export.as_str(), "raw", "protocols"),
+        ("json:{\"driver\":\"null-co\"}", "raw", "protocols"),
+    ] {
+        let line = ["create", "-u", "-f", "qcow2", "-b", name, "-F", format, "jail/top", "1M"];
+        place.qemu_img(&line).good();
+        place.qcow2(&["info", "jail/top"]).good();
+        for option in ["-b", "--backing-chain"] {
+            let answer = place.qcow2(&["info", option, "jail/top"]).bad(1, text);
+            assert_eq!(answer.out, "", "{name}");
+        }
+    }
+    let knocked = server.accept().map(drop).unwrap_err();
+    assert_eq!(knocked.kind(), std::io::ErrorKind::WouldBlock);
+    let line = ["create", "-u", "-f", "qcow2", "-b", "../secret.qcow2", "-F", "qcow2"];
+    place.qemu_img(&[&line[..], &["jail/top", "1M"]].concat()).good();
+    let theirs = place.qemu_img(&["info", "--backing-chain", "jail/top"]).good().out;
+    for allowed in ["any", "."] {
+        let line = ["info", "--backing-chain", "--allow-references", allowed, "jail/top"];
+        assert_eq!(place.qcow2(&line).good().out, theirs, "{allowed}");
+    }
+}
+
+#[test]
+fn info_of_a_chain_ends_at_loops_under_any_name_and_at_the_limit() {
+    let place = Place::new();
+    let line = ["create", "-u", "-f", "qcow2", "-b", "l000", "-F", "qcow2", "sample", "1M"];
+    place.qemu_img(&line).good();
+    let sample = place.read("sample");
+    let at = sample.windows(4).position(|name| name == b"l000").unwrap();
+    let put = |name: &str, below: &str| {
+        let mut bytes = sample.clone();
+        bytes[at..at + 4].copy_from_slice(below.as_bytes());
+        std::fs::write(place.path(name), bytes).unwrap();
+    };
+    for number in 0..300 {
+        put(&format!("l{number:03}"), &format!("l{:03}", number + 1));
+    }
+    let chain = |name: &str| place.qcow2(&["info", "--backing-chain", name]);
+    // The image is named that refers too far, not the one that it refers to.
+    let deep = chain("l000").bad(1, "l255 refers to ");
+    assert!(deep.err.contains("l256\": the chain has more than 256 layers"), "{deep:?}");
+    put("one1", "two2");
+    put("two2", "ano1");
+    std::fs::hard_link(place.path("one1"), place.path("ano1")).unwrap();
+    let turning = chain("one1").bad(1, "comes back to the same file");
+    assert!(turning.err.len() < 500, "{turning:?}");
+}
+
+#[test]
+fn info_of_a_vmdk_does_not_look_for_its_extents() {
+    let place = Place::new();
+    let option = "subformat=monolithicFlat";
+    place.qemu_img(&["create", "-f", "vmdk", "-o", option, "disk.vmdk", "3M"]).good();
+    let line = ["info", "--output=json", "-f", "vmdk", "disk.vmdk"];
+    let whole = place.qcow2(&line).good().json();
+    assert_eq!(whole["virtual-size"], 3 << 20);
+    std::fs::remove_file(place.path("disk-flat.vmdk")).unwrap();
+    assert_eq!(place.qcow2(&line).good().json(), whole);
+    place.qcow2(&["map", "-f", "vmdk", "disk.vmdk"]).bad(1, "disk-flat.vmdk");
+    let line = ["create", "-u", "-f", "qcow2", "-b", "disk.vmdk", "-F", "vmdk", "top", "3M"];
+    place.qemu_img(&line).good();
+    let chain = place.qcow2(&["info", "--backing-chain", "--output=json", "top"]).good().json();
+    assert_eq!(chain[1], whole);
+}
+
+#[test]
 fn info_of_an_export_is_that_of_a_raw_disk() {
     let place = Place::new();
     place.write_raw("disk.raw", 1 << 20, 1);

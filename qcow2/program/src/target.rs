@@ -1,5 +1,5 @@
-//! Files that a command makes or makes anew: they are locked while they grow, and are removed again if the command
-//! does not come to its end. What is written into them is the commands' business.
+//! Files that a command makes or makes anew: they are locked while they grow, and new ones are removed again if the
+//! command does not come to its end. What is written into them is the commands' business.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,12 +10,25 @@ use block::{Create, HostFile, OpenOptions};
 
 use crate::cache::Cache;
 
-/// A file that is being made. Dropped before it is kept, it is removed: nobody shall take half an image for a whole
-/// one.
+/// A file that is being made. Dropped before it is kept, it is removed if it is new: nobody shall take half an image
+/// for a whole one. One that was there before stays, as for qemu-img: somebody else made it, and may know it by other
+/// names.
 pub(crate) struct Target {
     path: PathBuf,
-    /// Whether there is something to remove: a device stays.
-    is_ours: bool,
+    /// The file, by device and inode.
+    id: Option<(u64, u64)>,
+    kind: Kind,
+    is_kept: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// It was not there before.
+    New,
+    /// A file that was there, and was emptied.
+    Emptied,
+    /// It holds what it held, where nothing is written.
+    Device,
 }
 
 impl Target {
@@ -34,7 +47,7 @@ impl Target {
         let options =
             OpenOptions { read_only: false, create: Create::New, direct: cache.direct, lock: true };
         match HostFile::open(path, options.clone()).await {
-            Ok(file) => return Ok((Self { path: path.to_owned(), is_ours: true }, file)),
+            Ok(file) => return Ok((Self::of(path, &file, Kind::New), file)),
             Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error).with_context(cannot),
         }
@@ -52,15 +65,20 @@ impl Target {
         );
         let options = OpenOptions { create: Create::No, ..options };
         let file = HostFile::open(path, options).await.with_context(cannot)?;
-        if !is_device {
-            file.set_len(0).await.with_context(cannot)?;
+        if is_device {
+            return Ok((Self::of(path, &file, Kind::Device), file));
         }
-        Ok((Self { path: path.to_owned(), is_ours: !is_device }, file))
+        file.set_len(0).await.with_context(cannot)?;
+        Ok((Self::of(path, &file, Kind::Emptied), file))
+    }
+
+    fn of(path: &Path, file: &HostFile, kind: Kind) -> Self {
+        Self { path: path.to_owned(), id: file.id(), kind, is_kept: false }
     }
 
     /// Whether it was made, or made anew: a device holds what it held.
     pub(crate) fn is_new(&self) -> bool {
-        self.is_ours
+        self.kind != Kind::Device
     }
 
     /// Says that it is complete, and makes its name durable.
@@ -68,7 +86,7 @@ impl Target {
     /// # Errors
     /// Where its folder cannot be synced.
     pub(crate) fn keep(mut self) -> anyhow::Result<()> {
-        self.is_ours = false;
+        self.is_kept = true;
         let folder = match self.path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
@@ -80,11 +98,24 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
-        if self.is_ours
-            && let Err(error) = std::fs::remove_file(&self.path)
-        {
-            let path = self.path.display();
-            crate::output::warn(&format!("cannot remove {path}, which is incomplete: {error}"));
+        if self.is_kept {
+            return;
+        }
+        let path = self.path.display();
+        match self.kind {
+            Kind::New => {
+                // Not what somebody has put in its place.
+                let is_there = std::fs::symlink_metadata(&self.path);
+                let is_there = is_there.is_ok_and(|now| Some((now.dev(), now.ino())) == self.id);
+                if is_there && let Err(error) = std::fs::remove_file(&self.path) {
+                    let text = format!("cannot remove {path}, which is incomplete: {error}");
+                    crate::output::warn(&text);
+                }
+            }
+            Kind::Emptied => crate::output::warn(&format!(
+                "{path} was there before and stays: what it held is lost, and what it holds now is incomplete"
+            )),
+            Kind::Device => crate::output::warn(&format!("what {path} holds now is incomplete")),
         }
     }
 }

@@ -186,10 +186,9 @@ fn a_copy_that_is_stopped_leaves_nothing_behind() {
     }
 }
 
-#[test]
-fn a_copy_that_fails_leaves_nothing_behind() {
-    let place = Place::new();
-    source(&place);
+/// A source that cannot be copied to its end.
+fn damaged_source(place: &Place) {
+    source(place);
     // An L2 table entry that points behind the end of the file: found when the copy comes by.
     let mut bytes = place.read("top.qcow2");
     let l1_at = usize::try_from(u64::from_be_bytes(bytes[40..48].try_into().unwrap())).unwrap();
@@ -198,10 +197,38 @@ fn a_copy_that_fails_leaves_nothing_behind() {
     let entry = l2_at + 8 * (30 << 20 >> 16);
     bytes[entry..entry + 8].copy_from_slice(&0x8000_0000_0000_0200_u64.to_be_bytes());
     std::fs::write(place.path("top.qcow2"), bytes).unwrap();
+}
+
+#[test]
+fn a_copy_that_fails_leaves_nothing_behind() {
+    let place = Place::new();
+    damaged_source(&place);
     let answer = place.qcow2(&["convert", "-O", "qcow2", "top.qcow2", "out"]);
     assert_eq!(answer.code, 1, "{answer:?}");
     assert!(answer.err.contains("top.qcow2 is corrupt at"), "{answer:?}");
     assert!(!exists(&place.path("out")));
+}
+
+#[test]
+fn a_copy_that_fails_leaves_what_others_made_and_says_so() {
+    let place = Place::new();
+    damaged_source(&place);
+    std::fs::create_dir(place.path("elsewhere")).unwrap();
+    for format in ["raw", "qcow2"] {
+        for name in ["old", "link"] {
+            place.write_raw("elsewhere/file", 100_000, 1);
+            place.write_raw("old", 100_000, 2);
+            let _ = std::fs::remove_file(place.path("link"));
+            std::os::unix::fs::symlink("elsewhere/file", place.path("link")).unwrap();
+            let answer = place.qcow2(&["convert", "-O", format, "top.qcow2", name]);
+            let answer = answer.bad(1, "top.qcow2 is corrupt at");
+            let told = format!("{name} was there before and stays");
+            assert!(answer.err.contains(&told), "{answer:?}");
+            assert!(exists(&place.path(name)), "{name} {format}");
+            let link = std::fs::read_link(place.path("link"));
+            assert_eq!(link.unwrap(), std::path::Path::new("elsewhere/file"));
+        }
+    }
 }
 
 #[test]

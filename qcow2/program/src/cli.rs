@@ -10,10 +10,16 @@ use crate::stop::Stop;
 
 /// Creates, inspects, converts and repairs disk images
 ///
-/// Options, results and exit codes are those of qemu-img. Images are paths, or exports of NBD servers: nbd://HOST/EXPORT,
+/// Options, results and exit codes are those of qemu-img; long options may be cut short. Images are paths, or exports of NBD servers: nbd://HOST/EXPORT,
 /// nbd+unix:///EXPORT?socket=PATH.
 #[derive(Debug, Parser)]
-#[command(name = "qcow2", version, subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    name = "qcow2",
+    version,
+    infer_long_args = true,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -30,7 +30,7 @@ pub(crate) struct Options {
     image_opts: bool,
 
     /// Taken for qemu-img's sake: there is little to wait for
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
 
     /// Print nothing but errors
@@ -38,7 +38,7 @@ pub(crate) struct Options {
     quiet: bool,
 
     /// How the image is written: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<Cache>,
 
     /// Allow what may make an encrypted image unreadable
@@ -143,7 +143,10 @@ fn changes(list: &OptionList) -> anyhow::Result<AmendOptions> {
             "compat" => changes.version = Some(making::version(value)?),
             "refcount_bits" => changes.refcount_bits = Some(making::refcount_bits(value)?),
             "lazy_refcounts" => changes.lazy_refcounts = Some(switch(name, value)?),
-            "data_file" => changes.data_file = Some(value.to_owned()),
+            "data_file" => {
+                making::plain_path(value)?;
+                changes.data_file = Some(value.to_owned());
+            }
             "data_file_raw" => changes.data_file_raw = Some(switch(name, value)?),
             "backing_file" | "backing_fmt" => {
                 bail!("Cannot amend the backing file: rebase does (rebase -u only writes it down)");

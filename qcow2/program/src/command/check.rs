@@ -40,11 +40,11 @@ pub(crate) struct Options {
     quiet: bool,
 
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
 
     /// Taken for qemu-img's sake: metadata is read through the page cache
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(short = 'T', long = "cache", value_name = "CACHE")]
     source_cache: Option<Cache>,
 
     /// Read it although another program may be writing it

@@ -27,11 +27,11 @@ pub(crate) struct Options {
     image_opts: bool,
 
     /// The layer that takes everything above it; FILE is not emptied then [default: the one below FILE]
-    #[arg(short, value_name = "BASE")]
+    #[arg(short, long, value_name = "BASE")]
     base: Option<String>,
 
     /// Do not empty FILE: it is no longer needed
-    #[arg(short)]
+    #[arg(short, long)]
     drop: bool,
 
     /// Say what would be done, and change nothing
@@ -39,7 +39,7 @@ pub(crate) struct Options {
     dry_run: bool,
 
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
 
     /// Print nothing but errors
@@ -47,11 +47,11 @@ pub(crate) struct Options {
     quiet: bool,
 
     /// The most bytes that are copied in a second
-    #[arg(short, value_name = "RATE")]
+    #[arg(short, long, value_name = "RATE")]
     rate: Option<Size>,
 
     /// How the images are written: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<Cache>,
 
     #[command(flatten)]

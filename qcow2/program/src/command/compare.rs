@@ -19,11 +19,11 @@ use crate::stop::{Interrupted, Stop};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the first image; qcow2 is recognised, everything else is said
-    #[arg(short, value_name = "FMT")]
+    #[arg(short, long = "a-format", alias = "format", value_name = "FMT")]
     format: Option<Format>,
 
     /// The format of the second image
-    #[arg(short = 'F', value_name = "FMT")]
+    #[arg(short = 'F', long = "b-format", value_name = "FMT")]
     second_format: Option<Format>,
 
     /// Both names are lists of options: driver=qcow2,file.filename=PATH
@@ -31,11 +31,11 @@ pub(crate) struct Options {
     image_opts: bool,
 
     /// How the images are read: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(short = 'T', long = "cache", value_name = "CACHE")]
     source_cache: Option<Cache>,
 
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
 
     /// Print nothing but errors
@@ -43,7 +43,7 @@ pub(crate) struct Options {
     quiet: bool,
 
     /// Sizes, and what is allocated, must be the same, too
-    #[arg(short)]
+    #[arg(short, long)]
     strict: bool,
 
     /// Read them although other programs may be writing them

@@ -31,40 +31,40 @@ use target::Output;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the sources; qcow2 is recognised, everything else is said
-    #[arg(short, long, value_name = "FMT")]
+    #[arg(short, long = "source-format", alias = "format", value_name = "FMT")]
     format: Option<Format>,
 
     /// The format of the target
-    #[arg(short = 'O', value_name = "FMT", default_value = "raw")]
+    #[arg(short = 'O', long, alias = "target-format", value_name = "FMT", default_value = "raw")]
     output_format: Format,
 
     /// Options of the target, NAME=VALUE[,...]; `-o help` lists them
-    #[arg(short, long = "options", value_name = "OPTIONS")]
+    #[arg(short, long = "options", alias = "target-options", value_name = "OPTIONS")]
     options: Vec<String>,
 
     /// Make the target over this image, which has to hold what the one below the source holds; with -n the target is
     /// over it already
-    #[arg(short = 'B', value_name = "FILE")]
+    #[arg(short = 'B', long, value_name = "FILE")]
     backing: Option<String>,
 
     /// The format of the image below the target
-    #[arg(short = 'F', value_name = "FMT")]
+    #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
 
     /// The internal snapshot that is copied, by its id or name
-    #[arg(short = 'l', value_name = "SNAPSHOT")]
+    #[arg(short = 'l', long, alias = "source-snapshot", value_name = "SNAPSHOT")]
     snapshot: Option<String>,
 
     /// Write to a target that is there, and is as large as the source at least
-    #[arg(short = 'n')]
+    #[arg(short = 'n', long)]
     no_create: bool,
 
     /// So many zeros in a row are left out, 512 to 16M; 0 allocates everything
-    #[arg(short = 'S', value_name = "SIZE")]
+    #[arg(short = 'S', long = "sparse-size", value_name = "SIZE")]
     sparse: Option<Size>,
 
     /// Compress, on all processors
-    #[arg(short)]
+    #[arg(short, long)]
     compress: bool,
 
     /// With -c: from 1 (fast) to 9 for zlib and 19 for zstd (small) [default: what is usual]
@@ -80,7 +80,7 @@ pub(crate) struct Options {
     skip_broken_bitmaps: bool,
 
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
 
     /// Print nothing but errors
@@ -88,27 +88,27 @@ pub(crate) struct Options {
     quiet: bool,
 
     /// How the target is written: none, writeback, writethrough, directsync or unsafe; durable at the end in each
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', long = "target-cache", value_name = "CACHE")]
     cache: Option<Cache>,
 
     /// How the sources are read
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(short = 'T', long, value_name = "CACHE")]
     source_cache: Option<Cache>,
 
     /// How many pieces are copied at once
-    #[arg(short = 'm', value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64), default_value_t = 8)]
+    #[arg(short = 'm', long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64), default_value_t = 8)]
     parallel: u8,
 
     /// Let pieces be written in any order
-    #[arg(short = 'W')]
+    #[arg(short = 'W', long = "oob-writes")]
     out_of_order: bool,
 
     /// Taken for qemu-img's sake: what need not be read is not read in any case
-    #[arg(short = 'C', conflicts_with_all = ["sparse", "salvage"])]
+    #[arg(short = 'C', long = "copy-range-offloading", conflicts_with_all = ["sparse", "salvage"])]
     copy_offloading: bool,
 
     /// The most bytes that are copied in a second
-    #[arg(short = 'r', value_name = "RATE")]
+    #[arg(short = 'r', long, value_name = "RATE")]
     rate: Option<Size>,
 
     /// Go on where a source cannot be read, with zeros
@@ -120,7 +120,7 @@ pub(crate) struct Options {
     target_is_zero: bool,
 
     /// The sources are lists of options: driver=qcow2,file.filename=PATH
-    #[arg(long)]
+    #[arg(long, alias = "source-image-opts")]
     image_opts: bool,
 
     /// With -n: the target is a list of options

@@ -35,7 +35,7 @@ pub(crate) struct Options {
     backing_format: Option<String>,
 
     /// Do not look at the image below: it may be missing
-    #[arg(short = 'u')]
+    #[arg(short = 'u', long = "backing-unsafe")]
     without_backing: bool,
 
     /// Options of the format, NAME=VALUE[,...]; `-o help` lists them

@@ -30,7 +30,7 @@ pub(crate) struct Options {
     format: Option<Format>,
 
     /// The format of the output
-    #[arg(short = 'O', value_name = "FMT", default_value = "raw")]
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw")]
     output_format: Format,
 
     /// INPUT is a list of options: driver=qcow2,file.filename=PATH

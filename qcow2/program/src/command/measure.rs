@@ -25,7 +25,13 @@ pub(crate) struct Options {
     output: Output,
 
     /// The format of the new image
-    #[arg(short = 'O', value_name = "FMT", default_value = "raw")]
+    #[arg(
+        short = 'O',
+        long = "target-format",
+        alias = "output-format",
+        value_name = "FMT",
+        default_value = "raw"
+    )]
     output_format: Format,
 
     /// Options of the new image, NAME=VALUE[,...]
@@ -33,7 +39,7 @@ pub(crate) struct Options {
     options: Vec<String>,
 
     /// The size of the disk, where there is no FILE
-    #[arg(long, value_name = "SIZE", conflicts_with = "file")]
+    #[arg(short, long, value_name = "SIZE", conflicts_with = "file")]
     size: Option<Size>,
 
     /// The format of FILE; qcow2 is recognised, everything else is said
@@ -45,7 +51,7 @@ pub(crate) struct Options {
     image_opts: bool,
 
     /// The internal snapshot of FILE that is meant, by its id or name
-    #[arg(short = 'l', value_name = "SNAPSHOT")]
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     snapshot: Option<String>,
 
     /// Read FILE although another program may be writing it

@@ -52,7 +52,7 @@ pub(crate) struct Options {
     dry_run: bool,
 
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
 
     /// Print nothing but errors
@@ -60,11 +60,11 @@ pub(crate) struct Options {
     quiet: bool,
 
     /// The most bytes that are copied in a second
-    #[arg(short, value_name = "RATE")]
+    #[arg(short, long, value_name = "RATE")]
     rate: Option<Size>,
 
     /// How the images are written: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<Cache>,
 
     #[command(flatten)]

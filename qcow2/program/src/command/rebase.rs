@@ -28,15 +28,15 @@ pub(crate) struct Options {
     image_opts: bool,
 
     /// The new backing file, by its path seen from the image; "" for none
-    #[arg(short, value_name = "BACKING")]
+    #[arg(short, long, value_name = "BACKING")]
     backing: Option<String>,
 
     /// The format of the new backing file
-    #[arg(short = 'F', value_name = "FMT")]
+    #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<String>,
 
     /// Write down the name and copy nothing: for a backing file that was moved
-    #[arg(short = 'u')]
+    #[arg(short = 'u', long = "backing-unsafe")]
     unsafe_mode: bool,
 
     /// Compress what is copied
@@ -48,7 +48,7 @@ pub(crate) struct Options {
     dry_run: bool,
 
     /// Show progress
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
 
     /// Print nothing but errors
@@ -56,11 +56,11 @@ pub(crate) struct Options {
     quiet: bool,
 
     /// How the image is written: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', value_name = "CACHE")]
+    #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<Cache>,
 
     /// Taken for qemu-img's sake: backing files are read in the way that -t says
-    #[arg(short = 'T', value_name = "CACHE")]
+    #[arg(short = 'T', long = "backing-cache", value_name = "CACHE")]
     source_cache: Option<Cache>,
 
     /// Taken for qemu-img's sake: backing files are shared with other readers in any case
@@ -113,6 +113,7 @@ fn backing(options: &Options) -> anyhow::Result<Option<BackingName>> {
     let Some(name) = options.backing.as_deref().filter(|name| !name.is_empty()) else {
         return Ok(None);
     };
+    making::plain_path(name)?;
     let format = options.backing_format.as_deref().with_context(|| {
         format!("Could not change the backing file to '{name}': backing format must be specified")
     })?;

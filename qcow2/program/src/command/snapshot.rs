@@ -4,6 +4,7 @@ use anyhow::{Context, ensure};
 use qcow2::Image;
 
 use crate::facts::{SnapshotFacts, snapshot_table};
+use crate::format::Format;
 use crate::open::{self, Access, How, Named};
 use crate::output::print;
 use crate::stop::Stop;
@@ -14,20 +15,24 @@ use crate::stop::Stop;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// List them
-    #[arg(short, group = "action")]
+    #[arg(short, long, group = "action")]
     list: bool,
 
     /// Keep the disk as it is now, under this name
-    #[arg(short, value_name = "SNAPSHOT", group = "action")]
+    #[arg(short, long, value_name = "SNAPSHOT", group = "action")]
     create: Option<String>,
 
     /// Make the disk what it was, by id, or else by name; what it is now is lost
-    #[arg(short, value_name = "SNAPSHOT", group = "action")]
+    #[arg(short, long, value_name = "SNAPSHOT", group = "action")]
     apply: Option<String>,
 
     /// Forget one, by name alone
-    #[arg(short, value_name = "SNAPSHOT", group = "action")]
+    #[arg(short, long, value_name = "SNAPSHOT", group = "action")]
     delete: Option<String>,
+
+    /// The format of the image: qcow2
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<Format>,
 
     /// Print nothing but errors
     #[arg(short, long)]
@@ -56,7 +61,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         true => How::writing(None),
         false => How::reading(None, options.force_share),
     };
-    let named = Named::parse(&options.file, None, options.image_opts)?;
+    let named = Named::parse(&options.file, options.format, options.image_opts)?;
     let opened = open::open(&named, &how, &options.access).await?;
     let done = match opened.image() {
         Some(image) => stop.or(act(image, &options)).await,

@@ -157,6 +157,22 @@ fn merge_takes_nothing_from_others_without_being_told_to() {
 }
 
 #[test]
+fn no_name_is_written_down_that_nothing_would_follow() {
+    let place = Place::new();
+    chain(&place);
+    let before = place.read("top");
+    for name in ["nbd://x/y", "nbd:localhost:10809", "json:{}", "file:b", "http://x/y"] {
+        for flags in [&[][..], &["-u"], &["--dry-run"]] {
+            let line = [&["rebase"], flags, &["-b", name, "-F", "raw", "top"]].concat();
+            place.qcow2(&line).bad(1, "protocols or json: names");
+        }
+        let option = format!("data_file={name}");
+        place.qcow2(&["amend", "-o", &option, "top"]).bad(1, "protocols or json: names");
+        assert_eq!(place.read("top"), before, "{name}");
+    }
+}
+
+#[test]
 fn chains_that_cannot_be_folded_are_refused() {
     let place = Place::new();
     chain(&place);

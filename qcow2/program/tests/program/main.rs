@@ -11,6 +11,7 @@ mod create;
 mod dd;
 mod hostile;
 mod info;
+mod letters;
 mod map;
 mod measure;
 mod misuse;

@@ -16,6 +16,7 @@ mod crash_compressed;
 mod crash_crowd;
 mod create;
 mod crowd;
+mod examples;
 mod faults;
 mod fold;
 mod fold_crash;

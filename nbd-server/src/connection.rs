@@ -419,9 +419,8 @@ impl Session {
 
     /// Executes a command. A device that panics fails this one request.
     async fn work(&self, command: Command, payload: Bytes, contexts: &[SelectedContext]) -> Answer {
-        let export = &self.attachment.export;
         let limit = self.shared.limits.status_extents;
-        let work = execute(export, command, payload, contexts, limit);
+        let work = execute(&self.attachment, command, payload, contexts, limit);
         let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
         done.unwrap_or_else(|_| broken("the device broke down"))
     }

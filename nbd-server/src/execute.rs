@@ -6,7 +6,7 @@ use block::{ByteRange, DeviceError, ErrorKind};
 use bytes::Bytes;
 
 use crate::block_status::Descriptors;
-use crate::export::Served;
+use crate::export::Attachment;
 use crate::handshake::{MetaContext, SelectedContext};
 use crate::reply::Answer;
 use crate::request::Command;
@@ -14,13 +14,13 @@ use crate::wire::error;
 
 /// Executes `command`; `payload` is that of a WRITE and empty otherwise.
 pub(crate) async fn execute(
-    export: &Served,
+    attachment: &Attachment,
     command: Command,
     payload: Bytes,
     contexts: &[SelectedContext],
     status_extents: usize,
 ) -> Answer {
-    let (device, tally) = (&*export.device, &export.tally);
+    let (device, tally) = (&*attachment.device, &attachment.export.tally);
     let add = |counter: &std::sync::atomic::AtomicU64, range: ByteRange| {
         counter.fetch_add(range.len(), Ordering::Relaxed);
     };
@@ -51,7 +51,7 @@ pub(crate) async fn execute(
         }
         Command::BlockStatus { range, one } => {
             let limit = if one { 1 } else { status_extents };
-            return block_status(export, range, limit, contexts).await;
+            return block_status(attachment, range, limit, contexts).await;
         }
     };
     match done {
@@ -67,7 +67,7 @@ const STATUS_ASKS: usize = 64;
 /// Asks the device, or what else knows a context, until the range is covered, the reply is full or enough was asked.
 /// Every context is told the same way.
 async fn block_status(
-    export: &Served,
+    attachment: &Attachment,
     range: ByteRange,
     limit: usize,
     contexts: &[SelectedContext],
@@ -79,10 +79,10 @@ async fn block_status(
             let Some(rest) = status.rest() else { break };
             let told = match &selected.context {
                 MetaContext::Allocation => {
-                    let extents = export.device.extents(rest).await;
+                    let extents = attachment.device.extents(rest).await;
                     extents.map(|extents| status.push(&extents))
                 }
-                MetaContext::Source(name) => match export.sources.get(name) {
+                MetaContext::Source(name) => match attachment.export.sources.get(name) {
                     Some(source) => {
                         let extents = source.extents(rest).await;
                         extents.map(|extents| status.push_flagged(&extents))

@@ -9,6 +9,7 @@ use block::BlockDevice;
 
 use crate::access::{Access, ClientName};
 use crate::admission::Admission;
+use crate::attendant::{Attendant, TurnedAway};
 use crate::extent_source::ExtentSource;
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportFacts, MetaContext};
@@ -31,6 +32,7 @@ pub struct Export {
     rotational: bool,
     withheld: u16,
     access: Access,
+    attendant: Option<Arc<dyn Attendant>>,
 }
 
 impl std::fmt::Debug for Export {
@@ -54,6 +56,7 @@ impl Export {
             rotational: false,
             withheld: 0,
             access: Access::default(),
+            attendant: None,
         }
     }
 
@@ -131,6 +134,13 @@ impl Export {
         self
     }
 
+    /// Tells `attendant` of each client that comes and goes.
+    #[must_use]
+    pub fn attendant(mut self, attendant: Arc<dyn Attendant>) -> Self {
+        self.attendant = Some(attendant);
+        self
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
@@ -153,6 +163,11 @@ impl Export {
             && self.preferred_bytes == other.preferred_bytes
             && self.rotational == other.rotational
             && self.withheld == other.withheld
+            && match (&self.attendant, &other.attendant) {
+                (None, None) => true,
+                (Some(one), Some(another)) => Arc::ptr_eq(one, another),
+                _ => false,
+            }
             && self.sources.len() == other.sources.len()
             && self.sources.iter().zip(&other.sources).all(source)
     }
@@ -289,10 +304,36 @@ impl std::fmt::Debug for Served {
 
 /// A connection's hold on an export: until the last clone is dropped, by the connection and by every request that is
 /// still in the device, the export is not gone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Attachment {
     pub(crate) export: Arc<Served>,
+    /// The export's, or one of the connection alone.
+    pub(crate) device: Arc<dyn BlockDevice>,
+    /// Whose connection it is.
+    pub(crate) peer: Peer,
     _held: Arc<Held>,
+}
+
+impl std::fmt::Debug for Attachment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attachment").field("export", &self.export).finish_non_exhaustive()
+    }
+}
+
+impl Attachment {
+    /// Tells the attendant, if there is one, of the client, and takes the device that it gives.
+    pub(crate) async fn arrive(&mut self) -> Result<(), TurnedAway> {
+        if let Some(attendant) = self.attendant()
+            && let Some(device) = attendant.arrived(&self.peer).await?
+        {
+            self.device = device;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        self.export.origin.attendant.clone()
+    }
 }
 
 impl Served {
@@ -342,9 +383,14 @@ impl Served {
     }
 
     /// Holds the export for one connection.
-    pub(crate) fn attach(self: &Arc<Self>) -> Attachment {
+    pub(crate) fn attach(self: &Arc<Self>, peer: &Peer) -> Attachment {
         self.tally.connections.fetch_add(1, Ordering::Relaxed);
-        Attachment { export: Arc::clone(self), _held: Arc::new(self.connections.hold()) }
+        Attachment {
+            export: Arc::clone(self),
+            device: Arc::clone(&self.device),
+            peer: peer.clone(),
+            _held: Arc::new(self.connections.hold()),
+        }
     }
 
     pub(crate) fn is_default(&self) -> bool {

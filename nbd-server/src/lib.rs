@@ -50,6 +50,7 @@
 
 mod access;
 mod admission;
+mod attendant;
 pub mod block_status;
 #[cfg(feature = "client")]
 pub mod client;
@@ -73,14 +74,15 @@ pub mod request;
 mod secure;
 mod server;
 mod signal;
+mod socket;
 #[cfg(feature = "tls")]
 pub mod tls;
-mod socket;
 mod window;
 pub mod wire;
 
 pub use access::{ClientName, ClientNameError};
 pub use admission::{Admission, ClientRule, ClientRuleError};
+pub use attendant::{Attendant, TurnedAway};
 pub use export::{Counters, Export, ExportError, ExportStatus, Removal};
 pub use extent_source::{DIRTY, ExtentSource, FlaggedExtent};
 pub use handshake::TlsMode;

@@ -13,7 +13,7 @@ use futures_util::future::join_all;
 use parking_lot::{Mutex, RwLock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::access::Protection;
 use crate::admission::Admission;
@@ -24,13 +24,13 @@ use crate::handshake::{ExportDirectory, ExportFacts, TlsMode, Unavailable};
 use crate::intake::Arriving;
 use crate::limits::Limits;
 use crate::listener;
-use crate::negotiate::{Negotiation, Next};
+use crate::negotiate::{Entered, Negotiation, Next};
 use crate::peer::Peer;
 use crate::replace::{Replaced, Retired, settle};
 use crate::signal::Signal;
+use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
 #[cfg(feature = "tls")]
 use crate::tls::ServerTls;
-use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
 
 /// How a server is set up.
 #[derive(Clone, Debug, Default)]
@@ -436,14 +436,36 @@ where
     W: AsyncWrite + Send + Unpin + 'static,
 {
     match next {
-        Next::Enter(entered) => {
-            connection::transmit(shared, *entered, reader, writer).await;
-            shared.left.raise();
-        }
+        Next::Enter(entered) => attend(shared, *entered, reader, writer).await,
         Next::StartTls | Next::Close => {
             connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await;
         }
     }
+}
+
+/// Transmission, between what the attendant of the export does before and after it.
+async fn attend<R, W>(shared: &Arc<Shared>, mut entered: Entered, mut reader: R, mut writer: W)
+where
+    R: AsyncRead + Send + Unpin,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    let (export, peer) = (entered.agreement.facts.name.clone(), entered.attachment.peer.clone());
+    let attendant = entered.attachment.attendant();
+    let arrived = timeout(shared.limits.handshake_timeout, entered.attachment.arrive()).await;
+    let why = match arrived {
+        Ok(Ok(())) => {
+            connection::transmit(shared, entered, reader, writer).await;
+            if let Some(attendant) = attendant {
+                attendant.left(&peer).await;
+            }
+            shared.left.raise();
+            return;
+        }
+        Ok(Err(why)) => why.to_string(),
+        Err(_) => "its attendant took too long".to_owned(),
+    };
+    tracing::warn!(%peer, export, why, "a client is turned away");
+    connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await;
 }
 
 /// The table as one negotiating client sees it.
@@ -518,7 +540,7 @@ impl ExportDirectory for Visitor {
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        let attachment = self.find(name, Served::attach)?;
+        let attachment = self.find(name, |served| served.attach(&self.peer))?;
         let facts = attachment.export.facts.clone();
         self.entered = Some(attachment);
         Ok(facts)

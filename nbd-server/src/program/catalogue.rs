@@ -8,13 +8,16 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use block::{BlockDevice, ByteRange, RawDevice};
+use nbd_server::wire::transmission_flag;
 use nbd_server::{Export, Removal, Replaced, Server, Window, WriteThrough, partition};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::attendant::Doorkeeper;
 use super::config::Place;
 use super::images::{ImageKey, Opened};
 use super::options::{AllowReferences, ExportSpec, Writes};
+use super::overlay::Overlay;
 
 /// How long an image may take to close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -30,7 +33,8 @@ pub(super) struct Wanted {
 /// An export that is served.
 struct Placed {
     spec: ExportSpec,
-    key: ImageKey,
+    /// `None` where there is no image.
+    key: Option<ImageKey>,
     export: Export,
 }
 
@@ -86,7 +90,7 @@ impl Catalogue {
         let before = std::mem::replace(&mut self.placed, placed);
         let mut replaced = replaced;
         for retired in std::mem::take(&mut replaced.retired) {
-            let Some(key) = before.get(retired.name()).map(|placed| placed.key.clone()) else {
+            let Some(key) = before.get(retired.name()).and_then(|placed| placed.key.clone()) else {
                 continue;
             };
             if let Some(shown) = self.images.get_mut(&key) {
@@ -116,7 +120,8 @@ impl Catalogue {
     /// Closes the images that nothing shows.
     pub(super) async fn sweep(&mut self) {
         let is_idle = |(key, shown): (&ImageKey, &Shown)| {
-            let used = shown.retired > 0 || self.placed.values().any(|placed| placed.key == *key);
+            let used = shown.retired > 0
+                || self.placed.values().any(|placed| placed.key.as_ref() == Some(key));
             (!used).then(|| key.clone())
         };
         let idle: Vec<ImageKey> = self.images.iter().filter_map(is_idle).collect();
@@ -161,10 +166,13 @@ impl Catalogue {
             let export = match known {
                 Some(known) => known.export.clone(),
                 None => {
-                    let writes =
-                        |(other, of): (&Wanted, &ImageKey)| of == key && is_written(&other.spec);
+                    let writes = |(other, of): (&Wanted, &Option<ImageKey>)| {
+                        of == key && is_written(&other.spec)
+                    };
                     let writable = wanted.iter().zip(&keys).any(writes);
-                    self.export(&one.spec, key, writable).await.with_context(|| blame(one))?
+                    self.export(&one.spec, key.as_ref(), writable)
+                        .await
+                        .with_context(|| blame(one))?
                 }
             };
             let next = Placed { spec: one.spec.clone(), key: key.clone(), export };
@@ -179,12 +187,13 @@ impl Catalogue {
     async fn export(
         &mut self,
         spec: &ExportSpec,
-        key: &ImageKey,
+        key: Option<&ImageKey>,
         writable: bool,
     ) -> anyhow::Result<Export> {
-        if spec.writes != Writes::Image || spec.before.is_some() || spec.after.is_some() {
-            bail!("copyonwrite, temporary, prerun and postrun are not carried out");
-        }
+        let Some(key) = key else {
+            let disk = Overlay::empty(spec.size.unwrap_or(0), folder_of(&spec.path));
+            return Ok(shape(spec, disk.clone(), Some(disk)));
+        };
         match self.images.get(key) {
             Some(shown) if shown.writable || !writable => {}
             Some(_) => bail!(
@@ -199,21 +208,42 @@ impl Catalogue {
         let shown = self.images.get(key).context("the image is gone")?;
         let sources = shown.opened.sources(spec).await?;
         let device = part(shown.opened.device(), spec).await?;
-        let mut export = Export::new(&spec.name, device)
-            .description(spec.description.clone().unwrap_or_default())
-            .read_only(spec.read_only)
-            .default_export(spec.is_default)
-            .admission(spec.admission.clone())
-            .rotational(spec.rotational)
-            .withhold(spec.withheld);
-        if let Some(bytes) = spec.preferred_bytes {
-            export = export.preferred_bytes(bytes);
-        }
+        let mut export = match &spec.writes {
+            Writes::Apart { folder } if !spec.read_only => {
+                let folder = folder.as_deref().unwrap_or_else(|| folder_of(&spec.path));
+                let disk = Overlay::over(device, folder);
+                shape(spec, disk.clone(), Some(disk))
+            }
+            _ => shape(spec, device, None),
+        };
         for (name, source) in sources {
             export = export.context(name, source);
         }
         Ok(export)
     }
+}
+
+/// The export of a device; clients work on fresh copies of `overlay` where there is one.
+fn shape(spec: &ExportSpec, device: Arc<dyn BlockDevice>, overlay: Option<Arc<Overlay>>) -> Export {
+    let alone = if overlay.is_some() { transmission_flag::CAN_MULTI_CONN } else { 0 };
+    let mut export = Export::new(&spec.name, device)
+        .description(spec.description.clone().unwrap_or_default())
+        .read_only(spec.read_only)
+        .default_export(spec.is_default)
+        .admission(spec.admission.clone())
+        .rotational(spec.rotational)
+        .withhold(spec.withheld | alone);
+    if let Some(bytes) = spec.preferred_bytes {
+        export = export.preferred_bytes(bytes);
+    }
+    match Doorkeeper::new(spec, overlay) {
+        Some(doorkeeper) => export.attendant(doorkeeper),
+        None => export,
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Whether an export changes its image.
@@ -235,10 +265,15 @@ fn blame(one: &Wanted) -> String {
 async fn keys(
     wanted: Vec<Wanted>,
     references: Option<AllowReferences>,
-) -> anyhow::Result<Vec<ImageKey>> {
+) -> anyhow::Result<Vec<Option<ImageKey>>> {
     let look = move || {
-        let key =
-            |one: &Wanted| ImageKey::of(&one.spec, references.as_ref()).with_context(|| blame(one));
+        let key = |one: &Wanted| {
+            if one.spec.writes == Writes::Temporary {
+                return Ok(None);
+            }
+            let key = ImageKey::of(&one.spec, references.as_ref());
+            key.map(Some).with_context(|| blame(one))
+        };
         wanted.iter().map(key).collect()
     };
     tokio::task::spawn_blocking(look).await?

@@ -1,6 +1,7 @@
 //! What the program does between its first and its last line. The command line is described in `options`, configuration
 //! files in `config`, what is served in `catalogue`.
 
+mod attendant;
 mod catalogue;
 mod config;
 mod depth;
@@ -8,6 +9,7 @@ mod identity;
 mod images;
 mod manual;
 mod options;
+mod overlay;
 mod reload;
 mod sockets;
 

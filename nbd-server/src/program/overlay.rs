@@ -217,7 +217,7 @@ impl BlockDevice for Overlay {
         while at < range.end() {
             let next = (at + 1).next_multiple_of(BLOCK_BYTES).min(range.end());
             let whole = ByteRange::between(at, range.end() / BLOCK_BYTES * BLOCK_BYTES);
-            if at % BLOCK_BYTES == 0 && !whole.is_empty() {
+            if at.is_multiple_of(BLOCK_BYTES) && !whole.is_empty() {
                 let file = self.file().await?;
                 file.write_zeroes(whole, ZeroMode::default(), Durability::Deferred).await?;
                 self.mark(whole);

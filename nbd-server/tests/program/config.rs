@@ -185,6 +185,61 @@ fn what_the_files_promise_is_kept() {
 }
 
 #[test]
+fn what_a_client_writes_apart_is_gone_when_it_leaves() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let bytes = image(dir);
+    let config = "[generic]\nunixsock = socket\n[apart]\nexportname = disk.img\ncopyonwrite = true\n[same]\nexportname = \
+                  disk.img\nreadonly = true\n[gone]\nexportname = here\ntemporary = true\nfilesize = 1M\n";
+    write(dir, "config", config);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    for name in ["apart", "gone"] {
+        let uri = format!("nbd+unix:///{name}?socket=socket");
+        let write =
+            ["-c", "write -P 9 1000 70000", "-c", "write -z 64k 100", "-c", "read -P 9 1000 64000"];
+        run(
+            dir,
+            "qemu-io",
+            &[&["-f", "raw"][..], &write, &["-c", "read -P 0 64k 100", &uri]].concat(),
+        );
+        assert!(!run(dir, "nbdinfo", &["--json", &uri]).contains("\"can_multi_conn\": true"));
+    }
+    for name in ["apart", "same"] {
+        run(dir, "nbdcopy", &[&format!("nbd+unix:///{name}?socket=socket"), "copy.img"]);
+        assert!(std::fs::read(dir.join("copy.img")).unwrap() == bytes, "{name}");
+    }
+    assert!(qemu_io(dir, "read -P 0 0 1M", "nbd+unix:///gone?socket=socket"));
+    assert!(server.stop());
+    assert!(std::fs::read(dir.join("disk.img")).unwrap() == bytes);
+    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(!names.into_iter().any(|name| name.to_string_lossy().starts_with('.')));
+}
+
+#[test]
+fn commands_are_run_before_and_after_each_client_and_can_turn_it_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let config = "[generic]\nunixsock = socket\n[one]\nexportname = disk.img\nprerun = test ! -e closed && echo before %s >> \
+                  log\npostrun = echo after $NBD_EXPORT >> log\n";
+    write(dir, "config", config);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    assert!(qemu_io(dir, "write -P 9 0 4k", URI));
+    write(dir, "closed", "");
+    assert!(!qemu_io(dir, "write -P 8 0 4k", URI));
+    server.log_until("turned away");
+    std::fs::remove_file(dir.join("closed")).unwrap();
+    assert!(qemu_io(dir, "read -P 9 0 4k", URI));
+    assert!(server.stop());
+    let log = std::fs::read_to_string(dir.join("log")).unwrap();
+    let mut lines: Vec<_> = log.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["after one", "after one", "before disk.img", "before disk.img"]);
+}
+
+#[test]
 fn the_manual_and_the_completions_come_from_the_same_definition() {
     let dir = tempfile::tempdir().unwrap();
     let program = env!("CARGO_BIN_EXE_nbd-server");

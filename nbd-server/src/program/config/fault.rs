@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A line of a file.
+/// A line of a file, or with line 0 the file as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) file: Arc<Path>,
@@ -14,7 +14,10 @@ pub(crate) struct Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file.display(), self.line)
+        match self.line {
+            0 => write!(f, "{}", self.file.display()),
+            line => write!(f, "{}:{line}", self.file.display()),
+        }
     }
 }
 
@@ -71,7 +74,7 @@ fn suggestion(near: &Option<&'static str>) -> String {
     near.map(|near| format!("; is {near} meant?")).unwrap_or_default()
 }
 
-/// A fault where it stands. Line 0 is the file as a whole.
+/// A fault where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Finding {
     pub(crate) place: Place,

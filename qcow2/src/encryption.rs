@@ -16,9 +16,12 @@ use crate::header::Header;
 use crate::image::Image;
 use crate::units::HostOffset;
 
-/// How long one processor may work on PBKDF2 to open one image, over all its key slots and passphrases, where
-/// [`crate::OpenOptions::unlock_time`] does not say otherwise: a header that asks for more is refused before it begins.
-pub const DEFAULT_UNLOCK_TIME: Duration = Duration::from_millis(4500);
+/// How long a processor may work on PBKDF2 to try one passphrase on one key slot, where
+/// [`crate::OpenOptions::unlock_time`] does not say otherwise: slots that ask for more are not tried.
+///
+/// QEMU fills a slot so that a try takes 2 seconds on the machine that made it, which may be several times as fast as
+/// the one that opens the image. A header has 8 slots, so one that lies costs 2 minutes at most.
+pub const DEFAULT_UNLOCK_TIME: Duration = Duration::from_secs(15);
 
 /// A passphrase. Its memory is wiped when the last clone goes, and it never shows in debug output.
 #[derive(Clone)]
@@ -94,7 +97,7 @@ pub enum LuksHash {
 /// How much work it is to try a passphrase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyCost {
-    /// As many rounds as this machine does in this time.
+    /// As many rounds as a processor of this machine does in this time, whatever else it is busy with.
     Milliseconds(u32),
     /// This many rounds, and at least 1000.
     Rounds(u32),

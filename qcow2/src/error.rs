@@ -303,16 +303,6 @@ pub enum Feature {
     /// A hash that is not SHA-1 or SHA-2.
     #[error("LUKS hash {0:?}")]
     LuksHash(String),
-    /// More rounds of PBKDF2 than this machine does in [`crate::OpenOptions::unlock_time`].
-    #[error(
-        "{rounds} rounds of PBKDF2 to open LUKS (in the time that is allowed for it, this machine does {limit})"
-    )]
-    LuksRounds {
-        /// The rounds asked for.
-        rounds: u64,
-        /// The limit.
-        limit: u64,
-    },
     /// A compression other than deflate.
     #[error("compression type {0}")]
     CompressionType(u8),
@@ -457,6 +447,20 @@ pub enum UnlockError {
     /// No key slot opens with a passphrase of the caller.
     #[error("it is encrypted and the passphrase opens none of its key slots")]
     WrongPassphrase,
+    /// A key slot asks for more rounds of PBKDF2 than this machine does in [`crate::OpenOptions::unlock_time`], and
+    /// those that were tried do not open with a passphrase of the caller.
+    #[error(
+        "it is encrypted and key slot {slot} was not tried: it asks for {rounds} rounds of PBKDF2, and this machine does \
+         {limit} in the time that is allowed for a slot"
+    )]
+    TooMuchWork {
+        /// The slot, counted from 0.
+        slot: usize,
+        /// The rounds that it asks for, with those of the digest that tells the right key.
+        rounds: u64,
+        /// The limit.
+        limit: u64,
+    },
 }
 
 /// Why the keys of an encrypted image were not changed.

@@ -44,8 +44,8 @@ pub struct OpenOptions {
     pub data_file: Option<PathBuf>,
     /// What carries out the I/O; that of the process otherwise.
     pub engine: Option<Engine>,
-    /// How long one processor may work to open one encrypted image by a passphrase. This machine is measured, and a
-    /// header that asks for more is refused.
+    /// How long a processor may work to try one passphrase on one key slot of an encrypted image. This machine is
+    /// measured, and slots that ask for more are not tried.
     pub unlock_time: Duration,
 }
 

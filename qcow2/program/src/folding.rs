@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use qcow2::{FoldError, FoldOptions, FoldPlan};
 
 use crate::cache::Cache;
@@ -16,14 +16,17 @@ use crate::size::{Size, human};
 /// How they copy.
 ///
 /// # Errors
-/// Passphrases that cannot be read.
+/// Passphrases that cannot be read, and secrets that the image names and nobody gave.
 pub(crate) fn options(
+    named: &Named,
     cache: Option<Cache>,
     access: &Access,
     rate: Option<Size>,
 ) -> anyhow::Result<FoldOptions> {
+    let how = How { secrets: named.secrets.clone(), ..How::writing(cache) };
+    let open = open::qcow2_options(&how, access);
     Ok(FoldOptions {
-        open: open::qcow2_options(&How::writing(cache), access)?,
+        open: open.with_context(|| format!("Could not open '{}'", named.place))?,
         bytes_per_sec: rate.and_then(|rate| NonZeroU64::new(rate.0)),
         ..FoldOptions::default()
     })

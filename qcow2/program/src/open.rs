@@ -29,9 +29,9 @@ pub(crate) struct Access {
     #[arg(long, value_name = "DIR|any")]
     pub(crate) allow_references: Option<AllowReferences>,
 
-    /// How long a processor may work to open an encrypted image by its passphrase [default: 4.5 seconds]
-    #[arg(long, value_name = "SECONDS")]
-    pub(crate) unlock_seconds: Option<u32>,
+    /// How long a processor may work to try a passphrase on one key slot of an encrypted image, also 0.5 [default: 15]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) unlock_seconds: Option<Duration>,
 }
 
 /// Where references of an image may lead.
@@ -53,11 +53,16 @@ impl FromStr for AllowReferences {
     }
 }
 
+/// A time in seconds, whole or not.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.ok_or_else(|| "not a number of seconds, like 20 or 0.5".to_owned())
+}
+
 impl Access {
     /// How long may be worked on a passphrase.
     fn unlock_time(&self) -> Duration {
-        let wanted = self.unlock_seconds.map(|seconds| Duration::from_secs(u64::from(seconds)));
-        wanted.unwrap_or(qcow2::DEFAULT_UNLOCK_TIME)
+        self.unlock_seconds.unwrap_or(qcow2::DEFAULT_UNLOCK_TIME)
     }
 
     /// What references may lead to.
@@ -84,6 +89,8 @@ pub(crate) struct Named {
     pub(crate) read_only: bool,
     /// The external data file, where it is not to be the one that the image names.
     pub(crate) data_file: Option<PathBuf>,
+    /// The ids of the secrets that open it and what lies below it; any secret may where there are none.
+    pub(crate) secrets: Vec<String>,
 }
 
 impl Named {
@@ -93,7 +100,15 @@ impl Named {
     }
 
     fn of(place: Place, format: Option<Format>) -> Self {
-        Self { place, format, locking: true, shared: false, read_only: false, data_file: None }
+        Self {
+            place,
+            format,
+            locking: true,
+            shared: false,
+            read_only: false,
+            data_file: None,
+            secrets: Vec::new(),
+        }
     }
 
     /// A plain name, or with `image_opts` a list of options.
@@ -125,6 +140,7 @@ impl Named {
         Ok(How {
             shared: how.shared || self.shared || !self.locking,
             data_file: self.data_file.clone(),
+            secrets: self.secrets.clone(),
             ..how.clone()
         })
     }
@@ -137,6 +153,7 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
     let mut nbd = Vec::new();
     let mut locking = true;
     let (mut shared, mut read_only, mut data_file) = (false, false, None);
+    let mut secrets = Vec::new();
     for (name, value) in list.iter() {
         match name {
             "driver" if matches!(value, "file" | "host_device" | "nbd") => {
@@ -160,6 +177,7 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
                 let plain = matches!(value, "raw" | "file" | "host_device");
                 ensure!(plain, "Option '{name}': a data file is a raw file, not '{value}'");
             }
+            _ if names_a_secret(name) => secrets.push(value.to_owned()),
             _ if is_tuning(name, value)? => {}
             _ => match name.strip_prefix("file.").unwrap_or(name) {
                 key @ ("host" | "port" | "path" | "export" | "uri") => nbd.push((key, value)),
@@ -175,7 +193,15 @@ fn from_options(list: &OptionList) -> anyhow::Result<Named> {
         }
         other => bail!("Unknown protocol '{other}', or options of another one"),
     };
-    Ok(Named { place, format, locking, shared, read_only, data_file })
+    let encrypted = secrets.is_empty() || format != Some(Format::Raw);
+    ensure!(encrypted, "Block format 'raw' does not support the option 'encrypt.key-secret'");
+    Ok(Named { place, format, locking, shared, read_only, data_file, secrets })
+}
+
+/// Whether an option names the secret of an image, or of one below it.
+fn names_a_secret(name: &str) -> bool {
+    let below = name.strip_suffix("encrypt.key-secret");
+    below.is_some_and(|below| below.replace("backing.", "").is_empty())
 }
 
 /// How `-l` names a snapshot.
@@ -264,13 +290,16 @@ pub(crate) struct How {
     pub(crate) snapshot: Option<String>,
     /// The external data file, where it is not to be the one that the image names.
     pub(crate) data_file: Option<PathBuf>,
+    /// The ids of the secrets that may open it; all may where there are none.
+    pub(crate) secrets: Vec<String>,
 }
 
 impl How {
     /// For reading, with others kept from changing it unless `shared`.
     pub(crate) fn reading(cache: Option<Cache>, shared: bool) -> Self {
         let cache = cache.unwrap_or(Cache::PAGES);
-        Self { writing: false, shared, cache, snapshot: None, data_file: None }
+        let secrets = Vec::new();
+        Self { writing: false, shared, cache, snapshot: None, data_file: None, secrets }
     }
 
     /// For reading and writing, alone.
@@ -353,7 +382,8 @@ pub(crate) async fn open(named: &Named, how: &How, access: &Access) -> anyhow::R
         }
         Format::Vmdk => {
             no_snapshots()?;
-            let vmdk = Vmdk::open(path, &qcow2_options(how, access)?).await;
+            let options = qcow2_options(how, access).with_context(|| could_not_open(path))?;
+            let vmdk = Vmdk::open(path, &options).await;
             (Arc::new(vmdk.map_err(|error| explained(error, path, how))?), None)
         }
         Format::Qcow2 => {
@@ -401,7 +431,7 @@ pub(crate) async fn open_file(path: &Path, how: &How) -> anyhow::Result<HostFile
 /// # Errors
 /// As [`open`].
 pub(crate) async fn open_qcow2(path: &Path, how: &How, access: &Access) -> anyhow::Result<Image> {
-    let options = qcow2_options(how, access)?;
+    let options = qcow2_options(how, access).with_context(|| could_not_open(path))?;
     Image::open(path, options).await.map_err(|error| explained(error, path, how))
 }
 
@@ -412,7 +442,7 @@ pub(crate) fn qcow2_options(how: &How, access: &Access) -> anyhow::Result<qcow2:
         references: access.references(),
         lock: !how.shared,
         direct: how.cache.direct,
-        passphrases: access.secrets.all()?,
+        passphrases: access.secrets.named(&how.secrets)?,
         snapshot: how.snapshot.clone(),
         unlock_time: access.unlock_time(),
         data_file: how.data_file.clone(),
@@ -434,9 +464,9 @@ pub(crate) fn explained(error: impl Into<anyhow::Error>, path: &Path, how: &How)
         )
     });
     let is_slow = error.chain().any(|cause| {
-        use qcow2::{Error, Feature};
+        use qcow2::{Error, UnlockError};
         let cause = cause.downcast_ref();
-        matches!(cause, Some(Error::Unsupported { feature: Feature::LuksRounds { .. }, .. }))
+        matches!(cause, Some(Error::Locked { reason: UnlockError::TooMuchWork { .. }, .. }))
     });
     let hint = if is_slow {
         " (--unlock-seconds allows more)"
@@ -508,6 +538,33 @@ mod tests {
         assert!(unlocked.how(&writing).unwrap().shared);
         assert!(named("file=x,force-share=on").unwrap().how(&reading).unwrap().shared);
         assert!(!named("file=x").unwrap().how(&reading).unwrap().shared);
+    }
+
+    #[test]
+    fn image_options_name_the_secrets_of_the_image_and_of_those_below_it() {
+        let image = named(
+            "driver=qcow2,file.filename=a,encrypt.format=luks,encrypt.key-secret=x,\
+             backing.encrypt.key-secret=y,backing.backing.encrypt.key-secret=z",
+        );
+        let image = image.unwrap();
+        assert_eq!(image.secrets, ["x", "y", "z"]);
+        assert_eq!(image.how(&How::reading(None, false)).unwrap().secrets, ["x", "y", "z"]);
+        for text in [
+            "driver=raw,file.filename=a,encrypt.key-secret=x",
+            "driver=qcow2,file.filename=a,file.encrypt.key-secret=x",
+            "driver=qcow2,file.filename=a,encrypt.old-secret=x",
+        ] {
+            assert!(named(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_seconds_and_parts_of_them() {
+        assert_eq!(seconds("20"), Ok(Duration::from_secs(20)));
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for text in ["", "x", "-1", "inf", "NaN", "1s", "1e300"] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -89,6 +89,22 @@ impl Secrets {
         Ok(all)
     }
 
+    /// The passphrases of the objects with these ids, or every one where there are no ids.
+    ///
+    /// # Errors
+    /// As [`Secrets::passphrase`].
+    pub(crate) fn named(&self, ids: &[String]) -> anyhow::Result<Vec<Passphrase>> {
+        match ids {
+            [] => self.all(),
+            ids => ids.iter().map(|id| self.passphrase(Some(id))).collect(),
+        }
+    }
+
+    /// Whether there are objects, and whether there is a file.
+    pub(crate) fn given(&self) -> (bool, bool) {
+        (!self.objects.is_empty(), self.passphrase_file.is_some())
+    }
+
     /// The passphrase by the id of its object, or the one from the file.
     ///
     /// # Errors
@@ -181,6 +197,9 @@ mod tests {
         assert!(secrets.passphrase(Some("c")).is_err());
         assert!(secrets.passphrase(None).is_err());
         assert_eq!(secrets.all().unwrap().len(), 2);
+        assert_eq!(secrets.named(&[]).unwrap().len(), 2);
+        assert_eq!(secrets.named(&["b".to_owned()]).unwrap(), [Passphrase::new("abc")]);
+        assert!(secrets.named(&["b".to_owned(), "c".to_owned()]).is_err());
     }
 
     #[test]

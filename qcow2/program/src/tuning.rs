@@ -20,7 +20,7 @@ enum Value {
 const OVERLAPS: Value = Value::Word(&["none", "constant", "cached", "all"]);
 
 /// Sorted by who takes them: every layer, qcow2, files.
-const OPTIONS: [(&str, Value); 36] = [
+const OPTIONS: [(&str, Value); 35] = [
     ("active", Value::Switch),
     ("auto-read-only", Value::Switch),
     ("cache.direct", Value::Switch),
@@ -49,9 +49,7 @@ const OPTIONS: [(&str, Value); 36] = [
     ("pass-discard-request", Value::Switch),
     ("pass-discard-snapshot", Value::Switch),
     ("refcount-cache-size", Value::Size),
-    // Secrets are told apart by trying them.
     ("encrypt.format", Value::Word(&["luks", "aes"])),
-    ("encrypt.key-secret", Value::Text),
     ("aio", Value::Word(&["threads", "native", "io_uring"])),
     ("aio-max-batch", Value::Number),
     ("drop-cache", Value::Switch),

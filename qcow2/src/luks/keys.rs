@@ -1,7 +1,7 @@
 //! Key slots at work: trying a passphrase on one, filling one, and the digest that tells the right master key. Bytes
 //! come in and go out; which slots are tried and where bytes are written is the driver's part.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use zeroize::Zeroizing;
 
@@ -107,46 +107,65 @@ fn digest(header: &LuksHeader, key: &[u8]) -> [u8; DIGEST_BYTES] {
 
 /// The rounds that cost what is asked for.
 fn rounds(hash: LuksHash, key_bytes: usize, cost: KeyCost) -> u32 {
+    /// Enough for the clock.
+    const ENOUGH: Duration = Duration::from_millis(100);
     let wanted = match cost {
         KeyCost::Rounds(rounds) => rounds,
         KeyCost::Milliseconds(wanted) => {
-            let (rounds, took) = measure(hash, key_bytes);
-            let rate = u128::from(rounds) * u128::from(wanted) * 1_000_000;
-            let rounds = rate / took.as_nanos().max(1);
+            let speed = Speed::measure(hash, key_bytes, ENOUGH, processor_time);
+            let rounds = speed.rounds_in(Duration::from_millis(wanted.into()));
             u32::try_from(rounds).unwrap_or(u32::MAX)
         }
     };
     wanted.max(MIN_ROUNDS)
 }
 
-/// How many rounds of a key this machine does in some time, when nothing else keeps it busy: the best of a few tries
-/// of some milliseconds.
+/// How many rounds of a key this machine does in some time: by the best of a few tries of a millisecond.
 pub(super) fn rounds_in(hash: LuksHash, key_bytes: usize, time: Duration) -> u64 {
-    const ROUNDS: u32 = 2048;
-    let mut key = vec![0; key_bytes];
-    let best = (0..5).map(|_| {
-        let start = Instant::now();
-        hash.derive(b"measure", &[0; SALT_BYTES], ROUNDS, &mut key);
-        start.elapsed()
-    });
-    let best = best.min().unwrap_or_default().as_nanos().max(1);
-    u64::try_from(u128::from(ROUNDS) * time.as_nanos() / best).unwrap_or(u64::MAX)
+    const ENOUGH: Duration = Duration::from_millis(1);
+    let tries = (0..5).map(|_| Speed::measure(hash, key_bytes, ENOUGH, processor_time));
+    tries.map(|speed| speed.rounds_in(time)).max().unwrap_or_default()
 }
 
-/// How long some number of rounds takes: enough of them for the clock.
-fn measure(hash: LuksHash, key_bytes: usize) -> (u32, Duration) {
-    const ENOUGH: Duration = Duration::from_millis(100);
-    let mut key = vec![0; key_bytes];
-    let mut rounds: u32 = 1 << 12;
-    loop {
-        let start = Instant::now();
-        hash.derive(b"measure", &[0; SALT_BYTES], rounds, &mut key);
-        let took = start.elapsed();
-        if took >= ENOUGH || rounds > 1 << 26 {
-            return (rounds, took);
+/// How fast keys are derived.
+struct Speed {
+    rounds: u32,
+    took: Duration,
+}
+
+impl Speed {
+    /// By a number of rounds that takes long enough on that clock.
+    fn measure(
+        hash: LuksHash,
+        key_bytes: usize,
+        enough: Duration,
+        clock: impl Fn() -> Duration,
+    ) -> Self {
+        const MOST: u32 = 1 << 26;
+        let mut key = Zeroizing::new(vec![0; key_bytes]);
+        let mut rounds: u32 = 1 << 11;
+        loop {
+            let start = clock();
+            hash.derive(b"measure", &[0; SALT_BYTES], rounds, &mut key);
+            let took = clock().saturating_sub(start);
+            if took >= enough || rounds >= MOST {
+                return Self { rounds, took };
+            }
+            rounds = rounds.saturating_mul(2);
         }
-        rounds = rounds.saturating_mul(4);
     }
+
+    fn rounds_in(&self, time: Duration) -> u64 {
+        let rounds = u128::from(self.rounds) * time.as_nanos() / self.took.as_nanos().max(1);
+        u64::try_from(rounds).unwrap_or(u64::MAX)
+    }
+}
+
+/// How long a processor has worked for this thread. Whatever else keeps the machine busy does not count: a key that is
+/// made under load would be cheap to guess, and an image that opens on an idle machine would not open on a busy one.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// A random UUID in its usual text form.
@@ -188,6 +207,38 @@ mod tests {
             assert!(try_slot(&header, 0, material(), &Passphrase::new("wrong")).is_none());
             assert!(try_slot(&header, 1, material(), &passphrase).is_none());
         }
+    }
+
+    #[test]
+    fn the_cost_of_a_key_grows_with_the_time_that_is_asked_for() {
+        let ticks = std::cell::Cell::new(0);
+        // A clock by which everything takes 3 milliseconds.
+        let clock = || {
+            ticks.set(ticks.get() + 1);
+            Duration::from_millis(3 * ticks.get())
+        };
+        let speed = Speed::measure(LuksHash::Sha256, 32, Duration::from_millis(2), clock);
+        assert_eq!((speed.rounds, speed.took), (2048, Duration::from_millis(3)));
+        assert_eq!(speed.rounds_in(Duration::from_millis(3000)), 2_048_000);
+        assert_eq!(speed.rounds_in(Duration::from_millis(30)), 20_480);
+        assert_eq!(speed.rounds_in(Duration::ZERO), 0);
+    }
+
+    #[test]
+    fn the_work_of_others_does_not_count_as_work_of_a_thread() {
+        let busy = Duration::from_millis(20);
+        let before = processor_time();
+        let other = std::thread::spawn(move || {
+            let start = processor_time();
+            while processor_time() - start < busy {
+                std::hint::spin_loop();
+            }
+        });
+        other.join().unwrap();
+        // By the clock on the wall it would be longer than that.
+        assert!(processor_time() - before < busy);
+        let speed = Speed::measure(LuksHash::Sha256, 32, busy, processor_time);
+        assert!(speed.took >= busy && processor_time() - before >= busy);
     }
 
     #[test]

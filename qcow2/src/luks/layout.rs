@@ -76,6 +76,11 @@ pub(super) struct LuksHeader {
 }
 
 impl LuksHeader {
+    /// The numbers of the slots that have a key.
+    pub(super) fn enabled(&self) -> impl Iterator<Item = usize> {
+        (0..).zip(&self.slots).filter(|(_, slot)| slot.enabled).map(|(number, _)| number)
+    }
+
     /// Reads the header at the start of `area`, a range of the file; `bytes` are its first bytes.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 use crate::cipher::Cipher;
 use crate::encryption::{KeyChange, LuksInfo, LuksOptions, Passphrase, SlotInfo, Slots};
-use crate::error::{Error, Fault, Feature, KeyError, UnlockError};
+use crate::error::{Error, KeyError, UnlockError};
 use crate::units::{SECTOR_BYTES, index};
 use keys::MasterKey;
 use layout::{HEADER_BYTES, LuksHeader};
@@ -160,13 +160,13 @@ async fn chosen_slots(
         }
         Slots::OpenedBy(passphrase) => passphrase,
     };
-    let rounds = header.slots.iter().filter(|slot| slot.enabled);
-    let rounds = rounds.map(|slot| u64::from(slot.rounds) + u64::from(header.digest_rounds)).sum();
-    let mut work = Work::new(time);
-    work.add(file, header, rounds).await?;
+    let limit = WorkLimit::measure(file, header, time).await?;
+    let admitted = header.enabled().try_for_each(|number| limit.admit(header, number));
+    // Before the first is tried: the passphrase may open those, too.
+    admitted.map_err(|reason| locked(file, reason))?;
     let mut chosen = Vec::new();
-    for (number, slot) in header.slots.iter().enumerate() {
-        if slot.enabled && try_slot(file, area, header, number, passphrase).await?.is_some() {
+    for number in header.enabled() {
+        if try_slot(file, area, header, number, passphrase).await?.is_some() {
             chosen.push(number);
         }
     }
@@ -226,7 +226,7 @@ async fn read_header(file: &HostFile, area: ByteRange) -> Result<LuksHeader, Err
     LuksHeader::parse(&bytes, area).map_err(|fault| fault.of(file.path()))
 }
 
-/// The slot and the master key that the first fitting passphrase opens. The work is bounded.
+/// The slot and the master key that the first fitting passphrase opens. Slots that ask for too much work are left out.
 async fn find_key(
     file: &HostFile,
     area: ByteRange,
@@ -234,20 +234,18 @@ async fn find_key(
     passphrases: &[Passphrase],
     time: Duration,
 ) -> Result<(usize, MasterKey), Error> {
-    let mut work = Work::new(time);
+    let limit = WorkLimit::measure(file, header, time).await?;
+    let mut left_out = None;
     for passphrase in passphrases {
-        for (number, slot) in header.slots.iter().enumerate() {
-            if !slot.enabled {
-                continue;
-            }
-            let rounds = u64::from(slot.rounds) + u64::from(header.digest_rounds);
-            work.add(file, header, rounds).await?;
-            if let Some(key) = try_slot(file, area, header, number, passphrase).await? {
+        for number in header.enabled() {
+            if let Err(reason) = limit.admit(header, number) {
+                left_out = left_out.or(Some(reason));
+            } else if let Some(key) = try_slot(file, area, header, number, passphrase).await? {
                 return Ok((number, key));
             }
         }
     }
-    Err(locked(file, UnlockError::WrongPassphrase))
+    Err(locked(file, left_out.unwrap_or(UnlockError::WrongPassphrase)))
 }
 
 async fn try_slot(
@@ -266,41 +264,28 @@ async fn try_slot(
     compute(file.path(), move || keys::try_slot(&header, number, material, &passphrase)).await
 }
 
-/// The rounds of PBKDF2 that opening an image costs, which are bounded by the time that they take.
-struct Work {
+/// The rounds of PBKDF2 that a key slot may ask for. The limit is of each slot and not of their sum, so that it does
+/// not depend on the slot whether an image opens, and a wrong passphrase is called wrong.
+struct WorkLimit {
     rounds: u64,
-    time: Duration,
-    /// How many this machine does in that time, once it was measured.
-    limit: Option<u64>,
 }
 
-impl Work {
-    fn new(time: Duration) -> Self {
-        Self { rounds: 0, time, limit: None }
+impl WorkLimit {
+    /// What this machine does in that time.
+    async fn measure(file: &HostFile, header: &LuksHeader, time: Duration) -> Result<Self, Error> {
+        let (hash, key_bytes) = (header.hash, header.cipher.key_bytes());
+        let rounds = compute(file.path(), move || keys::rounds_in(hash, key_bytes, time)).await?;
+        Ok(Self { rounds })
     }
 
-    /// Refuses rounds that would take too long together with those before.
-    async fn add(
-        &mut self,
-        file: &HostFile,
-        header: &LuksHeader,
-        rounds: u64,
-    ) -> Result<(), Error> {
-        self.rounds = self.rounds.saturating_add(rounds);
-        let limit = match self.limit {
-            Some(limit) => limit,
-            None => {
-                let (hash, time) = (header.hash, self.time);
-                let key_bytes = header.cipher.key_bytes();
-                let measure = move || keys::rounds_in(hash, key_bytes, time);
-                *self.limit.insert(compute(file.path(), measure).await?)
-            }
-        };
-        if self.rounds <= limit {
+    /// Refuses a slot that would take too long.
+    fn admit(&self, header: &LuksHeader, number: usize) -> Result<(), UnlockError> {
+        let slot = header.slots.get(number).map_or(0, |slot| u64::from(slot.rounds));
+        let rounds = slot + u64::from(header.digest_rounds);
+        if rounds <= self.rounds {
             return Ok(());
         }
-        let feature = Feature::LuksRounds { rounds: self.rounds, limit };
-        Err(Fault::Unsupported(feature).of(file.path()))
+        Err(UnlockError::TooMuchWork { slot: number, rounds, limit: self.rounds })
     }
 }
 

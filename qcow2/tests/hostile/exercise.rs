@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{BlockDevice, ByteRange, Durability, HostFile, MemoryDevice, MemoryStorage, ZeroMode};
 use bytes::Bytes;
@@ -12,6 +13,8 @@ use qcow2::{CheckReport, Finding, Image, OpenOptions, Passphrase, Repair};
 const HOST_BYTES: u64 = 16 << 20;
 /// How much is read or written at once.
 const AREA_BYTES: u64 = 1 << 16;
+/// How long a key slot may work: slots that ask for much are to be looked at, not waited for.
+const UNLOCK_TIME: Duration = Duration::from_secs(1);
 /// How many snapshots and bitmaps are looked at.
 const MANY: usize = 4;
 
@@ -73,6 +76,7 @@ impl Stage {
     /// Opens it over what it says that it needs, without ever looking for that on the host.
     async fn open(&self, mut options: OpenOptions) -> Option<Image> {
         options.passphrases.clone_from(&self.passphrases);
+        options.unlock_time = UNLOCK_TIME;
         let seen = Image::inspect_on(&self.file()).await.ok()?;
         let data = seen.info.data_file.map(|_| {
             let storage = self.data.clone().into_dyn();

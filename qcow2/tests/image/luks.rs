@@ -157,7 +157,7 @@ fn a_header_may_hold_anything_and_what_we_do_not_have_is_refused_by_name() {
     let hash = with(72, b"md5\0");
     assert!(matches!(hash, Err(Error::Unsupported { feature: Feature::LuksHash(_), .. })));
     let slow = with(212, &[0xff; 4]);
-    assert!(matches!(slow, Err(Error::Unsupported { feature: Feature::LuksRounds { .. }, .. })));
+    assert!(matches!(slow, Err(Error::Locked { reason: UnlockError::TooMuchWork { .. }, .. })));
     // Fields of four bytes at their edges: refused, or (where nothing depends on them) opened to the same disk.
     let numbers = [0u32, 1, 7, 8, 0x7fff_ffff, 0x8000_0000, u32::MAX];
     let fields = (104..112).chain(164..168).chain(208..592).step_by(4);
@@ -170,6 +170,24 @@ fn a_header_may_hold_anything_and_what_we_do_not_have_is_refused_by_name() {
             }
         }
     }
+}
+
+/// The slot that asks for too much, its rounds and the limit.
+fn too_much<T: std::fmt::Debug>(result: Result<T, Error>) -> (usize, u64, u64) {
+    match result {
+        Err(Error::Locked { reason: UnlockError::TooMuchWork { slot, rounds, limit }, .. }) => {
+            (slot, rounds, limit)
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Changes the rounds that a key slot asks for.
+fn set_rounds(path: &Path, slot: usize, rounds: u32) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let at = luks_at(&bytes) + 208 + slot * 48 + 4;
+    bytes[at..at + 4].copy_from_slice(&rounds.to_be_bytes());
+    std::fs::write(path, bytes).unwrap();
 }
 
 #[test]
@@ -231,24 +249,101 @@ fn work_that_takes_too_long_is_refused_unless_it_is_allowed() {
         luks.cost = KeyCost::Rounds(3000);
     });
     let open = |unlock_time| read_file(&path, OpenOptions { unlock_time, ..reading() });
-    let refused = |result| match result {
-        Err(Error::Unsupported { feature: Feature::LuksRounds { rounds, limit }, .. }) => {
-            (rounds, limit)
-        }
-        other => panic!("{other:?}"),
-    };
     // 3000 rounds for the slot, and the least that a digest may take.
-    assert_eq!(refused(open(Duration::ZERO)), (4000, 0));
-    let (rounds, limit) = refused(open(Duration::from_micros(1)));
+    assert_eq!(too_much(open(Duration::ZERO)), (0, 4000, 0));
+    let (_, rounds, limit) = too_much(open(Duration::from_micros(1)));
     assert!(rounds == 4000 && limit < rounds);
     assert!(open(DEFAULT_UNLOCK_TIME).is_ok());
-    // All slots count, and each passphrase that is tried on them.
-    let header = luks_at(&std::fs::read(&path).unwrap());
-    let mut bytes = std::fs::read(&path).unwrap();
-    bytes[header + 212..][..4].copy_from_slice(&0x4000_0000u32.to_be_bytes());
-    std::fs::write(&path, &bytes).unwrap();
-    let (rounds, limit) = refused(open(DEFAULT_UNLOCK_TIME));
+    set_rounds(&path, 0, 0x4000_0000);
+    let (_, rounds, limit) = too_much(open(DEFAULT_UNLOCK_TIME));
     assert!(rounds == 0x4000_0000 + 1000 && limit > 4000, "{rounds} {limit}");
+}
+
+fn add_key(path: &Path, added: &str, cost: KeyCost) {
+    block_on(async {
+        let image = Image::open(path, writing()).await.unwrap();
+        let (existing, added) = (Passphrase::new(SECRET), Passphrase::new(added));
+        let change = KeyChange::Add { existing, added, slot: None, cost, force: false };
+        image.change_keys(&change).await.unwrap();
+        image.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_slot_that_asks_for_too_much_hides_no_other_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, SECRET, 65_536, |_| {});
+    add_key(&path, "two", KeyCost::Rounds(1000));
+    add_key(&path, "three", KeyCost::Rounds(1000));
+    set_rounds(&path, 0, u32::MAX);
+    set_rounds(&path, 1, u32::MAX);
+    let open =
+        |secret: &str| read_file(&path, OpenOptions::reading().passphrase(Passphrase::new(secret)));
+    assert!(open("three").is_ok());
+    let (slot, rounds, _) = too_much(open(SECRET));
+    assert_eq!((slot, rounds), (0, u64::from(u32::MAX) + 1000));
+    // It cannot be told whether the passphrase opens those slots, too.
+    block_on(async {
+        let options = OpenOptions::writing().passphrase(Passphrase::new("three"));
+        let image = Image::open(&path, options).await.unwrap();
+        let slots = Slots::OpenedBy(Passphrase::new("three"));
+        let removed = image.change_keys(&KeyChange::Remove { slots, force: true }).await;
+        assert_eq!(too_much(removed).0, 0);
+        image.close().await.unwrap();
+    });
+    assert!(open("three").is_ok());
+}
+
+#[test]
+fn the_work_is_bounded_for_each_slot_and_not_for_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    // Each of eight slots asks for a quarter of what one may ask for: together it is twice as much.
+    let unlock_time = Duration::from_millis(30);
+    let measured = dir.path().join("measured.qcow2");
+    create(&measured, SECRET, 65_536, |_| {});
+    set_rounds(&measured, 0, u32::MAX);
+    let (_, _, limit) = too_much(read_file(&measured, OpenOptions { unlock_time, ..reading() }));
+    let cost = KeyCost::Rounds(u32::try_from(limit / 2).unwrap());
+    let unlock_time = unlock_time * 2;
+    create(&path, SECRET, 65_536, |options| options.encryption.as_mut().unwrap().cost = cost);
+    (1..8).for_each(|slot| add_key(&path, &slot.to_string(), cost));
+    let open = |secret: &str| {
+        let options = OpenOptions::reading().passphrase(Passphrase::new(secret));
+        read_file(&path, OpenOptions { unlock_time, ..options })
+    };
+    assert!(open("7").is_ok());
+    let wrong = open("8");
+    assert!(
+        matches!(wrong, Err(Error::Locked { reason: UnlockError::WrongPassphrase, .. })),
+        "{wrong:?}"
+    );
+}
+
+#[test]
+fn an_image_with_the_default_cost_of_qemu_opens_by_the_last_of_its_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    let options = "encrypt.format=luks,encrypt.key-secret=sec0";
+    let name = path.to_str().unwrap();
+    qemu("qemu-img", SECRET, &["create", "-q", "-f", "qcow2", "-o", options, name, "1M"]);
+    for added in ["two", "three"] {
+        let object = format!("secret,id=sec1,data={added}");
+        let change = "encrypt.state=active,encrypt.new-secret=sec1";
+        let image = opts(&path);
+        let line = ["amend", "--object", &object, "--image-opts", "-o", change, &image];
+        qemu("qemu-img", SECRET, &line);
+    }
+    // The last of the slots, behind all others; each try costs seconds.
+    let open =
+        |secret: &str| read_file(&path, OpenOptions::reading().passphrase(Passphrase::new(secret)));
+    assert!(open("three").is_ok());
+    let wrong = open("four");
+    assert!(
+        matches!(wrong, Err(Error::Locked { reason: UnlockError::WrongPassphrase, .. })),
+        "{wrong:?}"
+    );
 }
 
 #[test]

@@ -67,7 +67,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let named = Named::parse(file, options.format, options.image_opts)?;
     let opened = open::open(&named, &How::writing(options.cache), &options.access).await?;
     let done = match opened.image() {
-        Some(image) => stop.or(amend(image, &changes, &list, &options)).await,
+        Some(image) => stop.or(amend(image, &changes, &list, &options, &named.secrets)).await,
         None => Err(anyhow::anyhow!(
             "Format driver '{}' does not support option amendment",
             opened.format
@@ -84,9 +84,10 @@ async fn amend(
     changes: &AmendOptions,
     list: &OptionList,
     options: &Options,
+    opened_by: &[String],
 ) -> anyhow::Result<()> {
     if let Some(state) = list.get("encrypt.state") {
-        change_keys(image, state, list, options).await?;
+        change_keys(image, state, list, options, opened_by).await?;
     }
     if *changes != AmendOptions::default() {
         image.amend(changes).await?;
@@ -105,6 +106,7 @@ async fn change_keys(
     state: &str,
     list: &OptionList,
     options: &Options,
+    opened_by: &[String],
 ) -> anyhow::Result<()> {
     let secrets = &options.access.secrets;
     let slot = list.get("encrypt.keyslot").map(|slot| settings::number("encrypt.keyslot", slot));
@@ -124,7 +126,7 @@ async fn change_keys(
     let added = secrets.passphrase(Some(added))?;
     let cost = list.get("encrypt.iter-time").map(making::key_cost).transpose()?;
     let mut outcome = Err(anyhow::anyhow!("no secret is given that opens the image"));
-    for existing in secrets.all()?.into_iter().filter(|known| *known != added) {
+    for existing in secrets.named(opened_by)?.into_iter().filter(|known| *known != added) {
         let (added, cost) = (added.clone(), cost.unwrap_or_default());
         let change = KeyChange::Add { existing, added, slot, cost, force };
         match image.change_keys(&change).await {

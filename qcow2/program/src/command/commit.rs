@@ -66,7 +66,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let named = Named::parse(&options.file, options.format, options.image_opts)?;
     let top = folding::top(&named)?;
     let work = CommitOptions {
-        copy: folding::options(options.cache, &options.access, options.rate)?,
+        copy: folding::options(&named, options.cache, &options.access, options.rate)?,
         base: options.base.as_deref().map(|base| folding::layer(top, base)),
         keep_top: options.drop || options.base.is_some(),
     };

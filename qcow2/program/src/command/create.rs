@@ -71,6 +71,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     };
     let naming = || name.to_owned();
     settings::check(&list, options.format, Purpose::Create).with_context(naming)?;
+    check_secrets(&options, &list).with_context(naming)?;
     let size = complete(&options, &mut list, file).await.with_context(naming)?;
     if !options.quiet {
         let told = settings::describe(&list, options.format);
@@ -79,6 +80,26 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let made = stop.or(make(file, &options, size, &list)).await;
     made.with_context(naming)?;
     Ok(0)
+}
+
+/// Refuses a passphrase for what is not encrypted: who gives one must not believe that it is. Secrets may be defined
+/// and not used, as with qemu-img, which does not say so.
+fn check_secrets(options: &Options, list: &OptionList) -> anyhow::Result<()> {
+    if list.get("encrypt.format").is_some() {
+        return Ok(());
+    }
+    let (has_objects, has_file) = options.access.secrets.given();
+    ensure!(
+        !has_file,
+        "--passphrase-file is given, but the new image would not be encrypted: add -f qcow2 -o encrypt.format=luks, or \
+         leave --passphrase-file out"
+    );
+    if has_objects {
+        warn(
+            "a secret is given, but the new image is not encrypted: -f qcow2 -o encrypt.format=luks does that",
+        );
+    }
+    Ok(())
 }
 
 async fn make(path: &Path, options: &Options, size: u64, list: &OptionList) -> anyhow::Result<()> {

@@ -80,7 +80,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let top = folding::top(&named)?;
     let path = |name: &String| folding::layer(top, name);
     let work = MergeOptions {
-        copy: folding::options(options.cache, &options.access, options.rate)?,
+        copy: folding::options(&named, options.cache, &options.access, options.rate)?,
         base: options.base.as_ref().map(path),
         last: options.last.as_ref().map(path),
         remove: options.remove,

@@ -87,7 +87,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     );
     let top = folding::top(&named)?;
     let work = RebaseOptions {
-        copy: folding::options(options.cache, &options.access, None)?,
+        copy: folding::options(&named, options.cache, &options.access, None)?,
         backing: backing(&options)?,
         unchecked: options.unsafe_mode,
         compress: options.compress,

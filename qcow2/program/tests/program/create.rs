@@ -248,3 +248,73 @@ fn an_image_over_an_encrypted_one_needs_no_passphrase() {
     let line = ["create", "-f", "qcow2", "-b", "base", "-F", "qcow2", "a"];
     assert_eq!(place.qcow2(&line).good().out, place.qemu_img(&line).good().out);
 }
+
+#[test]
+fn a_passphrase_makes_no_image_that_is_not_encrypted() {
+    let place = Place::new();
+    std::fs::write(place.path("p"), "open sesame\n").unwrap();
+    for format in ["qcow2", "raw"] {
+        let line = ["create", "-f", format, "--passphrase-file", "p", "a", "1M"];
+        let answer = place.qcow2(&line);
+        answer.bad(1, "-f qcow2 -o encrypt.format=luks, or leave --passphrase-file out");
+        assert!(!crate::support::exists(&place.path("a")), "{format}");
+    }
+    // qemu-img makes an image that is not encrypted, and does not say so.
+    let line = ["create", "-f", "qcow2", "--object", "secret,id=s,file=p", "a", "1M"];
+    place.qemu_img(&line).good();
+    let answer = place.qcow2(&line).good();
+    assert!(answer.err.contains("the new image is not encrypted"), "{answer:?}");
+    let options = "encrypt.format=luks,encrypt.iter-time=10";
+    let line = ["create", "-f", "qcow2", "-o", options, "--passphrase-file", "p", "a", "1M"];
+    place.qcow2(&line).good();
+    assert!(place.qemu_img(&["info", "a"]).good().out.contains("encrypted: yes"));
+}
+
+#[test]
+fn the_secret_that_is_named_opens_an_image_and_no_other_one() {
+    let place = Place::new();
+    let [right, wrong] = ["secret,id=s0,data=open sesame", "secret,id=s1,data=open barley"];
+    let options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10";
+    let line = ["create", "-f", "qcow2", "--object", right, "-o", options, "a", "1M"];
+    place.qemu_img(&line).good();
+    let convert = |id: &str, objects: &[&str]| {
+        let mut line = vec!["convert"];
+        line.extend(objects.iter().flat_map(|object| ["--object", object]));
+        let image = format!("driver=qcow2,encrypt.key-secret={id},file.filename=a");
+        line.extend(["--image-opts", &image, "-O", "raw", "o"]);
+        (place.qcow2(&line), place.qemu_img(&line))
+    };
+    for (id, objects) in
+        [("s1", &[right][..]), ("s1", &[right, wrong]), ("s2", &[right, wrong]), ("s0", &[wrong])]
+    {
+        let (ours, theirs) = convert(id, objects);
+        assert_eq!((ours.code, theirs.code), (1, 1), "{id}: {ours:?} {theirs:?}");
+        let missing = format!("No secret with id '{id}'");
+        assert_eq!(ours.err.contains(&missing), theirs.err.contains(&missing), "{id}: {ours:?}");
+    }
+    let (ours, theirs) = convert("s0", &[wrong, right]);
+    assert_eq!((ours.code, theirs.code), (0, 0), "{ours:?} {theirs:?}");
+    // The commands that fold chains open images on their own.
+    for command in ["commit", "rebase"] {
+        let image = "driver=qcow2,encrypt.key-secret=s1,file.filename=a";
+        let mut line = vec![command, "--object", right, "--image-opts", image];
+        line.extend(if command == "rebase" { &["-b", ""][..] } else { &[] });
+        place.qcow2(&line).bad(1, "No secret with id 's1'");
+    }
+}
+
+#[test]
+fn the_work_for_a_passphrase_is_bounded_in_parts_of_seconds() {
+    let place = Place::new();
+    std::fs::write(place.path("p"), "open sesame").unwrap();
+    let options = "encrypt.format=luks,encrypt.iter-time=10";
+    let line = ["create", "-f", "qcow2", "-o", options, "--passphrase-file", "p", "a", "1M"];
+    place.qcow2(&line).good();
+    let convert = |seconds: &str| {
+        let bound = ["--unlock-seconds", seconds, "a", "-O", "raw", "o"];
+        place.qcow2(&[&["convert", "--passphrase-file", "p"], &bound[..]].concat())
+    };
+    convert("0.5").good();
+    convert("0.0001").bad(1, "(--unlock-seconds allows more)");
+    convert("often").bad(1, "not a number of seconds, like 20 or 0.5");
+}

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use async_trait::async_trait;
 use block::{BlockDevice, ByteRange, DeviceError, RawDevice};
 use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
-use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, References};
+use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, Passphrase, References, UnlockError};
 
 use super::depth::{self, AllocationDepth};
 use super::options::{AllowReferences, ExportSpec, Format};
@@ -27,6 +27,7 @@ pub(super) struct ImageKey {
     format: Format,
     snapshot: Option<String>,
     references: Option<AllowReferences>,
+    passphrase_files: Vec<PathBuf>,
 }
 
 impl ImageKey {
@@ -50,6 +51,7 @@ impl ImageKey {
             format: format_of(spec, &path)?,
             snapshot: spec.snapshot.clone(),
             references: spec.references.as_ref().or(references).cloned(),
+            passphrase_files: spec.passphrase_files.clone(),
             path,
         })
     }
@@ -74,7 +76,9 @@ impl Opened {
                 Self { device: RawDevice::open(&key.path, !writable).await?, image: None }
             }
             Format::Qcow2 => {
-                let image = Image::open(&key.path, qcow2_options(key, writable)).await?;
+                let mut options = qcow2_options(key, writable);
+                options.passphrases = passphrases(key)?;
+                let image = Image::open(&key.path, options).await.map_err(explained)?;
                 Self { device: Arc::new(image.clone()), image: Some(image) }
             }
         })
@@ -181,6 +185,28 @@ fn qcow2_options(key: &ImageKey, writable: bool) -> OpenOptions {
         Some(AllowReferences::Any) => References::Any,
         Some(AllowReferences::Below(directory)) => References::Under(directory.clone()),
     })
+}
+
+/// What may open the image and those below it. Read each time that it is opened, and not kept.
+fn passphrases(key: &ImageKey) -> anyhow::Result<Vec<Passphrase>> {
+    let read = |file: &PathBuf| {
+        let bytes = std::fs::read(file);
+        let mut bytes =
+            bytes.with_context(|| format!("cannot read the passphrase from {}", file.display()))?;
+        // Editors end a file with a newline that nobody typed.
+        if bytes.last() == Some(&b'\n') {
+            bytes.pop();
+        }
+        Ok(Passphrase::new(bytes))
+    };
+    key.passphrase_files.iter().map(read).collect()
+}
+
+/// An error with what an export offers against it.
+fn explained(error: qcow2::Error) -> anyhow::Error {
+    let locked = matches!(error, qcow2::Error::Locked { reason: UnlockError::NoPassphrase, .. });
+    let error = anyhow::Error::new(error);
+    if locked { error.context("the export needs passphrase-file=FILE") } else { error }
 }
 
 /// Whether a file begins as a qcow2 image does.

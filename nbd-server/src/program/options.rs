@@ -22,10 +22,11 @@ pub(crate) struct Options {
     pub(crate) listen: Vec<Listen>,
 
     /// What to serve:
-    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,offset=BYTES][,size=BYTES][,partition=N][,description=TEXT].
+    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
     /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
-    /// layer of the chain that holds each part of the disk as qemu:allocation-depth. A comma is written twice
+    /// layer of the chain that holds each part of the disk as qemu:allocation-depth. The passphrase of an
+    /// encrypted image, and of those below it, is what the file holds without its last newline. A comma is written twice
     #[arg(long = "export", value_name = "NAME=PATH[,...]")]
     pub(crate) exports: Vec<ExportSpec>,
 
@@ -273,6 +274,8 @@ pub(crate) struct ExportSpec {
     pub(crate) snapshot: Option<String>,
     /// The bitmaps to offer.
     pub(crate) bitmaps: Vec<String>,
+    /// The files with passphrases: an encrypted layer takes the one that fits.
+    pub(crate) passphrase_files: Vec<PathBuf>,
     /// Whether to tell which layer holds what.
     pub(crate) allocation_depth: bool,
     pub(crate) description: Option<String>,
@@ -321,12 +324,15 @@ impl ExportSpec {
         let with = |why: String| format!("{field}: {why}");
         match field.split_once('=') {
             Some(("format", format)) => self.format = Some(format.parse()?),
-            Some(("snapshot" | "bitmap", "")) => return Err(format!("{field:?} names nothing")),
+            Some(("snapshot" | "bitmap" | "passphrase-file", "")) => {
+                return Err(format!("{field:?} names nothing"));
+            }
             Some(("snapshot", name)) => self.snapshot = Some(name.to_owned()),
             Some(("bitmap", name)) if self.bitmaps.iter().any(|known| known == name) => {
                 return Err(format!("bitmap {name:?} is named twice"));
             }
             Some(("bitmap", name)) => self.bitmaps.push(name.to_owned()),
+            Some(("passphrase-file", file)) => self.passphrase_files.push(file.into()),
             Some(("description", text)) => self.description = Some(text.to_owned()),
             Some(("offset", text)) => self.offset = bytes(text).map_err(with)?,
             Some(("size", text)) => self.size = Some(bytes(text).map_err(with)?),
@@ -350,6 +356,8 @@ impl ExportSpec {
         let is_part = self.offset != 0 || self.size.is_some() || self.partition.is_some();
         let wrong = if of_qcow2 && is_raw {
             "a raw image has neither snapshots nor bitmaps nor layers; format=qcow2 is to be said"
+        } else if !self.passphrase_files.is_empty() && is_raw {
+            "a raw image takes no passphrase"
         } else if self.snapshot.is_some() && !self.bitmaps.is_empty() {
             "bitmaps tell of the present disk, not of a snapshot"
         } else if told && (is_part || self.writes != Writes::Image) {
@@ -464,6 +472,8 @@ mod tests {
         let spec: ExportSpec = "a=b,offset=1M,size=512,format=raw".parse().unwrap();
         assert_eq!((spec.offset, spec.size), (1 << 20, Some(512)));
         assert!("a=b,allocation-depth".parse::<ExportSpec>().unwrap().allocation_depth);
+        let spec: ExportSpec = "a=b,passphrase-file=x,passphrase-file=y,,z".parse().unwrap();
+        assert_eq!(spec.passphrase_files, [PathBuf::from("x"), "y,z".into()]);
         for text in [
             "",
             "a",
@@ -479,6 +489,8 @@ mod tests {
             "a=b,bitmap=x,snapshot=y",
             "a=b,bitmap=x,format=raw",
             "a=b,snapshot=x,format=raw",
+            "a=b,passphrase-file=",
+            "a=b,passphrase-file=x,format=raw",
             "a=b,partition=0",
             "a=b,partition=1,offset=512",
             "a=b,bitmap=x,size=1",

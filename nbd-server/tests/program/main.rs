@@ -3,6 +3,7 @@
 mod bitmaps;
 mod config;
 mod depth;
+mod encrypted;
 #[cfg(feature = "client")]
 mod kills;
 #[cfg(feature = "client")]

@@ -129,6 +129,7 @@ fn image(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
             spec.bitmaps.push(entry.value.clone());
         }
     }
+    spec.passphrase_files = keys.path("passphrase_file").into_iter().collect();
     spec.offset = keys.bytes("offset").unwrap_or(0);
     spec.partition = keys.value("partition", "it is a number from 1 on");
     let (filesize, size) = (keys.bytes("filesize"), keys.bytes("size"));

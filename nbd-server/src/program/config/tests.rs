@@ -151,7 +151,7 @@ fn our_own_keys_are_read() {
          [a]\nexportname = /a\nformat = qcow2\ndescription = one, two\ndefault = true\nbitmap = x\nbitmap = y\n\
          blocksize = 64K\nsync = true\ntrim = false\nflush = false\nallow_references = sub\nprerun = true\n\
          [b]\nexportname = /b\noffset = 1M\nsize = 2M\nreadonly = true\ndeny = unix\n\
-         [c]\nexportname = /c\npartition = 2\n[d]\nexportname = /d\nsnapshot = s\nformat = qcow2\n",
+         [c]\nexportname = /c\npartition = 2\n[d]\nexportname = /d\nsnapshot = s\nformat = qcow2\npassphrase_file = /key\n",
     );
     let generic = &config.generic;
     let vsock = Listen::Vsock { cid: None, port: 10809 };
@@ -165,6 +165,7 @@ fn our_own_keys_are_read() {
     let a = &a.1;
     assert_eq!((a.format, a.description.as_deref()), (Some(Format::Qcow2), Some("one, two")));
     assert_eq!((a.bitmaps.len(), a.preferred_bytes), (2, Some(65_536)));
+    assert_eq!(d.1.passphrase_files, [std::path::PathBuf::from("/key")]);
     assert!(a.is_default && a.durable && a.before.as_deref() == Some("true"));
     assert_eq!(a.withheld, flag::SEND_TRIM | flag::SEND_FLUSH);
     assert_eq!((b.1.offset, b.1.size, b.1.makes_bytes), (1 << 20, Some(2 << 20), None));

@@ -50,6 +50,7 @@ impl Image {
         if inner.limits().read_only {
             return Err(Error::Request(block::DeviceError::ReadOnly));
         }
+        let _alone = inner.structure.lock().await;
         let header = inner.core.lock().header.clone();
         let mut wanted = header.clone();
         options.apply(&mut wanted).map_err(|what| inner.refuse(what))?;

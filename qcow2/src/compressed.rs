@@ -132,9 +132,14 @@ impl Inner {
         });
         let packed = try_join_all(jobs).await;
         let packed = packed.map_err(|source| Error::Cpu { file: self.path.clone(), source })?;
-        let packed: Vec<(ByteRange, Packed)> =
+        let mut packed: Vec<(ByteRange, Packed)> =
             range.pieces(cluster).zip(packed.into_iter().flatten()).collect();
-        self.write_streams(range, &packed).await?;
+        if !self.write_streams(range, &packed).await?
+            && let Some((_, last)) = packed.last_mut()
+        {
+            *last = Packed::Plain;
+            self.write_streams(range, &packed).await?;
+        }
         let mut runs: Vec<(ByteRange, bool)> = Vec::new();
         for (piece, packed) in &packed {
             let zero = match packed {
@@ -159,12 +164,13 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes what has become streams, all of it within one L2 table.
+    /// Writes what has become streams, all of it within one L2 table. Writes nothing, and says so, where the last one is
+    /// of a part of a cluster alone: because the disk ended there when it was asked for, and has grown since.
     async fn write_streams(
         &self,
         range: ByteRange,
         packed: &[(ByteRange, Packed)],
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let streams: Vec<(u64, &[u8])> = packed
             .iter()
             .filter_map(|(piece, packed)| match packed {
@@ -173,11 +179,14 @@ impl Inner {
             })
             .collect();
         if streams.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let guard = self.guests.lock_exclusive(self.widen(range)).await;
         let live = self.live()?;
         self.check_inside(range, Reach::Disk)?;
+        if matches!(packed.last(), Some((_, Packed::Stream(_)))) && !self.is_whole(range) {
+            return Ok(false);
+        }
         self.record_change(&live, range).await?;
         let plan = self
             .change(&live, |core| {
@@ -199,7 +208,7 @@ impl Inner {
         let hold: Hold = Some(Arc::clone(&ticket) as _);
         live.file.write(start.0, bytes, hold).await?;
         ticket.publish();
-        Ok(())
+        Ok(true)
     }
 }
 

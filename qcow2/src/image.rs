@@ -61,6 +61,8 @@ pub(crate) struct Inner {
     loads: RangeLock,
     /// Held by the flush that runs.
     pub(crate) flush_gate: Arc<AsyncMutex<()>>,
+    /// Held by what changes the image as a whole, in several steps: its size, its snapshots, its features.
+    pub(crate) structure: AsyncMutex<()>,
     /// The number of the last flush that began, and of the last that succeeded.
     pub(crate) flushes_begun: AtomicU64,
     pub(crate) flushes_done: AtomicU64,
@@ -109,6 +111,7 @@ impl Image {
                 overwrites: RangeLock::new(),
                 loads: RangeLock::new(),
                 flush_gate: Arc::new(AsyncMutex::new(())),
+                structure: AsyncMutex::new(()),
                 flushes_begun: AtomicU64::new(0),
                 flushes_done: AtomicU64::new(0),
                 live: RwLock::new(Some(Arc::new(live))),

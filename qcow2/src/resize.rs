@@ -47,7 +47,8 @@ impl Image {
     /// are stored with the new size by the write that switches to it.
     ///
     /// After a crash the disk has its old size or its new one; where it was to shrink, what is behind the new end may
-    /// read as zeros already. Requests go on meanwhile, and see the new size from its switch on.
+    /// read as zeros already. Requests go on meanwhile, and see the new size from its switch on; another resize, and
+    /// what else changes the image as a whole, waits.
     ///
     /// # Errors
     /// [`Error::Change`] for a size that cannot be, [`Error::Request`] where the image is open for reading only,
@@ -57,6 +58,7 @@ impl Image {
         if inner.limits().read_only {
             return Err(Error::Request(block::DeviceError::ReadOnly));
         }
+        let _alone = inner.structure.lock().await;
         let live = inner.live()?;
         inner.check_resize(size_bytes, options)?;
         inner.check_bitmaps_for(&live, size_bytes).await?;

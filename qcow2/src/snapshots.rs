@@ -70,6 +70,7 @@ impl Image {
             state.snapshots.push(entry);
             Ok(state)
         };
+        let _alone = self.inner.structure.lock().await;
         self.inner.republish(make).await?;
         // There is no new state that was not made.
         made.ok_or_else(|| self.not_found(name))
@@ -97,6 +98,7 @@ impl Image {
             state.size_bytes = entry.disk_bytes.unwrap_or(present.header.size_bytes);
             Ok(state)
         };
+        let _alone = self.inner.structure.lock().await;
         self.inner.republish(make).await
     }
 
@@ -129,6 +131,7 @@ impl Image {
             state.snapshots.remove(at);
             Ok(state)
         };
+        let _alone = self.inner.structure.lock().await;
         self.inner.republish(make).await
     }
 

@@ -260,7 +260,8 @@ impl Inner {
         self.clear(middle, Clear::Discard, reach).await
     }
 
-    /// Makes this layer say nothing about any of the disk, so that what lies below shows, and gives its space back.
+    /// Makes this layer say nothing about any of the disk, so that what lies below shows, and gives its space back. Only
+    /// for a disk that reads the same through what lies below: bitmaps are not told.
     pub(crate) async fn forget_all(&self) -> Result<(), Error> {
         let live = self.live()?;
         self.before_change(&live).await?;
@@ -292,7 +293,9 @@ impl Inner {
             let guard = self.guests.lock_exclusive(self.widen(piece)).await;
             let live = self.live()?;
             self.check_inside(piece, reach)?;
-            self.record_change(&live, piece).await?;
+            if how != Clear::Reveal {
+                self.record_change(&live, piece).await?;
+            }
             if self.info.raw_data && live.cipher.is_none() {
                 // The data file must read like the disk; what entries say is right already: what is mapped stays
                 // mapped, what is not reads as zeros, because no backing file goes with such a data file.
@@ -300,8 +303,12 @@ impl Inner {
                 zero_data(&live, piece, keeps, &Some(Arc::new(guard))).await?;
                 continue;
             }
-            let rest = self.change(&live, |core| core.clear(piece, how)).await?;
+            let (whole, part) = self.split_at_end(piece);
+            let mut rest = self.change(&live, |core| core.clear(whole, how)).await?;
             drop(guard);
+            if !matches!(how, Clear::Discard | Clear::Reveal) {
+                rest.push(part);
+            }
             for part in rest {
                 self.write_zeros_as_data(part, how == Clear::AllocatedZeroes, reach).await?;
             }
@@ -323,6 +330,17 @@ impl Inner {
             }
         }
         Ok(())
+    }
+
+    /// Cuts off the part of a subcluster at the end of a range: where the disk ended there when it was asked for, and
+    /// has grown since. The lock on the range must be held.
+    fn split_at_end(&self, range: ByteRange) -> (ByteRange, ByteRange) {
+        let end = if range.end() >= self.core.lock().size_bytes {
+            range.end()
+        } else {
+            (range.end() - range.end() % self.info.subcluster_bytes).max(range.start())
+        };
+        (ByteRange::between(range.start(), end), ByteRange::between(end, range.end()))
     }
 
     pub(crate) async fn write_zeros_as_data(

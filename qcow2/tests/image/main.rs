@@ -22,6 +22,7 @@ mod fold;
 mod fold_crash;
 mod formats;
 mod giants;
+mod growing;
 mod hostile;
 mod interop;
 mod layers;

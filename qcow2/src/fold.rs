@@ -105,6 +105,15 @@ pub enum FoldError {
         /// The last layer that should be folded.
         last: PathBuf,
     },
+    /// Somebody changed the chain before it was locked. Nothing has been written.
+    #[error(
+        "{} was replaced, or put over another backing file, while its chain was opened; nothing was written, try again",
+        file.display()
+    )]
+    Moved {
+        /// The image.
+        file: PathBuf,
+    },
     /// Nothing can be written to an image of this format.
     #[error("{} is in {}, which is for reading only", file.display(), format.name())]
     ReadOnlyFormat {

@@ -23,6 +23,8 @@ pub(super) struct Layer {
     pub size_bytes: Option<u64>,
     /// How many internal snapshots it has.
     pub snapshots: u32,
+    /// Which file it is: device and inode, where files have them.
+    id: Option<(u64, u64)>,
     /// Where the reference to it led; the topmost has none.
     found: Option<Found>,
     /// What was passed on the way here.
@@ -58,25 +60,34 @@ impl Chain {
     /// As opening the chain.
     pub(super) async fn trace(top: &Path, options: &OpenOptions) -> Result<Self, Error> {
         let trail = Trail::start(top, &options.references)?;
-        Self::follow(top, BackingFormat::Qcow2, trail, options).await
+        Self::follow_from(top.to_owned(), BackingFormat::Qcow2, None, trail, options).await
     }
 
     /// As [`Chain::trace`], from an image that `trail` led to.
     pub(super) async fn follow(
-        top: &Path,
-        format: BackingFormat,
+        top: &Found,
+        trail: Trail,
+        options: &OpenOptions,
+    ) -> Result<Self, Error> {
+        Self::follow_from(top.path.clone(), top.format, Some(top.clone()), trail, options).await
+    }
+
+    async fn follow_from(
+        mut path: PathBuf,
+        mut format: BackingFormat,
+        mut found: Option<Found>,
         mut trail: Trail,
         options: &OpenOptions,
     ) -> Result<Self, Error> {
         let reading = options.to_read();
-        let (mut path, mut format) = (top.to_owned(), format);
-        let (mut layers, mut found): (Vec<Layer>, Option<Found>) = (Vec::new(), None);
+        let mut layers: Vec<Layer> = Vec::new();
         loop {
             layers.push(Layer {
                 path: path.clone(),
                 format,
                 size_bytes: None,
                 snapshots: 0,
+                id: None,
                 found: found.take(),
                 trail: trail.clone(),
             });
@@ -90,6 +101,7 @@ impl Chain {
             trail = trail.enter(&path, file.id())?;
             let header = read_header(&file).await?;
             if let Some(layer) = layers.last_mut() {
+                layer.id = file.id();
                 layer.size_bytes = Some(header.size_bytes);
                 layer.snapshots = header.snapshots;
             }
@@ -121,10 +133,14 @@ impl Chain {
         self.layers.first().map_or(Path::new(""), |layer| &layer.path)
     }
 
-    /// Opens the layers from `first` down to `base`, which are positions.
+    /// Opens the layers from `first` down to `base`, which are positions. A base that is written and is raw is made as
+    /// long as the layer `first`.
+    ///
+    /// Once the files of the layers are open, and locked, nobody can put them over others any more; the chain has to be
+    /// what it was when it was traced.
     ///
     /// # Errors
-    /// As opening images; [`FoldError::ReadOnlyFormat`].
+    /// As opening images; [`FoldError::ReadOnlyFormat`]; [`FoldError::Moved`], and nothing has been written.
     pub(super) async fn open(
         &self,
         first: usize,
@@ -138,22 +154,68 @@ impl Chain {
         else {
             return Err(FoldError::NoBacking { file: self.top().to_owned() });
         };
+        let mut files = Vec::new();
+        for (number, layer) in above.iter().enumerate() {
+            let options = if number == 0 && writes.top { &writing } else { &reading };
+            let file = match &layer.found {
+                Some(found) => found.open(options).await?,
+                None => options.open_file(&layer.path).await?,
+            };
+            if file.id() != layer.id {
+                return Err(FoldError::Moved { file: layer.path.clone() });
+            }
+            files.push((file, options));
+        }
+        self.check_still(base, &reading).await?;
         let for_base = if writes.base { &writing } else { &reading };
+        if let (true, Some(needed)) = (writes.base, above.first().and_then(|top| top.size_bytes)) {
+            bottom.make_room(needed, for_base).await?;
+        }
         let (base, taker) = open_base(bottom, for_base).await?;
         let mut stack = Stack { layers: Vec::new(), base, taker };
-        for (number, layer) in above.iter().enumerate().rev() {
-            let options = if number == 0 && writes.top { &writing } else { &reading };
+        for (file, options) in files.into_iter().rev() {
             let below = Some(stack.top());
-            let image = match &layer.found {
-                Some(found) => {
-                    let file = found.open(options).await?;
-                    Image::open_on(file, below, options.clone()).await?
-                }
-                None => Image::open_with_backing(&layer.path, below, options.clone()).await?,
-            };
+            let image = Image::open_on(file, below, options.clone()).await?;
             stack.layers.insert(0, image);
         }
         Ok(stack)
+    }
+
+    /// Refuses a chain whose names lead elsewhere than when it was traced, as far as `base`.
+    async fn check_still(&self, base: usize, reading: &OpenOptions) -> Result<(), FoldError> {
+        let Some(top) = self.layers.first() else { return Ok(()) };
+        // We hold locks ourselves.
+        let unlocked = OpenOptions { lock: false, ..reading.clone() };
+        let (path, found) = (top.path.clone(), top.found.clone());
+        let now = Self::follow_from(path, top.format, found, top.trail.clone(), &unlocked).await?;
+        let same = |(old, new): (&Layer, &Layer)| {
+            old.path == new.path && old.format == new.format && old.id == new.id
+        };
+        let pairs = self.layers.iter().zip(&now.layers).take(base + 1);
+        let agreeing = pairs.take_while(|pair| same(*pair)).count();
+        if agreeing > base {
+            return Ok(());
+        }
+        let file = self.layers.get(agreeing.saturating_sub(1)).unwrap_or(top).path.clone();
+        Err(FoldError::Moved { file })
+    }
+}
+
+impl Layer {
+    /// Makes a raw file as long as it has to be, before anybody asks how long it is.
+    async fn make_room(&self, needed_bytes: u64, writing: &OpenOptions) -> Result<(), FoldError> {
+        if self.format != BackingFormat::Raw {
+            return Ok(());
+        }
+        let file = match &self.found {
+            Some(found) => found.open(writing).await?,
+            None => writing.open_file(&self.path).await?,
+        };
+        if file.len() < needed_bytes && !file.is_fixed_len() {
+            file.set_len(needed_bytes).await.map_err(Error::Host)?;
+            file.sync().await.map_err(Error::Host)?;
+        }
+        Ok(())
     }
 }
 

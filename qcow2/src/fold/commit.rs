@@ -8,8 +8,6 @@ use super::chain::{Chain, Stack, Writes};
 use super::plan::FoldPlan;
 use super::{FoldError, FoldOptions, Folded};
 use crate::convert::{ConvertTarget, Layered, convert_layers};
-use crate::create::BackingFormat;
-use crate::error::Error;
 use crate::lend::Taker;
 use crate::progress::Progress;
 use crate::resize::ResizeOptions;
@@ -41,7 +39,6 @@ pub async fn commit(
     let chain = Chain::trace(top, &options.copy.open).await?;
     let base = base_of(&chain, options)?;
     let empties = !options.keep_top && base == 1;
-    grow(&chain, 0, base, &options.copy).await?;
     let writes = Writes { top: empties, base: true };
     let stack = chain.open(0, base, writes, &options.copy.open).await?;
     let folded = fold(&stack, &chain, base, &options.copy, &progress).await;
@@ -73,27 +70,6 @@ fn base_of(chain: &Chain, options: &CommitOptions) -> Result<usize, FoldError> {
         None if chain.layers.len() > 1 => Ok(1),
         None => Err(FoldError::NoBacking { file: chain.top().to_owned() }),
     }
-}
-
-/// Makes a raw base as long as the layer `first`, before anybody asks how long it is.
-pub(super) async fn grow(
-    chain: &Chain,
-    first: usize,
-    base: usize,
-    options: &FoldOptions,
-) -> Result<(), FoldError> {
-    let (Some(layer), Some(top)) = (chain.layers.get(base), chain.layers.get(first)) else {
-        return Ok(());
-    };
-    let (BackingFormat::Raw, Some(needed)) = (layer.format, top.size_bytes) else {
-        return Ok(());
-    };
-    let file = options.open.to_write().open_file(&layer.path).await?;
-    if file.len() < needed && !file.is_fixed_len() {
-        file.set_len(needed).await.map_err(Error::Host)?;
-        file.sync().await.map_err(Error::Host)?;
-    }
-    Ok(())
 }
 
 /// Writes what the layers of an opened stack say into its base, and makes it durable.

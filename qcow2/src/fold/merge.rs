@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use block::{ByteRange, Durability, ZeroMode};
 
 use super::chain::{Chain, Stack, Writes};
-use super::commit::{fold, grow};
+use super::commit::fold;
 use super::names::{check, relative};
 use super::plan::FoldPlan;
 use super::{FoldError, FoldOptions, Folded};
@@ -43,7 +43,6 @@ pub async fn merge(
     let (above, base) = bounds(&chain, options)?;
     let name = new_name(&chain, above, base)?;
     let writes = Writes { top: false, base: true };
-    grow(&chain, above + 1, base, &options.copy).await?;
     // Held from here on: nobody changes the layer that waits for its new backing file.
     let over = match chain.layers.get(above) {
         Some(layer) => options.copy.open.to_write().open_file(&layer.path).await?,

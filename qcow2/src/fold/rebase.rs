@@ -13,7 +13,7 @@ use super::plan::{FoldPlan, LayerPlan};
 use super::{FoldError, FoldOptions, Folded};
 use crate::backing::Trail;
 use crate::convert::ConvertError;
-use crate::create::{BackingFormat, BackingName};
+use crate::create::BackingName;
 use crate::image::Image;
 use crate::open::{OpenOptions, open_found, read_header};
 use crate::progress::Progress;
@@ -118,14 +118,14 @@ impl Rebase {
         let trail = Trail::start(top, &options.references)?.enter(top, file.id())?;
         let header = read_header(file).await?;
         let below = OpenOptions { read_only: true, ..options.clone() };
-        let (mut old_path, mut old_format) = (None, BackingFormat::Qcow2);
+        let (mut old_path, mut old_found) = (None, None);
         let old = match &header.backing_name {
             None => None,
             Some(name) => {
                 let format = header.extensions.backing_format.as_deref();
                 let found = trail.resolve(top, name, format)?;
                 old_path = Some(found.path.clone());
-                old_format = found.format;
+                old_found = Some(found.clone());
                 Some(open_found(found, below.clone(), trail.clone()).await?)
             }
         };
@@ -136,15 +136,15 @@ impl Rebase {
                 let found = trail.resolve(top, path.as_bytes(), Some(format.name().as_bytes()))?;
                 // Unlocked, so that an image that would lie over itself is told as that.
                 let unlocked = OpenOptions { lock: false, ..below.clone() };
-                Chain::follow(&found.path, found.format, trail.clone(), &unlocked).await?;
+                Chain::follow(&found, trail.clone(), &unlocked).await?;
                 new_path = Some(found.path.clone());
                 Some(open_found(found, below.clone(), trail.clone()).await?)
             }
         };
         let image = Image::open_on(file.clone(), old.clone(), options.clone()).await?;
         let mut between = Vec::new();
-        if let (Some(old), Some(new)) = (&old_path, &new_path) {
-            let chain = Chain::follow(old, old_format, trail.clone(), &below).await?;
+        if let (Some(old), Some(new)) = (&old_found, &new_path) {
+            let chain = Chain::follow(old, trail.clone(), &below).await?;
             if let Some(layers) = layers_between(&chain, new, &below).await? {
                 between.push(image.clone());
                 between.extend(layers);

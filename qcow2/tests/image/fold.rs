@@ -13,7 +13,8 @@ use qcow2::{
 };
 use tempfile::TempDir;
 
-use crate::common::{block_on, pattern, qemu_check, qemu_img, range, raw_of};
+use crate::bitmaps::dirty_by_qemu;
+use crate::common::{block_on, pattern, qemu_check, qemu_img, qemu_io, range, raw_of};
 
 /// A chain in a folder, and what each of its layers shows.
 struct Chain {
@@ -194,6 +195,104 @@ fn a_commit_without_a_place_to_go_is_refused() {
     assert!(matches!(refused("base", None), FoldError::NoBacking { .. }));
     assert!(matches!(refused("two", Some("top")), FoldError::NotInChain { .. }));
     assert!(matches!(refused("two", Some("two")), FoldError::NotInChain { .. }));
+}
+
+#[test]
+fn a_commit_leaves_the_bitmaps_of_the_top_as_they_are() {
+    let mut chain = Chain::new(13);
+    chain.layer("base", "cluster_size=64k", 4 << 20, None);
+    let shown = chain.layer("top", "cluster_size=64k", 4 << 20, Some(("base", "qcow2")));
+    let (top, base) = (chain.path("top"), chain.path("base"));
+    for path in [&top, &base] {
+        qemu_img(&["bitmap", "--add", "-g", "64k", path.to_str().unwrap(), "since"]);
+    }
+    qemu_io(&top, &["write 1M 128k"]);
+    let (dirty, data) = (dirty_by_qemu(&top, "since"), raw_of(&top));
+    assert!(!dirty.is_empty() && data != shown);
+    block_on(commit(&top, &CommitOptions::default(), quiet)).unwrap();
+    assert_eq!(dirty_by_qemu(&top, "since"), dirty);
+    // What came into the base is a change there.
+    assert!(!dirty_by_qemu(&base, "since").is_empty());
+    chain.assert_shows("top", &data);
+    chain.assert_shows("base", &data);
+}
+
+/// Polls a future so many times, as often as it is woken, then does something, and then ends it.
+fn interrupted<T>(future: impl Future<Output = T>, polls: u64, then: impl FnOnce()) -> T {
+    block_on(async {
+        let mut future = std::pin::pin!(future);
+        let mut left = polls;
+        let early = std::future::poll_fn(|context| {
+            if left == 0 {
+                return Poll::Ready(None);
+            }
+            left -= 1;
+            future.as_mut().poll(context).map(Some)
+        });
+        let early = early.await;
+        then();
+        match early {
+            Some(done) => done,
+            None => future.await,
+        }
+    })
+}
+
+/// Whoever puts the top, or the layer that will be, over another image between the look at the chain and the locks must
+/// keep what they did.
+#[test]
+fn a_chain_that_changes_while_it_is_opened_is_left_alone() {
+    let (mut moved, mut refused) = (0, 0);
+    for (merges, polls) in (0..20).flat_map(|polls| [(false, polls), (true, polls)]) {
+        let mut chain = Chain::new(14);
+        let size = 1 << 20;
+        chain.layer("base", "cluster_size=64k", size, None);
+        chain.layer("other", "cluster_size=64k", size, None);
+        chain.layer("mid", "cluster_size=64k", size, Some(("base", "qcow2")));
+        chain.layer("top", "cluster_size=64k", size, Some(("mid", "qcow2")));
+        let top = chain.path("top");
+        let mut rebased = false;
+        let rebase = || {
+            let name = top.to_str().unwrap();
+            let args = ["rebase", "-u", "-f", "qcow2", "-b", "other", "-F", "qcow2", name];
+            rebased = std::process::Command::new("qemu-img")
+                .args(args)
+                .output()
+                .unwrap()
+                .status
+                .success();
+        };
+        let expected = |rebased: bool| {
+            // What the top has itself, over whatever it lies over then.
+            let copy = chain.path("copy");
+            std::fs::copy(chain.path("pristine"), &copy).unwrap();
+            if rebased {
+                let name = copy.to_str().unwrap();
+                qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "other", "-F", "qcow2", name]);
+            }
+            raw_of(&copy)
+        };
+        std::fs::copy(&top, chain.path("pristine")).unwrap();
+        let (as_it_is, over_other) = (expected(false), expected(true));
+        let before = std::fs::read(chain.path("mid")).unwrap();
+        let options = MergeOptions { remove: true, ..MergeOptions::default() };
+        let done = match merges {
+            true => interrupted(merge(&top, &options, quiet), polls, rebase),
+            false => interrupted(commit(&top, &CommitOptions::default(), quiet), polls, rebase),
+        };
+        let what = format!("merges: {merges}, after {polls} polls, rebased: {rebased}: {done:?}");
+        match &done {
+            Ok(_) => assert!(raw_of(&top) == if rebased { over_other } else { as_it_is }, "{what}"),
+            Err(error) => {
+                assert!(rebased, "{what}");
+                moved += u32::from(matches!(error, FoldError::Moved { .. }));
+                assert!(raw_of(&top) == over_other, "{what}");
+                assert!(std::fs::read(chain.path("mid")).unwrap() == before, "{what}");
+            }
+        }
+        refused += u32::from(!rebased);
+    }
+    assert!(moved > 0 && refused > 0, "{moved} chains moved, {refused} were locked");
 }
 
 #[test]

@@ -8,10 +8,11 @@ use std::thread;
 
 use crate::blocking::{BLOCKING_THREADS, BlockingEngine};
 use crate::descriptor::Descriptor;
+use crate::holders::holders;
 use crate::patience::{is_conflict, wait_for_lock};
 use crate::storage::Storage;
 use crate::uring::{URING_THREADS, UringEngine};
-use crate::{Create, HostError, HostOp, MemoryFiles, OpenOptions, Root};
+use crate::{Create, HostError, HostOp, ImageLocked, MemoryFiles, OpenOptions, Root};
 
 /// The environment variable that forces an engine: `blocking` or `uring`.
 pub const ENGINE_VARIABLE: &str = "SENDENSE_IO";
@@ -107,6 +108,16 @@ impl Engine {
         }
     }
 
+    /// Says in an error about a lock who holds it.
+    async fn tell_holders(&self, mut error: HostError) -> HostError {
+        let Some(locked) = ImageLocked::of(&error.source) else { return error };
+        let (conflict, path) = (locked.conflict, error.path.clone());
+        let holders = self.pool.call(move || holders(&path)).await.unwrap_or_default();
+        let locked = ImageLocked { conflict, holders };
+        error.source = io::Error::new(io::ErrorKind::ResourceBusy, locked);
+        error
+    }
+
     /// Opens and, where that is wanted, locks; waits a little for a lock that another program may be about to release.
     pub(crate) async fn open(
         &self,
@@ -124,11 +135,15 @@ impl Engine {
         };
         let opened = self.pool.call(attempt()).await;
         let failed = |source| Err(HostError::whole(path, HostOp::Open, source));
-        let descriptor = match opened.unwrap_or_else(failed) {
+        let opened = match opened.unwrap_or_else(failed) {
             Err(refused) if is_conflict(&refused) && options.create != Create::New => {
-                wait_for_lock(refused, attempt()).await?
+                wait_for_lock(refused, attempt()).await
             }
-            opened => opened?,
+            opened => opened,
+        };
+        let descriptor = match opened {
+            Ok(descriptor) => descriptor,
+            Err(error) => return Err(self.tell_holders(error).await),
         };
         Ok(match &self.rings {
             Some(rings) => rings.attach(descriptor, &self.pool),

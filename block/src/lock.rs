@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Once;
 
+use crate::holders::Holder;
+
 /// The first byte of "this permission is in use", by bit; see `RAW_LOCK_PERM_BASE` of QEMU's `block/file-posix.c`.
 const IN_USE_BYTE: i64 = 100;
 /// The first byte of "others must not use this permission", by bit (`RAW_LOCK_SHARED_BASE`).
@@ -47,25 +49,57 @@ impl std::fmt::Display for Permission {
     }
 }
 
-/// Why an image could not be locked: the source of the [`crate::HostError`] whose operation is
+/// An image that could not be locked: the source of the [`crate::HostError`] whose operation is
 /// [`crate::HostOp::Lock`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ImageLocked {
+    /// What does not go together.
+    pub conflict: LockConflict,
+    /// The processes that have locked it, as far as this machine tells: not those of other machines, nor of users
+    /// whose processes we may not look into.
+    pub holders: Vec<Holder>,
+}
+
+impl std::error::Error for ImageLocked {}
+
+impl std::fmt::Display for ImageLocked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.holders.as_slice() {
+            [] => f.write_str("another program")?,
+            [first, others @ ..] => {
+                first.fmt(f)?;
+                others.iter().try_for_each(|other| write!(f, ", {other}"))?;
+            }
+        }
+        let verb = if self.holders.len() > 1 { "have" } else { "has" };
+        write!(
+            f,
+            " {verb} the image open {}; end it, or detach the image from it, and try again",
+            self.conflict
+        )
+    }
+}
+
+impl ImageLocked {
+    /// What an error says of locks, if it does.
+    pub(crate) fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+}
+
+/// Why an image could not be locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LockConflict {
     /// We need something that another program does not let others do.
-    #[error(
-        "another program has the image open and does not share the \"{wanted}\" permission; \
-         end it, or detach the image from it, and try again"
-    )]
+    #[error("and does not share the \"{wanted}\" permission")]
     NotShared {
         /// What we need.
         wanted: Permission,
     },
     /// Another program does something that we cannot have beside us.
-    #[error(
-        "another program has the image open with the \"{used}\" permission, which cannot be shared; \
-         end it, or detach the image from it, and try again"
-    )]
+    #[error("with the \"{used}\" permission, which cannot be shared")]
     InUse {
         /// What it may do.
         used: Permission,
@@ -96,7 +130,7 @@ const READER: Claim = Claim {
 /// such locks is worth a warning, once.
 ///
 /// # Errors
-/// A [`LockConflict`] inside an `io::Error` of kind `ResourceBusy`; otherwise what the kernel says. What was locked is
+/// An [`ImageLocked`] without holders inside an `io::Error` of kind `ResourceBusy`; otherwise what the kernel says. What was locked is
 /// unlocked when the file is closed.
 pub(crate) fn lock(file: &impl AsFd, read_only: bool) -> io::Result<()> {
     let claim = if read_only { READER } else { WRITER };
@@ -139,7 +173,7 @@ impl Claim {
 }
 
 fn busy(conflict: LockConflict) -> io::Error {
-    io::Error::new(io::ErrorKind::ResourceBusy, conflict)
+    io::Error::new(io::ErrorKind::ResourceBusy, ImageLocked { conflict, holders: Vec::new() })
 }
 
 /// Whether the file system, or the kernel, has no such locks.
@@ -197,7 +231,7 @@ mod tests {
     }
 
     fn conflict(result: io::Result<()>) -> Option<LockConflict> {
-        result.err()?.get_ref()?.downcast_ref::<LockConflict>().copied()
+        Some(ImageLocked::of(&result.err()?)?.conflict)
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::{HostError, LockConflict};
+use crate::{HostError, ImageLocked};
 
 /// How often a locked image is tried again before it counts as in use: about two seconds in all.
 const LOCK_RETRIES: u32 = 100;
@@ -16,7 +16,7 @@ const LOCK_RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Whether `error` is another program's lock.
 pub(crate) fn is_conflict(error: &HostError) -> bool {
-    error.source.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<LockConflict>)
+    ImageLocked::of(&error.source).is_some()
 }
 
 /// Repeats an attempt that was `refused` because of a lock until it has another outcome, or the last of
@@ -60,11 +60,12 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
-    use crate::{HostOp, Permission};
+    use crate::{HostOp, LockConflict, Permission};
 
     fn refusal() -> HostError {
         let conflict = LockConflict::InUse { used: Permission::Write };
-        let source = io::Error::new(io::ErrorKind::ResourceBusy, conflict);
+        let locked = ImageLocked { conflict, holders: Vec::new() };
+        let source = io::Error::new(io::ErrorKind::ResourceBusy, locked);
         HostError::whole(Path::new("image"), HostOp::Lock, source)
     }
 

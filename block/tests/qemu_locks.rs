@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use block::{HostError, HostFile, HostOp, LockConflict, OpenOptions};
+use block::{HostError, HostFile, HostOp, ImageLocked, LockConflict, OpenOptions};
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     let output = Command::new(program).args(arguments).stdin(Stdio::null()).output();
@@ -28,8 +28,12 @@ fn assert_locked_out(output: &Output) {
     assert!(message.contains("lock"), "another failure: {message}");
 }
 
+fn locked(error: &HostError) -> Option<&ImageLocked> {
+    error.source.get_ref()?.downcast_ref()
+}
+
 fn conflict(error: &HostError) -> Option<LockConflict> {
-    error.source.get_ref()?.downcast_ref::<LockConflict>().copied()
+    locked(error).map(|locked| locked.conflict)
 }
 
 #[tokio::test]
@@ -44,6 +48,16 @@ async fn our_writer_keeps_qemu_out() {
     drop(file);
     let free = run("qemu-io", &["-c", "write 0 4k", text(&path)]);
     assert!(free.status.success(), "{free:?}");
+}
+
+#[tokio::test]
+async fn who_locks_its_own_file_twice_is_told_so() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = image(&directory);
+    let file = HostFile::open(&path, OpenOptions::writing()).await.expect("our writer");
+    let error = HostFile::open(&path, OpenOptions::reading()).await.expect_err("it is written");
+    assert!(error.to_string().contains("this program itself has the image open"), "{error}");
+    drop(file);
 }
 
 #[tokio::test]
@@ -98,7 +112,10 @@ async fn an_image_that_qemu_serves_is_refused_to_us() {
         let error = HostFile::open(&path, options).await.expect_err("qemu-nbd writes to it");
         assert_eq!(error.op, HostOp::Lock);
         assert!(conflict(&error).is_some(), "{error}");
-        assert!(error.to_string().contains("another program has the image open"), "{error}");
+        assert!(error.to_string().contains("qemu-nbd (process "), "{error}");
+        assert!(error.to_string().contains(") has the image open"), "{error}");
+        let holders = &locked(&error).expect("a lock").holders;
+        assert!(matches!(holders.as_slice(), [one] if one.program == "qemu-nbd"), "{holders:?}");
     }
     let options = OpenOptions { lock: false, ..OpenOptions::reading() };
     HostFile::open(&path, options).await.expect("without locks nobody asks");

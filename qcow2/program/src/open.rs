@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use block::{BlockDevice, HostFile, LockConflict, RawDevice};
+use block::{BlockDevice, HostFile, ImageLocked, RawDevice};
 use nbd_server::client::{ClientOptions, NbdDevice, NbdUri};
 use qcow2::{Image, References, Vmdk};
 
@@ -455,7 +455,7 @@ pub(crate) fn explained(error: impl Into<anyhow::Error>, path: &Path, how: &How)
     let error = error.into();
     let is_locked = error.chain().any(|cause| {
         let inner = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        inner.is_some_and(|inner| inner.is::<LockConflict>())
+        inner.is_some_and(|inner| inner.is::<ImageLocked>())
     });
     let leads_away = error.chain().any(|cause| {
         matches!(

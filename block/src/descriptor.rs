@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use crate::copy::Origin;
+use crate::open_files::OpenFile;
 use crate::storage::{Op, Outcome, StorageFacts};
 use crate::{
     BUFFER_ALIGN_BYTES, Buffer, ByteRange, CopySource, Create, HostError, HostOp, OpenOptions, Root,
@@ -27,6 +28,8 @@ const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58F6];
 pub(crate) struct Descriptor {
     pub(crate) file: File,
     pub(crate) facts: StorageFacts,
+    /// Dropped after the file.
+    _open: OpenFile,
 }
 
 impl Descriptor {
@@ -82,7 +85,7 @@ impl Descriptor {
             fixed_len,
             id: Some((metadata.dev(), metadata.ino())),
         };
-        Ok(Self { file, facts })
+        Ok(Self { file, facts, _open: OpenFile::count() })
     }
 
     /// The length now.

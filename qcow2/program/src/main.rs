@@ -24,9 +24,12 @@ mod tuning;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 
+/// How long the last operations on files may take when the program ends.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 /// For everything that went wrong and has no code of its own.
 const FAILURE: u8 = 1;
 /// As [`FAILURE`], for `compare`, where 1 says that images differ.
@@ -61,6 +64,8 @@ fn run(cli: cli::Cli) -> anyhow::Result<u8> {
     let done = runtime.block_on(cli.run());
     // What still hangs somewhere is not waited for.
     runtime.shutdown_background();
+    // What is in flight keeps its file locked: whoever comes next must find it free.
+    block::wait_until_closed(CLOSE_TIMEOUT);
     done
 }
 

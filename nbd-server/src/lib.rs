@@ -24,6 +24,29 @@
 //! Exports are added, removed and replaced under clients: [`Server::replace_exports`] exchanges the whole table at one
 //! stroke, or not at all, and tells what of it changed.
 //!
+//! # TLS
+//!
+//! With feature `tls`, by rustls and aws-lc-rs (no pre-shared keys: rustls has none):
+//!
+//! ```no_run
+//! # #[cfg(feature = "tls")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use block::MemoryDevice;
+//! use nbd_server::tls::{ClientCertificates, ServerTls};
+//! use nbd_server::{Export, Server, ServerConfig, TlsMode};
+//!
+//! let tls = ServerTls::from_directory("/etc/nbd/tls".as_ref(), ClientCertificates::Required)?;
+//! let server = Server::new(ServerConfig::default().tls(TlsMode::Required, tls));
+//! let export = Export::new("scratch", MemoryDevice::new(64 << 20));
+//! server.add_export(export.clients(["cn:agent-1".parse()?]))?;
+//! // ... and when the certificate was renewed:
+//! server.replace_tls(ServerTls::from_directory("/etc/nbd/tls".as_ref(), ClientCertificates::Required)?)?;
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "tls"))]
+//! # fn main() {}
+//! ```
+//!
 //! # How it is made
 //!
 //! Everything that decides is a machine without I/O and without a clock: [`handshake`] takes bytes and gives replies,

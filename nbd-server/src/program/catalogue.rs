@@ -216,6 +216,9 @@ impl Catalogue {
             }
             _ => shape(spec, device, None),
         };
+        if !spec.clients.is_empty() {
+            export = export.clients(spec.clients.iter().cloned());
+        }
         for (name, source) in sources {
             export = export.context(name, source);
         }
@@ -231,6 +234,7 @@ fn shape(spec: &ExportSpec, device: Arc<dyn BlockDevice>, overlay: Option<Arc<Ov
         .read_only(spec.read_only)
         .default_export(spec.is_default)
         .admission(spec.admission.clone())
+        .tls_only(spec.tls_only)
         .rotational(spec.rotational)
         .withhold(spec.withheld | alone);
     if let Some(bytes) = spec.preferred_bytes {

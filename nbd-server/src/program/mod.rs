@@ -12,6 +12,8 @@ mod options;
 mod overlay;
 mod reload;
 mod sockets;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::io::Write;
 use std::time::Duration;
@@ -50,6 +52,9 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
         ([], Some(generic)) if !identity::has_sockets() => &generic.listen,
         (said, _) => said,
     };
+    let server_config = ServerConfig::with_limits(limits(&options, config.as_ref()));
+    #[cfg(feature = "tls")]
+    let server_config = options.tls.apply(server_config)?;
     let sockets = sockets::open(listen, &socket_options(&options, config.as_ref()))?;
     let of_config = |field: fn(&config::Generic) -> Option<&String>| {
         generic.and_then(field).map(String::as_str)
@@ -64,8 +69,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
         runtime.worker_threads(threads);
     }
     let runtime = runtime.enable_all().build()?;
-    let limits = limits(&options, config.as_ref());
-    let done = runtime.block_on(serve(options, reloading, config, limits, sockets));
+    let done = runtime.block_on(serve(options, reloading, config, server_config, sockets));
     // What hangs in a device is not waited for.
     runtime.shutdown_background();
     done
@@ -99,13 +103,13 @@ async fn serve(
     options: Options,
     mut reloading: Reloading,
     config: Option<Config>,
-    limits: Limits,
+    server_config: ServerConfig,
     sockets: Vec<ListeningSocket>,
 ) -> anyhow::Result<()> {
     // Before anything is opened, so that a signal during the start leaves images clean, too.
     let mut stop = Stop::new()?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let server = Server::new(ServerConfig::with_limits(limits));
+    let server = Server::new(server_config);
     let mut catalogue = Catalogue::new(server.clone(), options.allow_references.clone());
     let started = tokio::select! {
         started = start(&server, &reloading, config.as_ref(), &mut catalogue, sockets) => started,
@@ -114,10 +118,14 @@ async fn serve(
     while started.is_ok() {
         tokio::select! {
             () = stop.requested() => break,
-            _ = hangup.recv() => tokio::select! {
-                () = reloading.reload(&server, &mut catalogue) => {}
-                () = stop.requested() => break,
-            },
+            _ = hangup.recv() => {
+                #[cfg(feature = "tls")]
+                options.tls.reload(&server);
+                tokio::select! {
+                    () = reloading.reload(&server, &mut catalogue) => {}
+                    () = stop.requested() => break,
+                }
+            }
             () = catalogue.settle() => catalogue.sweep().await,
             () = server.used_and_left(), if options.once => break,
         }

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use clap::Parser;
 use clap::error::ErrorKind;
 use clap_complete::Shell;
-use nbd_server::{Admission, ClientRule};
+use nbd_server::{Admission, ClientName, ClientNameError, ClientRule};
 
 use super::identity;
 
@@ -22,11 +22,13 @@ pub(crate) struct Options {
     pub(crate) listen: Vec<Listen>,
 
     /// What to serve:
-    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,description=TEXT].
+    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
     /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
     /// layer of the chain that holds each part of the disk as qemu:allocation-depth. The passphrase of an
-    /// encrypted image, and of those below it, is what the file holds without its last newline. A comma is written twice
+    /// encrypted image, and of those below it, is what the file holds without its last newline.
+    /// With tls-only, clients need TLS; where clients are named, a certificate with such a common or DNS name. A comma is
+    /// written twice
     #[arg(long = "export", value_name = "NAME=PATH[,...]")]
     pub(crate) exports: Vec<ExportSpec>,
 
@@ -54,6 +56,11 @@ pub(crate) struct Options {
     /// Connections at once over all listeners [default: 1024]
     #[arg(long, value_name = "N")]
     pub(crate) max_connections: Option<NonZeroUsize>,
+
+    /// TLS.
+    #[cfg(feature = "tls")]
+    #[command(flatten)]
+    pub(crate) tls: super::tls::TlsOptions,
 
     /// How long a client may take to choose an export [default: 30]
     #[arg(long, value_name = "SECONDS")]
@@ -279,6 +286,10 @@ pub(crate) struct ExportSpec {
     /// Whether to tell which layer holds what.
     pub(crate) allocation_depth: bool,
     pub(crate) description: Option<String>,
+    /// Whether clients without TLS are kept out.
+    pub(crate) tls_only: bool,
+    /// The names in certificates of clients that may have it; where there is none, everybody.
+    pub(crate) clients: Vec<ClientName>,
     pub(crate) is_default: bool,
     /// Where what is served begins, in bytes.
     pub(crate) offset: u64,
@@ -340,7 +351,12 @@ impl ExportSpec {
                 let number = text.parse().map_err(|_| with("it is a number from 1 on".to_owned()));
                 self.partition = Some(number?);
             }
+            Some(("client", name)) => {
+                let name = name.parse().map_err(|error: ClientNameError| error.to_string());
+                self.clients.push(name?);
+            }
             None if field == "read-only" => self.read_only = true,
+            None if field == "tls-only" => self.tls_only = true,
             None if field == "allocation-depth" => self.allocation_depth = true,
             _ => return Err(format!("{field:?} is not known for an export")),
         }
@@ -523,11 +539,29 @@ mod tests {
     }
 
     #[test]
-    fn options_of_later_days_are_refused() {
-        let base = ["nbd-server", "--listen", "unix:/x", "--export", "a=b"];
-        assert!(Options::try_parse_from(base).is_ok());
-        for later in ["--tls=on", "--tls-certificates=x"] {
-            assert!(Options::try_parse_from(base.into_iter().chain([later])).is_err());
+    fn exports_may_need_tls_or_name_their_clients() {
+        let spec: ExportSpec = "a=b,tls-only,client=cn:x,,y,client=dns:z".parse().unwrap();
+        assert!(spec.tls_only);
+        assert_eq!(spec.clients, ["cn:x,y".parse().unwrap(), "dns:z".parse().unwrap()]);
+        for text in ["a=b,client=x", "a=b,client=", "a=b,client", "a=b,tls-only=1"] {
+            assert!(text.parse::<ExportSpec>().is_err(), "{text}");
         }
+    }
+
+    #[cfg(feature = "tls")]
+    #[test]
+    fn tls_needs_certificates_and_verifying_needs_tls() {
+        let base = ["nbd-server", "--listen", "unix:/x", "--export", "a=b"];
+        let parses = |more: &[&str]| Options::try_parse_from(base.iter().chain(more)).is_ok();
+        assert!(parses(&[]));
+        assert!(parses(&["--tls=off"]));
+        for mode in ["--tls=on", "--tls=require"] {
+            assert!(!parses(&[mode]));
+            assert!(parses(&[mode, "--tls-certificates=x"]));
+            assert!(parses(&[mode, "--tls-certificates=x", "--tls-verify-peer"]));
+        }
+        assert!(!parses(&["--tls-certificates=x"]), "which would serve without TLS");
+        assert!(!parses(&["--tls-verify-peer"]));
+        assert!(!parses(&["--tls=yes", "--tls-certificates=x"]));
     }
 }

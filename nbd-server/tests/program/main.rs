@@ -1,6 +1,9 @@
 //! The program as a process: what it prints, what it serves, how it ends.
 
 mod bitmaps;
+#[cfg(all(feature = "client", feature = "tls"))]
+#[path = "../certificates/mod.rs"]
+mod certificates;
 mod config;
 mod depth;
 mod encrypted;
@@ -12,6 +15,8 @@ mod parts;
 mod reach;
 #[cfg(feature = "client")]
 mod storm;
+#[cfg(all(feature = "client", feature = "tls"))]
+mod tls;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -237,14 +242,4 @@ fn what_cannot_be_served_is_refused_with_its_reason() {
     let mut server = Running::start(dir.path(), &twice);
     assert!(!server.child.wait().unwrap().success());
     assert!(server.errors().contains("already an export named"));
-}
-
-#[test]
-fn options_of_later_days_are_neither_taken_nor_advertised() {
-    let dir = tempfile::tempdir().unwrap();
-    let help = run(dir.path(), env!("CARGO_BIN_EXE_nbd-server"), &["--help"]);
-    assert!(!help.contains("--tls"));
-    let mut server = Running::start(dir.path(), &["--tls=on"]);
-    assert_eq!(server.child.wait().unwrap().code(), Some(2));
-    assert!(server.errors().contains("--tls"));
 }

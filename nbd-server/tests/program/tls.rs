@@ -1,0 +1,184 @@
+//! TLS as the command line asks for it: who gets what, what the log says of those who do not, and certificates that
+//! cannot be used.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use crate::certificates::{Authority, Subject};
+use crate::{Running, image, run};
+
+/// The URI of an export on the socket `socket`, with certificates in a directory.
+fn uri(export: &str, certificates: &Path) -> String {
+    format!("nbds+unix:///{export}?socket=socket&tls-certificates={}", certificates.display())
+}
+
+fn fails(dir: &Path, uri: &str) -> bool {
+    let output = Command::new("timeout").args(["40", "nbdinfo", uri]).current_dir(dir).output();
+    output.unwrap().status.code() == Some(1)
+}
+
+#[test]
+fn required_tls_with_client_certificates_serves_each_client_its_exports() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = image(dir.path());
+    let authority = Authority::new();
+    let certificates = authority.both_sides();
+    let arguments = [
+        "--listen=unix:socket",
+        "--tls=require",
+        &format!("--tls-certificates={}", certificates.path().display()),
+        "--tls-verify-peer",
+        "--export=open=disk.img,format=raw,read-only",
+        "--export=ours=disk.img,format=raw,read-only,client=cn:client of a test",
+        "--export=theirs=disk.img,format=raw,read-only,client=cn:somebody else",
+    ];
+    let mut server = Running::start(dir.path(), &arguments);
+    server.address();
+    for export in ["", "open", "ours"] {
+        let copy = format!("copy-{export}.img");
+        run(dir.path(), "nbdcopy", &[&uri(export, certificates.path()), &copy]);
+        assert!(std::fs::read(dir.path().join(copy)).unwrap() == bytes);
+    }
+    assert!(fails(dir.path(), &uri("theirs", certificates.path())));
+    assert!(fails(dir.path(), "nbd+unix:///open?socket=socket"));
+    let anonymous = authority.directory();
+    assert!(fails(dir.path(), &uri("open", anonymous.path())));
+    let stranger = authority.directory();
+    Authority::new().add(stranger.path(), &Subject::client("client of a test"));
+    assert!(fails(dir.path(), &uri("open", stranger.path())));
+    run(dir.path(), "nbdinfo", &[&uri("open", certificates.path())]);
+    let pid = server.child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    assert!(server.child.wait().unwrap().success());
+    let log = server.errors();
+    assert_eq!(log.matches("TLS with a client failed").count(), 2, "{log}");
+    assert!(log.contains("cn:client of a test"), "{log}");
+}
+
+#[test]
+fn offered_tls_is_a_choice_but_for_exports_that_demand_it() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    let certificates = Authority::new().both_sides();
+    let arguments = [
+        "--listen=unix:socket",
+        "--tls=on",
+        &format!("--tls-certificates={}", certificates.path().display()),
+        "--export=open=disk.img,format=raw,read-only",
+        "--export=secret=disk.img,format=raw,read-only,tls-only",
+    ];
+    let mut server = Running::start(dir.path(), &arguments);
+    server.address();
+    run(dir.path(), "nbdinfo", &["nbd+unix:///open?socket=socket"]);
+    assert!(fails(dir.path(), "nbd+unix:///secret?socket=socket"));
+    let listed = run(dir.path(), "nbdinfo", &["--list", "nbd+unix:///?socket=socket"]);
+    assert!(listed.contains("open") && !listed.contains("secret"), "{listed}");
+    for export in ["open", "secret"] {
+        run(dir.path(), "nbdinfo", &[&uri(export, certificates.path())]);
+    }
+    assert!(server.stop());
+}
+
+#[test]
+fn certificates_that_cannot_be_used_keep_it_from_starting_and_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    let (authority, other) = (Authority::new(), Authority::new());
+    let empty = authority.directory();
+    let broken = authority.both_sides();
+    std::fs::write(broken.path().join("server-cert.pem"), "no PEM").unwrap();
+    let mixed = authority.both_sides();
+    let (certificate, _) = other.issue(&Subject::server());
+    std::fs::write(mixed.path().join("server-cert.pem"), certificate).unwrap();
+    let bare = authority.both_sides();
+    std::fs::remove_file(bare.path().join("ca-cert.pem")).unwrap();
+    for (directory, reason) in [
+        (&empty, "server-cert.pem"),
+        (&broken, "server-cert.pem"),
+        (&mixed, "server-cert.pem"),
+        (&bare, "ca-cert.pem"),
+    ] {
+        let arguments = [
+            "--listen=unix:socket",
+            "--export=one=disk.img,format=raw",
+            "--tls=require",
+            "--tls-verify-peer",
+            &format!("--tls-certificates={}", directory.path().display()),
+        ];
+        let mut server = Running::start(dir.path(), &arguments);
+        assert!(!server.child.wait().unwrap().success());
+        let errors = server.errors();
+        assert!(errors.contains(reason), "{errors}");
+        assert!(!dir.path().join("socket").exists());
+    }
+}
+
+#[test]
+fn an_export_that_names_its_clients_needs_certificates_of_clients() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    let certificates = Authority::new().both_sides();
+    let certificates = format!("--tls-certificates={}", certificates.path().display());
+    for (more, reason) in [
+        (&["--export=one=disk.img,format=raw,client=cn:x"][..], "needs TLS"),
+        (&["--export=one=disk.img,format=raw,tls-only"], "needs TLS"),
+        (
+            &["--export=one=disk.img,format=raw,client=cn:x", "--tls=require", &certificates],
+            "certificates are ignored",
+        ),
+    ] {
+        let arguments = [&["--listen=unix:socket"], more].concat();
+        let mut server = Running::start(dir.path(), &arguments);
+        assert!(!server.child.wait().unwrap().success());
+        let errors = server.errors();
+        assert!(errors.contains(reason), "{errors}");
+    }
+}
+
+#[test]
+fn a_hangup_brings_new_certificates_and_bad_ones_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    let (old, new) = (Authority::new(), Authority::new());
+    let certificates = old.both_sides();
+    let arguments = [
+        "--listen=127.0.0.1:0",
+        "--tls=require",
+        &format!("--tls-certificates={}", certificates.path().display()),
+        "--export=open=disk.img,format=raw,read-only",
+    ];
+    let mut server = Running::start(dir.path(), &arguments);
+    let address = server.address();
+    // Over a Unix socket libnbd has no name to expect, and takes every certificate.
+    let port = address.rsplit(':').next().unwrap();
+    let trusting = |certificates: &TempDir| {
+        let directory = certificates.path().display();
+        format!("nbds://localhost:{port}/open?tls-certificates={directory}")
+    };
+    let (trusts_old, trusts_new) = (old.directory(), new.directory());
+    run(dir.path(), "nbdinfo", &[&trusting(&trusts_old)]);
+    new.add(certificates.path(), &Subject::server());
+    hang_up(&server);
+    wait_for(|| !fails(dir.path(), &trusting(&trusts_new)));
+    assert!(fails(dir.path(), &trusting(&trusts_old)));
+    std::fs::write(certificates.path().join("server-key.pem"), "no PEM").unwrap();
+    hang_up(&server);
+    let mut told = BufReader::new(&mut server.err).lines().map(Result::unwrap);
+    let refusal = told.find(|line| line.contains("the old certificates stay")).unwrap();
+    assert!(refusal.contains("server-key.pem"), "{refusal}");
+    run(dir.path(), "nbdinfo", &[&trusting(&trusts_new)]);
+    assert!(server.stop());
+}
+
+fn hang_up(server: &Running) {
+    let pid = server.child.id().to_string();
+    assert!(Command::new("kill").args(["-HUP", &pid]).status().unwrap().success());
+}
+
+/// Asks again until it is so; a process is started for each question, which takes its time.
+fn wait_for(is_so: impl Fn() -> bool) {
+    assert!((0..500).any(|_| is_so()), "it never came");
+}

@@ -1,15 +1,19 @@
 //! Whether two disks hold the same: what both say is zero is not read, everything else is, several ranges at once. How
 //! the answer is put, and which exit code it becomes, is the caller's affair.
 
+mod stored;
+
 use std::sync::Arc;
 
 use block::{
     BlockDevice, ByteRange, DeviceError, InFlight, Segment, Segments, is_zero, try_join_all,
 };
 
+use crate::image::Image;
 use crate::progress::Progress;
 use crate::units::index;
-use crate::walk::{Stretch, Walk};
+use crate::walk::Stretch;
+use stored::StoredWalk;
 
 /// How much of each disk is compared at once, in bytes.
 const COMPARE_BYTES: u64 = 1 << 20;
@@ -19,17 +23,20 @@ const DEFAULT_REQUESTS: usize = 8;
 const MAX_REQUESTS: usize = 64;
 
 /// How two disks are compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct CompareOptions {
-    /// Whether sizes, and what is allocated, must be the same, too.
+    /// Whether sizes, and how bytes are stored, must be the same, too: whether there is space for them, whether they are
+    /// known to be zero, compressed, or lie somewhere as they are.
     pub strict: bool,
+    /// The disks again, where they are images: these know more of how bytes are stored.
+    pub images: [Option<Image>; 2],
     /// How many ranges are read at once: 1 to 64.
     pub requests: usize,
 }
 
 impl Default for CompareOptions {
     fn default() -> Self {
-        Self { strict: false, requests: DEFAULT_REQUESTS }
+        Self { strict: false, images: [None, None], requests: DEFAULT_REQUESTS }
     }
 }
 
@@ -49,8 +56,7 @@ pub enum Comparison {
         /// The sizes in bytes.
         sizes: [u64; 2],
     },
-    /// From here on one is allocated, or known to be zero, and the other is not, and that must not be. Before it both
-    /// hold the same.
+    /// From here on they are stored differently, and that must not be. Before it both hold the same.
     AllocationDiffers {
         /// The offset in bytes.
         offset: u64,
@@ -113,7 +119,11 @@ pub async fn compare(
         return Ok(Comparison::SizesDiffer { sizes });
     }
     let total_bytes = sizes[0].max(sizes[1]);
-    let mut walks = [Walk::new(&*disks[0], total_bytes), Walk::new(&*disks[1], total_bytes)];
+    let walk = |disk: usize| {
+        let image = options.images[disk].as_ref();
+        StoredWalk::new(&*disks[disk], total_bytes, image, options.strict)
+    };
+    let mut walks = [walk(0), walk(1)];
     let (mut next, mut flight) = (0, InFlight::new());
     let requests = options.requests.clamp(1, MAX_REQUESTS);
     loop {
@@ -128,8 +138,8 @@ pub async fn compare(
                     return Err(error);
                 }
             };
-            next = here[0].range.end();
-            flight.push(look(&disks, here, options.strict));
+            next = here.stretches[0].range.end();
+            flight.push(look(&disks, here));
         }
         match flight.oldest().await {
             None => break,
@@ -161,11 +171,12 @@ async fn drain<F: Future<Output = Result<Found, CompareError>>>(
 }
 
 /// How both disks store the bytes from `at` on, as far as neither changes.
-async fn both(walks: &mut [Walk<'_>; 2], at: u64) -> Result<[Stretch; 2], CompareError> {
+async fn both(walks: &mut [StoredWalk<'_>; 2], at: u64) -> Result<Here, CompareError> {
     let failed = |disk| move |(range, source)| CompareError::Extents { disk, range, source };
     let [first, second] = walks;
-    let mut here =
-        [first.at(at).await.map_err(failed(0))?, second.at(at).await.map_err(failed(1))?];
+    let found = [first.at(at).await.map_err(failed(0))?, second.at(at).await.map_err(failed(1))?];
+    let alike = found[0].1 == found[1].1;
+    let mut here = found.map(|(stretch, _)| stretch);
     let end = here[0].range.end().min(here[1].range.end());
     // What both know to be zero is as long as it likes: nothing is read.
     let most = if here[0].zero && here[1].zero { u64::MAX } else { COMPARE_BYTES - 1 };
@@ -173,16 +184,20 @@ async fn both(walks: &mut [Walk<'_>; 2], at: u64) -> Result<[Stretch; 2], Compar
     for stretch in &mut here {
         stretch.range = ByteRange::between(at, end);
     }
-    Ok(here)
+    Ok(Here { stretches: here, alike })
 }
 
-async fn look(
-    disks: &[Arc<dyn BlockDevice>; 2],
-    here: [Stretch; 2],
-    strict: bool,
-) -> Result<Found, CompareError> {
+/// How both disks store a range.
+struct Here {
+    stretches: [Stretch; 2],
+    /// In the same way, or nobody asks.
+    alike: bool,
+}
+
+async fn look(disks: &[Arc<dyn BlockDevice>; 2], here: Here) -> Result<Found, CompareError> {
+    let Here { stretches: here, alike } = here;
     let range = here[0].range;
-    if strict && (here[0].zero != here[1].zero || here[0].allocated != here[1].allocated) {
+    if !alike {
         let offset = range.start();
         return Ok(Found::Difference(Comparison::AllocationDiffers { offset }));
     }

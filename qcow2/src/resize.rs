@@ -69,7 +69,11 @@ impl Image {
         } else {
             let area = ByteRange::between(old_bytes, size_bytes);
             inner.grow_l1(size_bytes).await?;
-            inner.prepare(area, options.preallocation).await?;
+            if let Err(error) = inner.prepare(area, options.preallocation).await {
+                // What a failing host does not take back stays behind the end, where nobody reads it.
+                let _kept = inner.give_back_behind(size_bytes).await;
+                return Err(error);
+            }
         }
         inner.switch_size(size_bytes).await?;
         if size_bytes < old_bytes {
@@ -80,9 +84,36 @@ impl Image {
         }
         Ok(())
     }
+
+    /// Gives back what a resize to `size_bytes`, which failed or was dropped, has made in advance behind the end of the
+    /// disk. A resize that answers with an error has done so itself.
+    ///
+    /// # Errors
+    /// [`Error::Host`]; what is not given back takes space, and nothing else.
+    pub async fn undo_resize(&self, size_bytes: u64) -> Result<(), Error> {
+        let _alone = self.inner.structure.lock().await;
+        self.inner.give_back_behind(size_bytes).await
+    }
 }
 
 impl Inner {
+    /// Gives up what is mapped between the end of the disk and `size_bytes`. The caller is alone with the structure.
+    async fn give_back_behind(&self, size_bytes: u64) -> Result<(), Error> {
+        let live = self.live()?;
+        let old_bytes = self.limits().size_bytes;
+        let mapped_bytes = self.core.lock().header.l1_entries.saturating_mul(self.info.l2_coverage);
+        let edge = old_bytes.next_multiple_of(self.cluster_bytes());
+        let end = size_bytes.next_multiple_of(self.cluster_bytes()).min(mapped_bytes);
+        if edge < end {
+            self.discard(ByteRange::between(edge, end), Reach::Tables).await?;
+            self.flush(&live).await?;
+        }
+        if old_bytes < size_bytes {
+            self.shrink_data_file(old_bytes).await?;
+        }
+        Ok(())
+    }
+
     fn check_resize(&self, size_bytes: u64, options: &ResizeOptions) -> Result<(), Error> {
         let from_bytes = self.limits().size_bytes;
         let core = self.core.lock();

@@ -1,12 +1,17 @@
 //! The command line: its commands and what holds for all of them. The options of each command stand with it.
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::command::{
     amend, bench, bitmap, check, commit, compare, completions, convert, create, dd, info, map,
     measure, merge, rebase, resize, snapshot,
 };
+use crate::output::own_name;
 use crate::stop::Stop;
+
+/// What a link named `qemu-img` answers to `--version`: scripts look for the version whose command line they get.
+const AS_QEMU_IMG: &str =
+    concat!("version 10.0.2 (answered by qcow2 ", env!("CARGO_PKG_VERSION"), ")");
 
 /// Creates, inspects, converts and repairs disk images
 ///
@@ -18,7 +23,10 @@ use crate::stop::Stop;
     version,
     infer_long_args = true,
     subcommand_required = true,
-    arg_required_else_help = true
+    arg_required_else_help = true,
+    // As getopt does it: the last one counts, so that wrappers can append theirs.
+    args_override_self = true,
+    after_help = "Supported image formats:\n\n  qcow2 raw vmdk\n\nvmdk is only read."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -49,6 +57,19 @@ enum Command {
 }
 
 impl Cli {
+    /// Reads the command line.
+    ///
+    /// # Errors
+    /// Help that was asked for, and what is wrong.
+    pub(crate) fn read() -> Result<Self, clap::Error> {
+        let mut command = Self::command();
+        if own_name() == "qemu-img" {
+            command = command.name("qemu-img").version(AS_QEMU_IMG);
+        }
+        let matches = command.clone().try_get_matches()?;
+        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+    }
+
     /// Does what was asked for; the number is the exit code.
     pub(crate) async fn run(self) -> anyhow::Result<u8> {
         let stop = Stop::watch()?;
@@ -78,7 +99,6 @@ impl Cli {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -11,6 +11,7 @@ use crate::cache::Cache;
 use crate::format::{self, Format, could_not_open};
 use crate::making::beside;
 use crate::open::{self, Access, How, Named};
+use crate::output;
 use crate::size::{Size, human};
 
 /// How they copy.
@@ -64,6 +65,13 @@ pub(crate) fn explained(error: FoldError, path: &Path) -> anyhow::Error {
             base.display(),
             file.display()
         ),
+        FoldError::Image(error @ qcow2::Error::Path { .. }) => {
+            let text = output::text_of(&error.into());
+            anyhow::anyhow!(
+                "{}: a backing file of its chain is not there: {text} (rebase -u records another one)",
+                could_not_open(path)
+            )
+        }
         FoldError::Image(error) => {
             let about_opening =
                 matches!(error, qcow2::Error::Reference { .. } | qcow2::Error::Host(_));

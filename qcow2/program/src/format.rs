@@ -1,5 +1,6 @@
 //! The image formats that the program knows, and which of them it recognises by itself. Opening is `open`'s.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
@@ -7,6 +8,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
+use clap::builder::{PossibleValue, TypedValueParser, ValueParserFactory};
 
 /// The first bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -59,6 +61,36 @@ impl FromStr for Format {
             "vmdk" => Ok(Self::Vmdk),
             _ => Err(format!("Unknown file format '{text}': qcow2, raw and vmdk are known")),
         }
+    }
+}
+
+impl ValueParserFactory for Format {
+    type Parser = FormatParser;
+
+    fn value_parser() -> FormatParser {
+        FormatParser
+    }
+}
+
+/// Reads a format from the command line, and tells the shell which there are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FormatParser;
+
+impl TypedValueParser for FormatParser {
+    type Value = Format;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<Format, clap::Error> {
+        Format::from_str.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let all = [Format::Qcow2, Format::Raw, Format::Vmdk];
+        Some(Box::new(all.into_iter().map(|format| PossibleValue::new(format.name()))))
     }
 }
 

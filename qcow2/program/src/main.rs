@@ -26,8 +26,6 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
-
 /// How long the last operations on files may take when the program ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 /// For everything that went wrong and has no code of its own.
@@ -36,7 +34,7 @@ const FAILURE: u8 = 1;
 const COMPARE_FAILURE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = match cli::Cli::try_parse() {
+    let cli = match cli::Cli::read() {
         Ok(cli) => cli,
         Err(error) => return misuse(&error),
     };

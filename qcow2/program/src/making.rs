@@ -49,8 +49,11 @@ impl Plan<'_> {
         match self.format.for_making()? {
             Format::Qcow2 => self.make_qcow2(sources).await,
             _ => {
+                // Before any file is touched.
+                let mode = self.options.get("preallocation");
+                let mode = raw_preallocation(mode.map_or(Ok(Preallocation::Off), preallocation)?)?;
                 let (target, file) = Target::make(self.path, self.cache, sources).await?;
-                make_raw(&file, self.size_bytes, self.options.get("preallocation")).await?;
+                make_raw(&file, self.size_bytes, mode).await?;
                 Ok(Made { file, files: vec![target], format: self.format })
             }
         }
@@ -59,6 +62,7 @@ impl Plan<'_> {
     async fn make_qcow2(&self, sources: &[(u64, u64)]) -> anyhow::Result<Made> {
         // Before any file is touched.
         let options = create_options(self.size_bytes, self.options, &self.access.secrets)?;
+        options.check()?;
         let (target, file) = Target::make(self.path, self.cache, sources).await?;
         let mut files = vec![target];
         let mut data = None;
@@ -155,41 +159,55 @@ impl Below {
     }
 }
 
-async fn make_raw(file: &HostFile, size_bytes: u64, prealloc: Option<&str>) -> anyhow::Result<()> {
+async fn make_raw(file: &HostFile, size_bytes: u64, mode: Preallocation) -> anyhow::Result<()> {
     if file.is_fixed_len() {
         let has = file.len();
         ensure!(has >= size_bytes, "the device has {has} bytes, and the disk needs {size_bytes}");
         return Ok(());
     }
     file.set_len(size_bytes).await?;
-    let mode = prealloc.map_or(Ok(Preallocation::Off), preallocation)?;
-    preallocate_raw(file, ByteRange::between(0, size_bytes), mode).await
+    preallocate_raw(file, ByteRange::between(0, size_bytes), mode, || Ok(())).await
 }
 
-/// Makes in advance what a new range of a raw disk shall have.
+/// The same mode, if raw disks have it.
 ///
 /// # Errors
-/// Modes that raw disks do not have, and what the host fails at.
+/// `metadata`: there is none.
+fn raw_preallocation(mode: Preallocation) -> anyhow::Result<Preallocation> {
+    ensure!(
+        mode != Preallocation::Metadata,
+        "Invalid preallocation mode 'metadata' of a raw disk: off, falloc and full are known"
+    );
+    Ok(mode)
+}
+
+/// Makes in advance what a new range of a raw disk shall have, as long as `go_on` says so.
+///
+/// # Errors
+/// Modes that raw disks do not have, what the host fails at, and what `go_on` says: nothing is in flight then.
 pub(crate) async fn preallocate_raw(
     file: &HostFile,
     range: ByteRange,
     mode: Preallocation,
+    go_on: impl Fn() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    match mode {
-        Preallocation::Off => Ok(()),
+    match raw_preallocation(mode)? {
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
         Preallocation::Falloc => Ok(file.write_zeroes(range, None).await?),
-        Preallocation::Full => write_zeros(file, range).await,
-        Preallocation::Metadata => bail!(
-            "Invalid preallocation mode 'metadata' of a raw disk: off, falloc and full are known"
-        ),
+        Preallocation::Full => write_zeros(file, range, go_on).await,
     }
 }
 
 /// Writes zeros as data, so that the host has written every block once.
-async fn write_zeros(file: &HostFile, range: ByteRange) -> anyhow::Result<()> {
+async fn write_zeros(
+    file: &HostFile,
+    range: ByteRange,
+    go_on: impl Fn() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     const PIECE_BYTES: u64 = 1 << 20;
     let zeros = bytes::Bytes::from(vec![0; 1 << 20]);
     for piece in range.pieces(PIECE_BYTES) {
+        go_on()?;
         let len = usize::try_from(piece.len()).unwrap_or(zeros.len());
         file.write(piece.start(), zeros.slice(..len), None).await?;
     }
@@ -281,7 +299,11 @@ pub(crate) fn version(value: &str) -> anyhow::Result<Version> {
     }
 }
 
-fn compression(value: &str) -> anyhow::Result<Compression> {
+/// The way to compress by its name.
+///
+/// # Errors
+/// Other names.
+pub(crate) fn compression(value: &str) -> anyhow::Result<Compression> {
     match value {
         "zlib" => Ok(Compression::Deflate),
         "zstd" => Ok(Compression::Zstd),

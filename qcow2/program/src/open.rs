@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use block::{BlockDevice, HostFile, ImageLocked, RawDevice};
-use nbd_server::client::{ClientOptions, NbdDevice, NbdUri};
+use nbd_server::client::{Address, ClientOptions, NbdDevice, NbdUri};
 use qcow2::{Image, References, Vmdk};
 
 use crate::cache::Cache;
@@ -265,17 +265,36 @@ fn nbd_place(options: &[(&str, &str)]) -> anyhow::Result<Place> {
     }
     let export = get(&["export"]).unwrap_or_default().to_owned();
     let address = match (get(&["path", "server.path"]), get(&["host", "server.host"])) {
-        (Some(path), None) => nbd_server::client::Address::Unix(path.into()),
+        (Some(path), None) => Address::Unix(path.into()),
         (None, Some(host)) => {
             let port = get(&["port", "server.port"]).map(str::parse).transpose();
             let port = port.context("The port is no number")?;
-            let port = port.unwrap_or(nbd_server::client::Address::PORT);
-            nbd_server::client::Address::Tcp { host: host.to_owned(), port }
+            let port = port.unwrap_or(Address::PORT);
+            Address::Tcp { host: host.to_owned(), port }
         }
         _ => bail!("An NBD server needs either a path or a host"),
     };
-    let text = format!("nbd:{address}:exportname={export}");
+    let name = in_uri(&export);
+    let text = match &address {
+        Address::Tcp { host, port } if host.contains(':') => {
+            format!("nbd://[{host}]:{port}/{name}")
+        }
+        Address::Tcp { host, port } => format!("nbd://{host}:{port}/{name}"),
+        Address::Unix(path) => {
+            format!("nbd+unix:///{name}?socket={}", in_uri(&path.to_string_lossy()))
+        }
+    };
     Ok(Place::Nbd { uri: NbdUri::new(address, export), text })
+}
+
+/// A name as it stands in a URI.
+fn in_uri(name: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    let bytes = name.bytes().map(|byte| match plain(byte) {
+        true => char::from(byte).to_string(),
+        false => format!("%{byte:02X}"),
+    });
+    bytes.collect()
 }
 
 /// How an image is to be opened.
@@ -463,6 +482,16 @@ pub(crate) fn explained(error: impl Into<anyhow::Error>, path: &Path, how: &How)
             Some(qcow2::Error::Reference { reason: qcow2::ReferenceError::Outside { .. }, .. })
         )
     });
+    for cause in error.chain() {
+        use qcow2::{Corruption, Error};
+        if let Some(Error::Corrupt { file, what: Corruption::NoMagic, .. }) = cause.downcast_ref() {
+            return anyhow!(
+                "{}: {} is not in qcow2 format (no magic number); is it raw?",
+                could_not_open(path),
+                file.display()
+            );
+        }
+    }
     let is_slow = error.chain().any(|cause| {
         use qcow2::{Error, UnlockError};
         let cause = cause.downcast_ref();
@@ -497,7 +526,12 @@ mod tests {
         assert_eq!((file.format, file.locking), (Some(Format::Qcow2), false));
         let nbd =
             named("driver=raw,file.driver=nbd,file.host=h,file.port=7,file.export=e").unwrap();
-        assert!(matches!(nbd.place, Place::Nbd { uri, .. } if uri.export == "e"));
+        assert!(matches!(&nbd.place, Place::Nbd { uri, .. } if uri.export == "e"));
+        assert_eq!(nbd.place.to_string(), "nbd://h:7/e");
+        let odd = named("driver=nbd,server.type=unix,server.path=/s,export=a b?").unwrap().place;
+        assert_eq!(odd.to_string(), "nbd+unix:///a%20b%3F?socket=/s");
+        let again = Place::parse(&odd.to_string()).unwrap();
+        assert!(matches!(again, Place::Nbd { uri, .. } if uri.export == "a b?"));
         let nbd = named("driver=nbd,server.type=unix,server.path=/s").unwrap();
         assert!(
             matches!(nbd.place, Place::Nbd { uri, .. } if uri.address.to_string().contains("/s"))

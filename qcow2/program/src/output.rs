@@ -20,12 +20,18 @@ pub(crate) enum Output {
 /// Writes text as it is.
 ///
 /// # Errors
-/// Where nobody reads any more, or the disk is full.
+/// Where it cannot be written, as on a full disk. A reader who is gone is none.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    write_out(text.as_bytes())
+}
+
+fn write_out(bytes: &[u8]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .context("cannot write to standard output")
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        // Whoever reads has seen enough, which is no failure of the work.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done.context("cannot write to standard output"),
+    }
 }
 
 /// Writes a document, indented by four spaces a level.
@@ -37,8 +43,7 @@ pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     let format = serde_json::ser::PrettyFormatter::with_indent(b"    ");
     value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, format))?;
     bytes.push(b'\n');
-    let mut out = io::stdout().lock();
-    out.write_all(&bytes).and_then(|()| out.flush()).context("cannot write to standard output")
+    write_out(&bytes)
 }
 
 /// Writes an error with its causes.
@@ -55,7 +60,7 @@ pub(crate) fn report_misuse(error: &clap::Error) {
 }
 
 /// The name under which the program was called: a link named `qemu-img` answers as scripts expect of that.
-fn own_name() -> String {
+pub(crate) fn own_name() -> String {
     let called = std::env::args_os().next();
     let name = called.as_deref().and_then(|called| Path::new(called).file_name());
     name.map_or_else(|| "qcow2".to_owned(), |name| name.to_string_lossy().into_owned())
@@ -64,14 +69,21 @@ fn own_name() -> String {
 /// An error with its causes, each once.
 pub(crate) fn text_of(error: &anyhow::Error) -> String {
     let mut text = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        let cause = without_number(&cause);
+    let causes: Vec<String> =
+        error.chain().map(|cause| without_number(&cause.to_string())).collect();
+    for (number, cause) in causes.iter().enumerate() {
+        // A name before an error that begins with it.
+        let named_below =
+            causes.get(number + 1).and_then(|below| below.strip_prefix(cause.as_str()));
+        if named_below.is_some_and(|rest| rest.starts_with(": ")) {
+            continue;
+        }
         // Many errors already tell their cause.
         if text.is_empty() {
-            text = cause;
-        } else if !text.contains(&cause) {
+            text.push_str(cause);
+        } else if !text.contains(cause.as_str()) {
             text.push_str(": ");
-            text.push_str(&cause);
+            text.push_str(cause);
         }
     }
     text
@@ -110,5 +122,13 @@ mod tests {
         let error = anyhow::Error::new(io::Error::from_raw_os_error(2)).context("cannot open a");
         assert_eq!(text_of(&error), "cannot open a: No such file or directory");
         assert_eq!(without_number("a (os error x) b (os error 28), c"), "a (os error x) b, c");
+    }
+
+    #[test]
+    fn a_name_stands_before_an_error_once() {
+        let error = anyhow::anyhow!("no room").context("a.q: error while creating").context("a.q");
+        assert_eq!(text_of(&error), "a.q: error while creating: no room");
+        let error = anyhow::anyhow!("a.qcow2 is wrong").context("a.q");
+        assert_eq!(text_of(&error), "a.q: a.qcow2 is wrong");
     }
 }

@@ -1,10 +1,10 @@
-//! SIGINT and SIGTERM: the first ends the work in order, the second at once. What "in order" means is up to each
+//! SIGINT, SIGTERM and SIGHUP: the first ends the work in order, the second at once. What "in order" means is up to each
 //! command.
 
 use std::fmt;
 
 use anyhow::Context;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 /// Tells that the user wants the program to end.
@@ -28,8 +28,11 @@ impl Interrupted {
 
 impl fmt::Display for Interrupted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = if self.signal == SignalKind::interrupt().as_raw_value() {
+        let is = |kind: SignalKind| self.signal == kind.as_raw_value();
+        let name = if is(SignalKind::interrupt()) {
             "SIGINT"
+        } else if is(SignalKind::hangup()) {
+            "SIGHUP"
         } else {
             "SIGTERM"
         };
@@ -48,12 +51,16 @@ impl Stop {
         let cannot = "cannot watch for signals";
         let mut interrupt = signal(SignalKind::interrupt()).context(cannot)?;
         let mut terminate = signal(SignalKind::terminate()).context(cannot)?;
+        // Whoever starts it by nohup means it to outlive the terminal.
+        let hangup = (!ignores_hangup()).then(|| signal(SignalKind::hangup()));
+        let mut hangup = hangup.transpose().context(cannot)?;
         let (sender, receiver) = watch::channel(None);
         tokio::spawn(async move {
             loop {
                 let kind = tokio::select! {
                     _ = interrupt.recv() => SignalKind::interrupt(),
                     _ = terminate.recv() => SignalKind::terminate(),
+                    () = received(hangup.as_mut()) => SignalKind::hangup(),
                 };
                 let number = kind.as_raw_value();
                 if sender.borrow().is_some() {
@@ -83,6 +90,17 @@ impl Stop {
         }
     }
 
+    /// Refuses to go on once a signal has come: for work that must not be dropped in the middle of a step.
+    ///
+    /// # Errors
+    /// [`Interrupted`].
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        match *self.signal.borrow() {
+            Some(signal) => Err(Interrupted { signal }.into()),
+            None => Ok(()),
+        }
+    }
+
     async fn requested(&self) -> Interrupted {
         let mut signal = self.signal.clone();
         loop {
@@ -94,5 +112,42 @@ impl Stop {
                 std::future::pending::<()>().await;
             }
         }
+    }
+}
+
+/// Waits for a signal; for ever where there is nothing to wait for.
+async fn received(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether SIGHUP was ignored when the program began.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    is_ignored(&status, SignalKind::hangup().as_raw_value())
+}
+
+/// Whether a process whose status the kernel tells so ignores a signal: bit 0 of the mask stands for signal 1.
+fn is_ignored(status: &str, signal: i32) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    u32::try_from(signal - 1)
+        .ok()
+        .and_then(|bit| mask.checked_shr(bit))
+        .is_some_and(|it| it & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mask_of_a_process_tells_what_it_ignores() {
+        let status = "Name:\tqcow2\nSigIgn:\t0000000000001001\nSigCgt:\t00000000ffffffff\n";
+        assert!(is_ignored(status, 1) && is_ignored(status, 13));
+        assert!(!is_ignored(status, 2) && !is_ignored(status, 15));
+        assert!(!is_ignored("", 1) && !is_ignored(status, 0) && !is_ignored(status, 70));
     }
 }

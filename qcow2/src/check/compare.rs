@@ -54,7 +54,8 @@ impl Compared {
     }
 }
 
-/// Compares all refcounts with what was counted, and corrects those that `repair` may: never from 0 upwards.
+/// Compares all refcounts with what was counted, and corrects those that `repair` may: never from 0 upwards, and
+/// downwards only where leaks do not stay.
 ///
 /// # Errors
 /// [`Error::Host`], and [`Feature`] for what passes the limits of a check.
@@ -62,7 +63,7 @@ pub(super) async fn compare(
     file: &HostFile,
     header: &Header,
     tally: &Tally,
-    repair: Repair,
+    (repair, leaks_stay): (Repair, bool),
     report: &mut CheckReport,
 ) -> Result<Compared, Error> {
     let geometry = header.geometry;
@@ -78,6 +79,7 @@ pub(super) async fn compare(
         width,
         tally,
         repair,
+        leaks_stay,
         report,
         compared: Compared {
             differing: Counts::within(budget),
@@ -149,6 +151,8 @@ struct Comparison<'a> {
     width: RefcountWidth,
     tally: &'a Tally,
     repair: Repair,
+    /// Leaks may be something else, and are only told.
+    leaks_stay: bool,
     report: &'a mut CheckReport,
     compared: Compared,
     /// How much of the block at hand is in use, among so many slots, once that is known.
@@ -251,7 +255,7 @@ impl Comparison<'_> {
         }
         let (finding, may_fix) = if refcount > right {
             let finding = Finding::Leaked { at, refcount, references };
-            (finding, self.repair != Repair::None)
+            (finding, self.repair != Repair::None && !self.leaks_stay)
         } else {
             self.compared.needs_rebuild |= refcount == 0;
             let finding = Finding::CountTooLow { at, refcount, references };

@@ -62,7 +62,7 @@ pub(super) async fn examine(
         Collector { report: CheckReport::default(), reserves: Vec::new(), progress };
     let mut tally = Tally::of_image(file, header, &mut collector).await?;
     let Collector { mut report, reserves, .. } = collector;
-    let compared = compare(file, header, &tally, Repair::None, &mut report).await?;
+    let compared = compare(file, header, &tally, (Repair::None, true), &mut report).await?;
     let overlaps = Overlaps::find(&mut tally, header.geometry, &compared, &mut report);
     let overlaps = overlaps.map_err(|_| scattered(file))?;
     if !tally.incomplete {

@@ -11,7 +11,7 @@ use crate::check::rebuild::rebuild;
 use crate::check::report::{CheckReport, Refusal};
 use crate::check::snapshots::complete_snapshots;
 use crate::check::{Repair, read_header};
-use crate::error::Error;
+use crate::error::{Error, TableKind};
 use crate::fields::{ALL_ALLOCATED, ALL_ZERO, ZERO, halves};
 use crate::header::{BITMAPS, CORRUPT, DIRTY, Header};
 use crate::progress::Progress;
@@ -56,6 +56,7 @@ pub(super) async fn repair(
             examined = examine(file, &header, progress).await?;
         }
     }
+    let is_lost = examined.report.findings.iter().any(leads_astray);
     if examined.compared.needs_rebuild {
         match rebuild(file, &header, &examined.tally).await? {
             Ok(new) => header = new,
@@ -68,7 +69,7 @@ pub(super) async fn repair(
     } else {
         let mut scratch = CheckReport::default();
         let (tally, report) = (&examined.tally, &mut scratch);
-        examined.compared = compare(file, &header, tally, repair, report).await?;
+        examined.compared = compare(file, &header, tally, (repair, is_lost), report).await?;
         file.sync().await?;
         take_fixed(scratch, &mut done);
     }
@@ -83,7 +84,21 @@ pub(super) async fn repair(
     file.sync().await?;
     take_fixed(examined.report, &mut done);
     drop(examined.tally);
-    finish(file, repair, done, progress).await
+    let mut report = finish(file, repair, done, progress).await?;
+    if is_lost && report.leaks > 0 && report.refused.is_none() {
+        report.refused = Some(Refusal::LostTable);
+    }
+    Ok(report)
+}
+
+/// Whether a table of guest data is somewhere else than its entry says.
+fn leads_astray(finding: &Finding) -> bool {
+    use TableKind::{L1, SnapshotL1};
+    matches!(
+        finding,
+        Finding::Unaligned { entry: EntryPlace { table: L1 | SnapshotL1, .. }, .. }
+            | Finding::BehindFile { entry: EntryPlace { table: L1 | SnapshotL1, .. }, .. }
+    )
 }
 
 /// The last look, and what a clean image gets for it.

@@ -18,6 +18,9 @@ pub enum Refusal {
     /// The refcount table must be made anew, which is more than repairing leaks.
     #[error("the refcount structures must be rebuilt, which only a full repair does")]
     NeedsRebuild,
+    /// A table of guest data cannot be found: clusters that nothing seems to use may be what it led to, and stay.
+    #[error("a table of guest data leads astray, and what it led to would be freed as leaked")]
+    LostTable,
     /// There is no room for new refcount structures within their limits.
     #[error("new refcount structures would pass the limits of the format")]
     NoRoom,

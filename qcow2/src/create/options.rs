@@ -206,8 +206,11 @@ impl CreateOptions {
         Self { encryption: Some(encryption), ..self }
     }
 
-    /// Refuses what no image can be, as `qemu-img` does.
-    pub(super) fn check(&self) -> Result<(), InvalidOption> {
+    /// Refuses what no image can be, as `qemu-img` does. Making an image does so, too; asked before, nothing is touched.
+    ///
+    /// # Errors
+    /// [`InvalidOption`], for the first rule that is broken.
+    pub fn check(&self) -> Result<(), InvalidOption> {
         let geometry = self.geometry()?;
         if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
             return Err(InvalidOption::RefcountBits(self.refcount_bits));

@@ -102,7 +102,9 @@ fn byte(text: &str) -> Result<u8, String> {
 
 pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let buffer = options.buffer_size.0;
-    ensure!(buffer <= i32::MAX.unsigned_abs().into(), "Invalid buffer size specified");
+    ensure!(options.count > 0, "Invalid request count specified");
+    let valid = (1..=i32::MAX.unsigned_abs().into()).contains(&buffer);
+    ensure!(valid, "Invalid buffer size specified");
     ensure!(options.depth > 0, "Invalid queue depth specified");
     if options.flush_interval > 0 {
         ensure!(options.write, "--flush-interval is only available in write tests");

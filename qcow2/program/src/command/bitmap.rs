@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
-use qcow2::Image;
+use qcow2::{BitmapError, Image};
 
 use crate::format::Format;
 use crate::open::{self, Access, How, Named, Opened};
@@ -183,6 +183,12 @@ async fn act(options: &Options, opened: &Opened, source: Option<&Opened>) -> any
             Action::Disable => image.disable_bitmap(name).await,
             Action::Merge(from) => image.merge_bitmap(name, source, from).await,
         };
+        let done = done.map_err(|error| match &error {
+            qcow2::Error::Bitmap { reason: BitmapError::Inconsistent, .. } => {
+                anyhow::anyhow!("{error} (qcow2 bitmap --remove {} {name})", options.file)
+            }
+            _ => error.into(),
+        });
         done.with_context(|| format!("Operation {} on bitmap {name} failed", action.name()))?;
     }
     Ok(())

@@ -203,7 +203,7 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         // Opened, so that what is not there at all is no matter of formats.
         let how = How::reading(None, how.shared);
         open::open(&named, &how, &options.access).await?.close().await?;
-        report(&anyhow::anyhow!("This image format does not support checks"));
+        report(&anyhow::anyhow!("This image format does not support checks here: only qcow2 does"));
         return Ok(NO_CHECKS);
     }
     let found = check(path, &how, &options, stop).await?;

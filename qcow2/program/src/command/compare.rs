@@ -79,7 +79,9 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     let sizes = [first.size_bytes(), second.size_bytes()];
     let progress = Progress::new(options.progress, options.quiet, 2);
     let work = async {
-        let options = CompareOptions { strict: options.strict, ..CompareOptions::default() };
+        let images = [first.image().cloned(), second.image().cloned()];
+        let options =
+            CompareOptions { strict: options.strict, images, ..CompareOptions::default() };
         let disks: [Arc<dyn BlockDevice>; 2] = [first.device(), second.device()];
         // The outcome is an answer even where it is a failure.
         let told = |now: qcow2::Progress| progress.set(now.done_bytes, now.total_bytes);

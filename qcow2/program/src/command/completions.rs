@@ -23,10 +23,17 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<u8> {
 
 /// Prints the manual, one page with every command in it.
 pub(crate) fn manual() -> anyhow::Result<u8> {
-    let command = crate::cli::Cli::command();
+    let mut root = crate::cli::Cli::command();
     let mut page = Vec::new();
-    clap_mangen::Man::new(command.clone()).render(&mut page).context("cannot write the manual")?;
-    let mut root = command;
+    let whole = clap_mangen::Man::new(root.clone());
+    // Without the list of pages for each command, which there are not.
+    whole
+        .render_title(&mut page)
+        .and_then(|()| whole.render_name_section(&mut page))
+        .and_then(|()| whole.render_synopsis_section(&mut page))
+        .and_then(|()| whole.render_description_section(&mut page))
+        .and_then(|()| whole.render_options_section(&mut page))
+        .context("cannot write the manual")?;
     root.build();
     for sub in root.get_subcommands().filter(|sub| sub.get_name() != "help") {
         let name = format!("qcow2 {}", sub.get_name());
@@ -36,6 +43,8 @@ pub(crate) fn manual() -> anyhow::Result<u8> {
             .and_then(|()| man.render_options_section(&mut page))
             .context("cannot write the manual")?;
     }
+    whole.render_extra_section(&mut page).context("cannot write the manual")?;
+    whole.render_version_section(&mut page).context("cannot write the manual")?;
     print(&String::from_utf8_lossy(&page))?;
     Ok(0)
 }

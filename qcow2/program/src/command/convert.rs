@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use block::{BlockDevice, ByteRange};
-use qcow2::{ConvertOptions, Converted};
+use qcow2::{Compression, ConvertOptions, Converted};
 
 use crate::cache::Cache;
 use crate::format::Format;
-use crate::making::SECTOR_BYTES;
+use crate::making::{self, SECTOR_BYTES};
 use crate::open::{self, Access, How, Named, Opened};
 use crate::options::OptionList;
 use crate::output::{print, warn};
@@ -193,6 +193,13 @@ fn check(options: &Options, list: &mut OptionList, sources: usize) -> anyhow::Re
             options.output_format == Format::Qcow2,
             "Compression not supported for this file format"
         );
+        let kind = match list.get("compression_type") {
+            Some(name) => making::compression(name)?,
+            None => qcow2::CreateOptions::new(0).compression,
+        };
+        if !options.no_create {
+            check_level(options, kind)?;
+        }
         ensure!(!options.copy_offloading, "Cannot enable copy offloading when -c is used");
         ensure!(
             list.get("encrypt.format").is_none(),
@@ -213,6 +220,14 @@ fn check(options: &Options, list: &mut OptionList, sources: usize) -> anyhow::Re
         options.snapshot.is_none() || sources == 1,
         "No support for concatenating multiple snapshot"
     );
+    Ok(())
+}
+
+/// Refuses a level that a way to compress does not have.
+fn check_level(options: &Options, kind: Compression) -> anyhow::Result<()> {
+    let highest = kind.max_level();
+    let valid = options.compression_level.is_none_or(|level| (1..=highest).contains(&level));
+    ensure!(valid, "Invalid compression level: {kind} goes from 1 to {highest}");
     Ok(())
 }
 

@@ -3,12 +3,12 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use block::ByteRange;
 use qcow2::MapExtent;
 
 use crate::chain;
-use crate::format::Format;
+use crate::format::{self, Format};
 use crate::open::{self, Access, How, Named, Opened};
 use crate::output::{Output, print};
 use crate::size::Size;
@@ -99,10 +99,16 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         Output::Json => print(&document(&entries))?,
         Output::Human => {
             print(&table(&entries))?;
-            ensure!(
-                entries.iter().all(|entry| !entry.data || entry.offset.is_some()),
-                "File contains external, encrypted or compressed clusters."
-            );
+            if let Some(hidden) = entries.iter().find(|entry| entry.data && entry.offset.is_none())
+            {
+                let is_vmdk = format::recognise(Path::new(&hidden.file)).is_err();
+                ensure!(
+                    !is_vmdk,
+                    "{}: where in a vmdk file bytes lie is not told; --output=json tells what it holds",
+                    hidden.file
+                );
+                bail!("File contains external, encrypted or compressed clusters.");
+            }
         }
     }
     Ok(0)

@@ -11,7 +11,7 @@ use crate::making::{self, SECTOR_BYTES};
 use crate::open::{self, Access, How, Named};
 use crate::output::{print, warn};
 use crate::size::{MAX_SIZE_BYTES, Size};
-use crate::stop::Stop;
+use crate::stop::{Interrupted, Stop};
 
 /// Change the size of a disk
 ///
@@ -60,12 +60,12 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
     match named.format.map_or_else(|| format::recognise(path), Ok)? {
         Format::Qcow2 => {
             let image = open::open_qcow2(path, &how, &options.access).await?;
-            let done = stop.or(resize_qcow2(&image, &options, preallocation)).await;
+            let done = resize_qcow2(&image, &options, preallocation, stop).await;
             let closed = block::BlockDevice::close(&image).await;
             done?;
             closed.context("error while closing the image")?;
         }
-        Format::Raw => stop.or(resize_raw(path, &how, &options, preallocation)).await?,
+        Format::Raw => resize_raw(path, &how, &options, preallocation, stop).await?,
         Format::Vmdk => bail!("{}: vmdk images are only read", options.file),
     }
     if !options.quiet {
@@ -93,10 +93,10 @@ fn new_size(options: &Options, now: u64, preallocation: Preallocation) -> anyhow
         "Preallocation can only be used for growing images"
     );
     if size < now && !options.shrink {
-        warn(
-            "what lies behind the new end would be lost: make sure that nothing there is in use, in the guest neither",
+        bail!(
+            "Use the --shrink option to perform a shrink operation. What lies behind the new end would be lost: make \
+             sure that nothing there is in use, in the guest neither"
         );
-        bail!("Use the --shrink option to perform a shrink operation.");
     }
     Ok(size)
 }
@@ -105,11 +105,16 @@ async fn resize_qcow2(
     image: &Image,
     options: &Options,
     preallocation: Preallocation,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
     let size = new_size(options, image.info().size_bytes, preallocation)?;
     ensure!(size.is_multiple_of(SECTOR_BYTES), "The new size must be a multiple of 512");
     let options = ResizeOptions { allow_shrinking: options.shrink, preallocation };
-    Ok(image.resize(size, &options).await?)
+    let done = stop.or(image.resize(size, &options)).await;
+    if done.as_ref().is_err_and(|error| error.is::<Interrupted>()) {
+        image.undo_resize(size).await?;
+    }
+    done
 }
 
 async fn resize_raw(
@@ -117,6 +122,7 @@ async fn resize_raw(
     how: &How,
     options: &Options,
     preallocation: Preallocation,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
     let host = block::OpenOptions { lock: !how.shared, ..block::OpenOptions::writing() };
     let file = HostFile::open(path, host).await;
@@ -125,6 +131,13 @@ async fn resize_raw(
     let now = file.len();
     let size = new_size(options, now, preallocation)?;
     file.set_len(size).await?;
-    making::preallocate_raw(&file, ByteRange::between(now.min(size), size), preallocation).await?;
-    Ok(file.sync().await?)
+    let gained = ByteRange::between(now.min(size), size);
+    let made = making::preallocate_raw(&file, gained, preallocation, || stop.check()).await;
+    if made.is_err()
+        && let Err(error) = file.set_len(now).await
+    {
+        warn(&format!("{}: it stays larger than it was: {error}", path.display()));
+    }
+    file.sync().await?;
+    made
 }

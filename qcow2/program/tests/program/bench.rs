@@ -39,3 +39,14 @@ fn bench_refuses_what_contradicts_itself() {
     place.qcow2(&line).bad(1, "can't be smaller than depth");
     place.qcow2(&["bench", "-s", "2M", "-c", "1", "a.qcow2"]).bad(1, "does not fit");
 }
+
+#[test]
+fn bench_does_not_take_nothing_for_something() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a.qcow2", "1M"]).good();
+    for (args, text) in [(["-c", "0"], "request count"), (["-s", "0"], "buffer size")] {
+        let line = ["bench", args[0], args[1], "a.qcow2"];
+        place.qcow2(&line).bad(1, text);
+        assert_eq!(place.qemu_img(&line).code, 1, "{line:?}");
+    }
+}

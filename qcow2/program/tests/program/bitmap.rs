@@ -108,3 +108,21 @@ fn what_bitmaps_cannot_be_is_refused() {
         assert_eq!(text, theirs.err.contains("Operation"), "{ours:?} {theirs:?}");
     }
 }
+
+#[test]
+fn a_bitmap_that_was_not_saved_comes_with_what_to_do() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "a", "1M"]).good();
+    place.qemu_img(&["bitmap", "--add", "a", "b"]).good();
+    let mut bytes = place.read("a");
+    let extension = [0x23, 0x85, 0x28, 0x75];
+    let at = bytes.windows(4).position(|word| word == extension).expect("the extension");
+    let directory = u64::from_be_bytes(bytes[at + 24..at + 32].try_into().unwrap());
+    // Of the flags of the entry: in use.
+    bytes[usize::try_from(directory).unwrap() + 15] |= 1;
+    std::fs::write(place.path("a"), bytes).unwrap();
+    let line = ["bitmap", "--clear", "a", "b"];
+    place.qcow2(&line).bad(1, "it can only be removed (qcow2 bitmap --remove a b)");
+    assert_eq!(place.qemu_img(&line).code, 1);
+    place.qcow2(&["bitmap", "--remove", "a", "b"]).good();
+}

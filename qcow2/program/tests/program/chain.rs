@@ -188,6 +188,9 @@ fn chains_that_cannot_be_folded_are_refused() {
     place.qcow2(&["rebase", "-b", "a", "top"]).bad(1, "backing format must be specified");
     place.qcow2(&["merge", "base"]).bad(1, "base: Image does not have a backing file");
     place.qcow2(&["merge", "--last", "top", "top"]).bad(1, "top");
+    place.qemu_img(&["rebase", "-u", "-b", "gone", "-F", "qcow2", "b"]).good();
+    place.qcow2(&["rebase", "-b", "a", "-F", "qcow2", "top"]).bad(1, "rebase -u records another");
+    place.qcow2(&["rebase", "-u", "-b", "a", "-F", "qcow2", "b"]).good();
     place.qcow2(&["merge", "a"]).bad(1, "only layers between");
     reads_as_before(&place, "top");
 }

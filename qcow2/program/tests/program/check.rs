@@ -306,3 +306,26 @@ fn options_that_mean_nothing_here_are_taken_and_unknown_ones_named() {
         assert!(code == 0 || ours.err.contains(&format!("'{name}'")), "{ours:?}");
     }
 }
+
+#[test]
+fn what_a_lost_table_led_to_is_not_freed() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "a", "16M"]).good();
+    place.qemu_io("a", &["write -P 1 0 3M"]);
+    place.qemu_img(&["bitmap", "--add", "a", "b"]).good();
+    let whole = place.read("a");
+    let l1 = be64(&whole, 40);
+    let mut bytes = whole.clone();
+    bytes[l1 + 6] ^= 0x10;
+    std::fs::write(place.path("a"), &bytes).unwrap();
+    for what in ["leaks", "all"] {
+        place.qcow2(&["check", "-r", what, "a"]).bad(1, "a table of guest data leads astray");
+        place.qcow2(&["check", "a"]).bad(2, "");
+    }
+    // Somebody who knows where the table is has everything again.
+    let mut bytes = place.read("a");
+    bytes[l1..l1 + 8].copy_from_slice(&whole[l1..l1 + 8]);
+    std::fs::write(place.path("a"), &bytes).unwrap();
+    place.qemu_img(&["check", "a"]).good();
+    place.qemu_io("a", &["read -P 1 0 3M"]);
+}

@@ -170,7 +170,7 @@ fn exports_are_read_and_written() {
 fn a_copy_that_is_stopped_leaves_nothing_behind() {
     let place = Place::new();
     place.write_raw("a.raw", 64 << 20, 1);
-    for (signal, code) in [("TERM", 143), ("INT", 130)] {
+    for (signal, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
         for format in ["raw", "qcow2"] {
             let line = ["convert", "-f", "raw", "-O", format, "-r", "1M", "a.raw", "half"];
             let mut child = place.ours(&line).spawn().expect("the program starts");
@@ -352,4 +352,58 @@ fn what_is_made_in_advance_stays_when_a_copy_is_filled_in() {
         let blocks = std::fs::metadata(place.path("ours.raw")).unwrap().blocks();
         assert!(blocks * 512 >= 64 << 20, "{mode}: {blocks} blocks");
     }
+}
+
+#[test]
+fn a_copy_that_is_to_outlive_its_terminal_does() {
+    let place = Place::new();
+    place.write_raw("a.raw", 64 << 20, 1);
+    let program = env!("CARGO_BIN_EXE_qcow2");
+    let line = format!("trap '' HUP; exec {program} convert -f raw -O raw -r 1M a.raw half");
+    let mut child = place.start("sh", &["-c", &line]);
+    while !exists(&place.path("half")) {
+        assert!(child.0.try_wait().expect("a child of ours").is_none());
+        std::thread::yield_now();
+    }
+    for signal in ["HUP", "TERM"] {
+        place.tool("kill", &["-s", signal, &child.0.id().to_string()]);
+    }
+    assert_eq!(child.0.wait().expect("it ends").code(), Some(143));
+    assert!(!exists(&place.path("half")));
+}
+
+#[test]
+fn levels_that_a_way_to_compress_does_not_have_are_refused() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "a", "1M"]).good();
+    let line = |level: &'static str, rest: &[&'static str]| {
+        let begin = ["convert", "-O", "qcow2", "-c", "--compression-level", level];
+        place.qcow2(&[&begin[..], rest, &["a", "b"]].concat())
+    };
+    line("99", &[]).bad(1, "zlib goes from 1 to 9");
+    line("0", &[]).bad(1, "zlib goes from 1 to 9");
+    line("20", &["-o", "compression_type=zstd"]).bad(1, "zstd goes from 1 to 19");
+    assert!(!exists(&place.path("b")));
+    line("19", &["-o", "compression_type=zstd"]).good();
+    line("99", &["-n"]).bad(1, "zstd goes from 1 to 19");
+    line("9", &[]).good();
+}
+
+#[test]
+fn a_snapshot_that_is_copied_is_named_by_id_by_name_or_by_both() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "a", "1M"]).good();
+    for (name, write) in [("2", "write -P 7 0 1M"), ("1", "write -P 8 0 1M")] {
+        place.qemu_io("a", &[write]);
+        place.qemu_img(&["snapshot", "-c", name, "a"]).good();
+    }
+    for wanted in ["1", "snapshot.id=1", "snapshot.name=1", "snapshot.id=2,snapshot.name=1"] {
+        let line = |target: &'static str| ["convert", "-O", "raw", "-l", wanted, "a", target];
+        place.qcow2(&line("ours")).good();
+        place.qemu_img(&line("theirs")).good();
+        assert!(place.read("ours") == place.read("theirs"), "{wanted}");
+    }
+    let line = ["convert", "-O", "raw", "-l", "snapshot.id=1,snapshot.name=1", "a", "none"];
+    place.qcow2(&line).bad(1, "there is no");
+    assert_eq!(place.qemu_img(&line).code, 1);
 }

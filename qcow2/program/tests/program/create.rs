@@ -318,3 +318,26 @@ fn the_work_for_a_passphrase_is_bounded_in_parts_of_seconds() {
     convert("0.0001").bad(1, "(--unlock-seconds allows more)");
     convert("often").bad(1, "not a number of seconds, like 20 or 0.5");
 }
+
+#[test]
+fn what_can_be_judged_before_is_judged_before_a_file_is_touched() {
+    let place = Place::new();
+    place.write_raw("old", 1 << 20, 7);
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "source", "1M"]).good();
+    let before = place.read("old");
+    for (format, options) in [
+        ("raw", "preallocation=bogus"),
+        ("raw", "preallocation=metadata"),
+        ("qcow2", "preallocation=bogus"),
+        ("qcow2", "cluster_size=512,extended_l2=on"),
+        ("qcow2", "refcount_bits=32,compat=0.10"),
+        ("qcow2", "cluster_size=3"),
+    ] {
+        let answer = place.qcow2(&["create", "-f", format, "-o", options, "old", "2M"]);
+        assert_eq!(answer.code, 1, "{options}: {answer:?}");
+        assert_eq!(answer.err.matches("old").count(), 1, "{answer:?}");
+        let line = ["convert", "-O", format, "-o", options, "source", "old"];
+        assert_eq!(place.qcow2(&line).code, 1, "{options}");
+        assert!(place.read("old") == before, "{format} {options}");
+    }
+}

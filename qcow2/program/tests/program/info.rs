@@ -187,3 +187,21 @@ fn info_of_an_export_is_that_of_a_raw_disk() {
     let text = place.qcow2(&["info", &uri]).good().out;
     assert!(text.contains("disk size: unavailable"), "{text}");
 }
+
+#[test]
+fn an_export_that_is_named_by_options_is_told_by_its_address() {
+    let place = Place::new();
+    place.write_raw("a.raw", 1 << 20, 1);
+    let socket = place.path("s").display().to_string();
+    let _server = crate::support::serve(
+        &place,
+        &["-f", "raw", "-r", "-t", "-e", "9", "-x", "disk", "-k", &socket, "a.raw"],
+        &socket,
+    );
+    let options = format!("driver=nbd,server.type=unix,server.path={socket},export=disk");
+    let line = ["info", "--output=json", "--image-opts", &options];
+    let (ours, theirs) = (place.qcow2(&line).good().json(), place.qemu_img(&line).good().json());
+    assert_eq!(ours["filename"], theirs["filename"]);
+    let name = ours["filename"].as_str().expect("a name");
+    place.qcow2(&["info", name]).good();
+}

@@ -77,3 +77,18 @@ fn references_are_confined_unless_the_user_says_otherwise() {
     place.qcow2(&["map", "--allow-references", ".", "sub/top.qcow2"]).good();
     place.qcow2(&["info", "--backing-chain", "sub/top.qcow2"]).good();
 }
+
+#[test]
+fn what_a_vmdk_file_does_not_tell_is_told_as_that() {
+    let place = Place::new();
+    place.write_raw("a.raw", 1 << 20, 1);
+    place.qemu_img(&["convert", "-f", "raw", "-O", "vmdk", "a.raw", "a.vmdk"]).good();
+    place
+        .qemu_img(&["create", "-q", "-f", "qcow2", "-b", "a.vmdk", "-F", "vmdk", "a.qcow2"])
+        .good();
+    for line in [&["map", "-f", "vmdk", "a.vmdk"][..], &["map", "a.qcow2"]] {
+        place.qcow2(line).bad(1, "a.vmdk: where in a vmdk file bytes lie is not told");
+        place.qcow2(&[line, &["--output=json"]].concat()).good();
+    }
+    place.qcow2(&["check", "-f", "vmdk", "a.vmdk"]).bad(63, "only qcow2 does");
+}

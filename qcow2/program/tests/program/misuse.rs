@@ -106,3 +106,73 @@ fn what_could_not_be_finished_is_not_left_behind() {
         .bad(1, "power of two");
     assert!(!exists(&place.path("x")));
 }
+
+#[test]
+fn of_an_option_that_is_given_twice_the_last_counts() {
+    let place = Place::new();
+    place.qcow2(&["create", "-f", "raw", "-q", "-q", "-f", "qcow2", "a", "1M"]).good();
+    for line in [
+        &["info", "--output", "json", "--output=human", "a"][..],
+        &["convert", "-c", "-O", "raw", "-c", "-O", "qcow2", "a", "b"],
+        &["measure", "-O", "raw", "-O", "qcow2", "--size", "1M", "--size", "64M"],
+    ] {
+        let (ours, theirs) = (place.qcow2(line).good(), place.qemu_img(line).good());
+        if line[0] != "info" {
+            assert_eq!(ours.out, theirs.out, "{line:?}");
+        }
+        assert!(!ours.out.starts_with('{'), "{line:?}");
+    }
+    assert_eq!(place.qcow2(&["info", "b"]).good().out.matches("qcow2").count(), 1);
+}
+
+#[test]
+fn a_link_named_qemu_img_answers_as_scripts_expect() {
+    let place = Place::new();
+    let link = place.path("qemu-img");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_qcow2"), &link).unwrap();
+    let link = link.display().to_string();
+    let version = place.tool(&link, &["--version"]).out;
+    assert!(version.starts_with("qemu-img version 10.0.2 (answered by qcow2 "), "{version}");
+    assert!(place.tool(&link, &["--help"]).out.contains("Supported image formats:\n\n  qcow2 raw"));
+    assert!(place.qcow2(&["--version"]).good().out.starts_with("qcow2 "));
+}
+
+#[test]
+fn a_reader_who_has_seen_enough_is_no_failure() {
+    let place = Place::new();
+    place.qcow2(&["create", "-q", "-f", "qcow2", "a", "1M"]).good();
+    for line in
+        [&["map", "--output=json", "a"][..], &["info", "--output=json", "a"], &["info", "a"]]
+    {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = place.ours(line);
+        command.stdout(writer).stderr(std::process::Stdio::piped());
+        let ended = command.output().expect("the program runs");
+        assert_eq!((ended.status.code(), ended.stderr), (Some(0), Vec::new()), "{line:?}");
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a Linux");
+        let ended = place.ours(line).stdout(full).status().expect("the program runs");
+        assert_eq!(ended.code(), Some(1), "{line:?}");
+    }
+}
+
+#[test]
+fn a_wrong_format_is_told_as_that() {
+    let place = Place::new();
+    place.write_raw("a.raw", 4096, 1);
+    for command in ["info", "map", "check"] {
+        let answer = place.qcow2(&[command, "-f", "qcow2", "a.raw"]);
+        assert_eq!(answer.code, 1, "{answer:?}");
+        assert!(answer.err.contains("a.raw is not in qcow2 format"), "{answer:?}");
+    }
+}
+
+#[test]
+fn the_manual_names_no_pages_that_are_not_there_and_shells_learn_the_formats() {
+    let place = Place::new();
+    let manual = place.qcow2(&["man"]).good().out;
+    assert!(!manual.contains("(1)"), "{manual}");
+    assert!(manual.contains("convert") && manual.contains("Supported image formats"), "{manual}");
+    let script = place.qcow2(&["completions", "bash"]).good().out;
+    assert!(script.contains("\"qcow2 raw vmdk\""), "{script}");
+}

@@ -172,3 +172,34 @@ fn what_is_made_in_advance_behind_a_short_image_hides_a_long_backing_file() {
         }
     }
 }
+
+#[test]
+fn a_resize_without_room_leaves_the_size_and_the_space_as_they_were() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("tiny")).unwrap();
+    let program = env!("CARGO_BIN_EXE_qcow2");
+    for (format, mode) in
+        [("raw", "full"), ("raw", "falloc"), ("qcow2", "full"), ("qcow2", "falloc")]
+    {
+        // What is mounted is seen by this shell alone, and goes with it.
+        let script = format!(
+            "set -e; mount -t tmpfs -o size=24m tmpfs tiny; cd tiny
+            qemu-img create -q -f {format} a 4M
+            stat -c %s a
+            {program} resize -f {format} --preallocation={mode} a 200M && exit 7
+            stat -c %s a; du -m a | cut -f 1
+            qemu-img info -f {format} --output=json a | grep virtual-size | tail -n 1
+            test {format} = raw || qemu-img check -q a"
+        );
+        let answer = place.tool("unshare", &["--mount", "sh", "-c", &script]);
+        assert!(answer.err.contains("No space left on device"), "{answer:?}");
+        let told: Vec<_> = answer.out.lines().map(str::trim).collect();
+        let [before, after, space_mib, size] = told.as_slice() else { panic!("{answer:?}") };
+        let (before, after): (u64, u64) = (before.parse().unwrap(), after.parse().unwrap());
+        // The tables of a qcow2 image may stay longer.
+        let more = if format == "raw" { 0 } else { 1 << 20 };
+        assert!((before..=before + more).contains(&after), "{format} {mode}: {answer:?}");
+        assert!(space_mib.parse::<u64>().unwrap() <= 1, "{format} {mode}: {answer:?}");
+        assert!(size.contains("4194304"), "{format} {mode}: {answer:?}");
+    }
+}

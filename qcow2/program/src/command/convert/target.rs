@@ -55,6 +55,9 @@ impl Output {
             "Format '{}' of {name} does not support bitmaps",
             options.output_format
         );
+        if let (true, Some(image)) = (options.compress, &output.image) {
+            super::check_level(options, image.info().compression)?;
+        }
         let has = output.device.limits().size_bytes;
         if has < size_bytes {
             bail!("output file is smaller than input file: {name} has {has} bytes of {size_bytes}");

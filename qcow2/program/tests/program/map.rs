@@ -75,7 +75,9 @@ fn references_are_confined_unless_the_user_says_otherwise() {
     place.qcow2(&["map", "sub/top.qcow2"]).bad(1, "--allow-references");
     place.qcow2(&["map", "--allow-references", "any", "sub/top.qcow2"]).good();
     place.qcow2(&["map", "--allow-references", ".", "sub/top.qcow2"]).good();
-    place.qcow2(&["info", "--backing-chain", "sub/top.qcow2"]).good();
+    place.qcow2(&["info", "--backing-chain", "sub/top.qcow2"]).bad(1, "--allow-references");
+    let line = ["info", "--backing-chain", "--allow-references", "any", "sub/top.qcow2"];
+    place.qcow2(&line).good();
 }
 
 #[test]

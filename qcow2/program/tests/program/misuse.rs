@@ -61,7 +61,7 @@ fn an_image_that_is_open_elsewhere_is_neither_read_nor_replaced() {
         crate::support::serve(&place, &["-f", "qcow2", "-t", "-k", &socket, "a.qcow2"], &socket);
     place.qcow2(&["info", "a.qcow2"]).bad(1, "-U");
     place.qcow2(&["info", "-U", "a.qcow2"]).good();
-    place.qcow2(&["create", "-f", "qcow2", "a.qcow2", "2M"]).bad(1, "another program");
+    place.qcow2(&["create", "-f", "qcow2", "a.qcow2", "2M"]).bad(1, "has the image open");
     let info = place.qemu_img(&["info", "-U", "--output=json", "a.qcow2"]).good().json();
     assert_eq!(info["virtual-size"], 1 << 20);
 }

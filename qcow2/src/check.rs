@@ -19,6 +19,7 @@ use crate::error::{Corruption, Error, Fault, Feature, TableKind};
 use crate::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use crate::image::Image;
 use crate::progress::Progress;
+use crate::tally::{Finding, Tally};
 use crate::units::{HOST_OFFSET_END, HostCluster, HostOffset, SECTOR_BYTES};
 
 pub use report::{CheckReport, MAX_LISTED_FINDINGS, Refusal};
@@ -135,6 +136,20 @@ pub(crate) async fn rebuild_dirty(file: &HostFile) -> Result<(), Error> {
         return Ok(());
     }
     Err(Fault::Unsupported(Feature::WritingDirty).of(file.path()))
+}
+
+/// The first cluster in `tally`, which is that of the image in `file`, that is used more often than it is counted.
+///
+/// # Errors
+/// As [`Image::check`].
+pub(crate) async fn find_miscount(
+    file: &HostFile,
+    header: &Header,
+    tally: &Tally,
+) -> Result<Option<Finding>, Error> {
+    let mut report = CheckReport::default();
+    compare::compare(file, header, tally, (Repair::None, true), &mut report).await?;
+    Ok(report.findings.into_iter().find(|finding| !finding.is_leak()))
 }
 
 /// Reads a header without insisting that what it names lies in the file.

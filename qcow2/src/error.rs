@@ -372,6 +372,12 @@ pub enum Feature {
         /// The limit.
         limit: u64,
     },
+    /// An L2 table that maps two parts of a disk, where only one can be meant.
+    #[error("an L2 table (at {at}) that stands for two parts of the disk")]
+    TableAtTwoPlaces {
+        /// The table.
+        at: HostOffset,
+    },
     /// More L2 tables inside of clusters than a check follows.
     #[error("more than {limit} L2 tables that do not start on a cluster")]
     UnalignedTables {
@@ -718,7 +724,7 @@ pub enum Error {
         what: InvalidOption,
     },
     /// Something is wrong with the image that has to be repaired before its metadata can be written anew.
-    #[error("{} must be repaired first: {finding}", file.display())]
+    #[error("{} must be repaired first, run check: {finding}", file.display())]
     Damaged {
         /// The image.
         file: PathBuf,

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
+use crate::check::find_miscount;
 use crate::core::Core;
 use crate::error::{Error, Fault};
 use crate::fields::{COPIED, EntryFields, EntryKind, HOST_OFFSET, halves};
@@ -29,7 +30,7 @@ use crate::refcount::{RefcountWidth, big_endian};
 use crate::snapshot::{self, SnapshotEntry};
 use crate::snapshots::{SnapshotTable, read_snapshots};
 use crate::switch::write_stages;
-use crate::tally::{Counts, Finding, Roots, TablePlace, Tally};
+use crate::tally::{Counts, Finding, Roots, TablePlace, TableUse, Tally};
 use crate::units::{ClusterGeometry, HostCluster, HostOffset, Run, index};
 pub(crate) use expand::Expand;
 use refcounts::NewRefcounts;
@@ -125,7 +126,8 @@ impl Inner {
     /// Replaces the metadata by what `make` says, told the present state. Requests wait meanwhile and go on after.
     ///
     /// # Errors
-    /// What `make` refuses. [`Error::Damaged`] where references of the present state cannot be counted.
+    /// What `make` refuses. [`Error::Damaged`] where references of the present state cannot be counted, or are more than
+    /// are counted in the image.
     /// [`Feature::RefcountTooNarrow`](crate::Feature::RefcountTooNarrow), [`Error::Host`]: nothing has changed then,
     /// and the image goes on. [`Error::Poisoned`] where the switch or what follows it failed.
     pub(crate) async fn republish(
@@ -138,16 +140,28 @@ impl Inner {
         let snapshots = read_snapshots(&live.file, &header).await?;
         let present = Present { header, snapshots, file_bytes: live.file.len() };
         let state = make(&present)?;
-        let old = self.count(&live, &present.header, None).await?;
+        let old = self.count_present(&live, &present.header).await?;
         let new = self.count(&live, &present.header, Some(&state)).await?;
-        let mut ledger = Ledger::new(new);
+        let (tables, mut ledger) = (new.tables, Ledger::new(new.counts));
         let geometry = present.header.geometry;
         // The L1 table of the tree was counted as the active one, which gets a new place.
         self.check(ledger.remove(table_run(geometry, state.tree)))?;
         let room = Room::beside(geometry, &old);
         let copies = HashMap::new();
-        let mut work =
-            Work { inner: self, live: &live, quiet: &quiet, hold, geometry, ledger, room, copies };
+        let mut work = Work {
+            inner: self,
+            live: &live,
+            quiet: &quiet,
+            hold,
+            geometry,
+            tables,
+            ledger,
+            room,
+            copies,
+        };
+        if state.expand.is_some() {
+            work.check_places(&state).await?;
+        }
         let stages = match work.build(&present, &state).await {
             Ok(stages) => stages,
             Err(error) => {
@@ -193,13 +207,23 @@ impl Inner {
         Ok((live, Arc::new(quiet)))
     }
 
+    /// Counts the references of the present state, which must not be more than the image counts: what is used more
+    /// often may be anything's by now, and there may be any number of it.
+    async fn count_present(&self, live: &Live, header: &Header) -> Result<Counts, Error> {
+        let tally = self.count(live, header, None).await?;
+        match find_miscount(&live.file, header, &tally).await? {
+            Some(finding) => Err(self.damaged(finding)),
+            None => Ok(tally.counts),
+        }
+    }
+
     /// Counts the references of the present state, or of the new one without what is still to be written of it.
     async fn count(
         &self,
         live: &Live,
         header: &Header,
         state: Option<&NewState>,
-    ) -> Result<Counts, Error> {
+    ) -> Result<Tally, Error> {
         let mut first: Option<Finding> = None;
         let mut visit = |finding: Finding, _: u64| {
             if !finding.is_leak() {
@@ -221,12 +245,14 @@ impl Inner {
         }
         let tally = Tally::take(&live.file, &roots, &mut visit).await?;
         match first {
-            Some(finding) => {
-                Err(Error::Damaged { file: self.path.clone(), finding: Box::new(finding) })
-            }
+            Some(finding) => Err(self.damaged(finding)),
             None if tally.incomplete => Err(Error::Uncountable { file: self.path.clone() }),
-            None => Ok(tally.counts),
+            None => Ok(tally),
         }
+    }
+
+    fn damaged(&self, finding: Finding) -> Error {
+        Error::Damaged { file: self.path.clone(), finding: Box::new(finding) }
     }
 
     /// Writes the header, and reads back what it names.
@@ -302,6 +328,8 @@ struct Work<'a> {
     quiet: &'a Quiet,
     hold: Hold,
     geometry: ClusterGeometry,
+    /// All L2 tables of the new state, in the order of the file.
+    tables: Vec<TableUse>,
     ledger: Ledger,
     room: Room,
     /// Where tables went whose zero flags were expanded, by their place and the L1 entry that they are for.
@@ -359,39 +387,56 @@ impl Work<'_> {
         l1.resize(index(needed), 0);
         let fields = present.header.entry_format().fields();
         let at_once = (BATCH_BYTES / self.geometry.bytes()).clamp(1, BATCH_TABLES);
-        let used: Vec<usize> = (0..l1.len()).filter(|at| l1.get(*at) != Some(&0)).collect();
+        // A table is read once, however many entries name it, and not at all where it holds nothing.
+        let mut met = vec![false; self.tables.len()];
+        let mut used: Vec<(usize, u64)> = Vec::new();
+        for (at, entry) in l1.iter().enumerate() {
+            let Some((number, table)) = self.table(*entry) else { continue };
+            if let Some(met) = met.get_mut(number).filter(|met| !**met) {
+                *met = true;
+                used.push((at, table.active.into()));
+            }
+        }
+        drop(met);
+        let mut moved = HashMap::new();
         for batch in used.chunks(index(at_once)) {
-            let reads = batch.iter().map(|at| self.read_table(l1.get(*at).copied().unwrap_or(0)));
+            let reads =
+                batch.iter().map(|(at, _)| self.read_table(l1.get(*at).copied().unwrap_or(0)));
             let tables = try_join_all(reads).await?;
             let mut writes = Vec::new();
-            for (at, (old, bytes)) in batch.iter().zip(tables) {
+            for ((at, times), (named, bytes)) in batch.iter().zip(tables) {
                 let (old, bytes, expanded) = match state.expand {
-                    Some(expand) => self.expanded(*at as u64, old, bytes, expand).await?,
-                    None => (old, bytes, false),
+                    Some(expand) => self.expanded(*at as u64, named, bytes, expand).await?,
+                    None => (named, bytes, false),
                 };
-                if let Some(entry) = l1.get_mut(*at) {
-                    *entry = self.at(Run::one(old));
-                }
+                moved.insert(named, old);
                 let bytes = match self.with_flags(&bytes, fields) {
                     Some(flagged) => flagged,
                     None if expanded => bytes,
                     None => continue,
                 };
-                let copy = self.take(1)?;
-                self.inner.check(self.ledger.remove(Run::one(old)))?;
-                if let Some(entry) = l1.get_mut(*at) {
-                    *entry = self.at(copy);
-                }
-                writes.push((self.at(copy), bytes));
+                let copy = self.inner.check(self.room.take(1))?.start;
+                self.inner.check(self.ledger.replace(old, copy, *times))?;
+                moved.insert(named, copy);
+                writes.push((self.at(Run::one(copy)), bytes));
             }
             self.write(writes).await?;
         }
         for entry in l1.iter_mut().filter(|entry| **entry != 0) {
-            let host = *entry & HOST_OFFSET;
-            let once = self.ledger.get(self.geometry.host_cluster(HostOffset(host))) == 1;
-            *entry = host | if once { COPIED } else { 0 };
+            let named = self.geometry.host_cluster(HostOffset(*entry & HOST_OFFSET));
+            let place = moved.get(&named).copied().unwrap_or(named);
+            let once = self.ledger.get(place) == 1;
+            *entry = self.at(Run::one(place)) | if once { COPIED } else { 0 };
         }
         Ok(l1)
+    }
+
+    /// The L2 table that an L1 entry names, and its number, where it holds something.
+    fn table(&self, raw: u64) -> Option<(usize, TableUse)> {
+        let at = HostOffset(raw & HOST_OFFSET);
+        let number = self.tables.binary_search_by_key(&at, |table| table.at).ok()?;
+        let table = self.tables.get(number).copied().filter(|table| table.holds_something)?;
+        Some((number, table))
     }
 
     async fn read_table(&self, raw: u64) -> Result<(HostCluster, Bytes), HostError> {

@@ -4,19 +4,23 @@
 use block::ByteRange;
 use bytes::Bytes;
 
-use super::Work;
+use super::{NewState, Work};
 use crate::change::ChangeError;
 use crate::cipher::CIPHER_SECTOR_BYTES;
 use crate::data::write_data;
-use crate::error::Error;
+use crate::error::{Error, Fault, Feature, TableKind};
 use crate::fields::{EntryFields, EntryKind, HOST_OFFSET, ZERO, halves};
 use crate::mapping::from_big_endian;
 use crate::refcount::big_endian;
 use crate::snapshot::SnapshotEntry;
+use crate::tally::{TablePlace, TableUse};
 use crate::units::{HostCluster, HostOffset, Run, index};
 
 /// The longest write of encrypted zeros, in bytes.
 const ZEROS_BYTES: u64 = 1 << 20;
+
+/// The most bytes of L1 tables, those of all snapshots together, that are gone through.
+const MAX_EXPANDED_L1_BYTES: u64 = 1 << 30;
 
 /// The L2 entries of a state that loses its zero flags.
 const FIELDS: EntryFields = EntryFields { extended: false, external_data: false };
@@ -31,6 +35,40 @@ pub(crate) struct Expand {
 }
 
 impl Work<'_> {
+    /// Makes sure that every L2 table maps one part of the disk, so that it is expanded once, and that all L1 tables
+    /// together are of a size that can be gone through.
+    ///
+    /// # Errors
+    /// [`Feature::TableAtTwoPlaces`] and [`Feature::TableTooLarge`].
+    pub(super) async fn check_places(&self, state: &NewState) -> Result<(), Error> {
+        let place = |entry: &SnapshotEntry| TablePlace {
+            at: entry.l1_at,
+            entries: u64::from(entry.l1_entries),
+        };
+        let trees: Vec<_> = state.snapshots.iter().map(place).chain([state.tree]).collect();
+        let bytes = trees.iter().fold(0u64, |sum, tree| sum.saturating_add(tree.bytes()));
+        if bytes > MAX_EXPANDED_L1_BYTES {
+            let (table, limit) = (TableKind::SnapshotL1, MAX_EXPANDED_L1_BYTES);
+            let feature = Feature::TableTooLarge { table, bytes, limit };
+            return Err(self.inner.fault(Fault::Unsupported(feature)));
+        }
+        let mut places: Vec<Option<u32>> = vec![None; self.tables.len()];
+        for tree in trees {
+            let range = ByteRange::between(tree.at.0, tree.at.0.saturating_add(tree.bytes()));
+            for (number, entry) in (0u32..).zip(from_big_endian(&self.live.file.read(range).await?))
+            {
+                let Some((table, TableUse { at, .. })) = self.table(entry) else { continue };
+                let Some(known) = places.get_mut(table) else { continue };
+                if known.is_some_and(|known| known != number) {
+                    let feature = Feature::TableAtTwoPlaces { at };
+                    return Err(self.inner.fault(Fault::Unsupported(feature)));
+                }
+                *known = Some(number);
+            }
+        }
+        Ok(())
+    }
+
     /// Expands the tables of all snapshots, whose L1 tables get new places where they change.
     pub(super) async fn expand_snapshots(
         &mut self,
@@ -43,7 +81,10 @@ impl Work<'_> {
                 ByteRange::between(snapshot.l1_at.0, snapshot.l1_at.0.saturating_add(bytes));
             let old = from_big_endian(&self.live.file.read(range).await?);
             let mut l1 = old.clone();
-            for (number, entry) in (0u64..).zip(&mut l1).filter(|(_, entry)| **entry != 0) {
+            for (number, entry) in (0u64..).zip(&mut l1) {
+                if self.table(*entry).is_none() {
+                    continue;
+                }
                 let (at, bytes) = self.read_table(*entry).await?;
                 let (place, bytes, is_new) = self.expanded(number, at, bytes, expand).await?;
                 let place = if is_new {

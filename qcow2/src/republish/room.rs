@@ -77,6 +77,17 @@ impl Ledger {
         self.gone.add(run, 1).map_err(too_scattered)
     }
 
+    /// Lets `times` references to one cluster go to another.
+    pub(super) fn replace(
+        &mut self,
+        old: HostCluster,
+        new: HostCluster,
+        times: u64,
+    ) -> Result<(), Fault> {
+        self.counts.add(Run::one(new), times).map_err(too_scattered)?;
+        self.gone.add(Run::one(old), times).map_err(too_scattered)
+    }
+
     /// The references to a cluster.
     pub(super) fn get(&self, cluster: HostCluster) -> u64 {
         self.counts.get(cluster).saturating_sub(self.gone.get(cluster))

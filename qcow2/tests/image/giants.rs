@@ -4,10 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use qcow2::{CheckReport, Error, Feature, Repair};
+use block::{BlockDevice, Durability};
+use qcow2::{AmendOptions, CheckReport, Error, Feature, Image, OpenOptions, Repair, Version};
 
 use crate::checking::try_check;
-use crate::common::qemu_create;
+use crate::common::{block_on, qemu_check, qemu_create, range};
 
 /// The most memory that a check may take, in KiB.
 const MAX_MEMORY_KIB: u64 = 512 << 10;
@@ -149,4 +150,83 @@ fn a_refcount_table_full_of_one_block_ends() {
     giant.len(1 << 43);
     let report = giant.check().unwrap();
     assert!(report.leaks > 1 << 26 && report.corruptions > 1000);
+}
+
+/// An image whose refcounts get so many bits.
+fn refcount_bits(bits: u32) -> AmendOptions {
+    AmendOptions { refcount_bits: Some(bits), ..AmendOptions::default() }
+}
+
+#[test]
+fn a_table_that_millions_of_entries_point_at_is_not_copied_for_each_of_them() {
+    let giant = Giant::new("cluster_size=64k");
+    let table = 32u64 << 20;
+    giant.put_entries(table, std::iter::repeat_n(COPIED | 48 << 20, 8192));
+    giant.large_l1(std::iter::repeat_n(COPIED | table, 4 << 20));
+    giant.len(128 << 20);
+    block_on(async {
+        let image = Image::open(&giant.path, OpenOptions::writing()).await.unwrap();
+        let version = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
+        for refused in [
+            image.create_snapshot("one").await.map(drop),
+            image.amend(&refcount_bits(64)).await,
+            image.amend(&version).await,
+        ] {
+            assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
+        }
+        image.close().await.unwrap();
+    });
+    // Closing cuts off what nothing uses.
+    assert!(giant.file.metadata().unwrap().len() <= 128 << 20, "nothing is written first");
+}
+
+#[test]
+fn a_table_that_thousands_of_entries_share_and_count_is_copied_once() {
+    let giant = Giant::new("cluster_size=64k");
+    let (l1, table, data) = (1u64 << 20, 2u64 << 20, 3u64 << 20);
+    giant.put(24, &(3000u64 << 29).to_be_bytes());
+    giant.put(36, &3000u32.to_be_bytes());
+    giant.put(40, &l1.to_be_bytes());
+    giant.put_entries(l1, std::iter::repeat_n(table, 3000));
+    giant.put_entries(table, std::iter::once(data));
+    giant.put(data, &[7; 65536]);
+    assert!(try_check(&giant.path, Repair::All).unwrap().is_clean());
+    let before = giant.file.metadata().unwrap().len();
+    // A flag that has to be changed, as a writer may have left it behind.
+    giant.put_entries(table, std::iter::once(COPIED | data));
+    block_on(async {
+        let image = Image::open(&giant.path, OpenOptions::writing()).await.unwrap();
+        let version = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
+        let refused = image.amend(&version).await;
+        let named = matches!(
+            refused,
+            Err(Error::Unsupported { feature: Feature::TableAtTwoPlaces { at }, .. }) if at.0 == table
+        );
+        assert!(named, "{refused:?}");
+        let snapshot = image.create_snapshot("one").await.unwrap();
+        image.amend(&refcount_bits(32)).await.unwrap();
+        image.delete_snapshot(&snapshot.id).await.unwrap();
+        for at in [0, 5 << 29, 2999 << 29] {
+            assert!(image.read(range(at, 65536)).await.unwrap().to_vec() == [7; 65536]);
+        }
+        image.write(5 << 29, vec![8; 512].into(), Durability::Deferred).await.unwrap();
+        image.close().await.unwrap();
+    });
+    let after = giant.file.metadata().unwrap().len();
+    assert!(after < before + (4 << 20), "{before} became {after}");
+    assert!(qemu_check(&giant.path).is_clean());
+}
+
+#[test]
+fn what_an_image_is_changes_without_reading_the_holes_that_tables_lie_in() {
+    let giant = Giant::new("cluster_size=64k");
+    giant.len(1 << 38);
+    giant.large_l1((0..1 << 20).map(|table| COPIED | ((1 << 30) + (table << 16))));
+    assert!(try_check(&giant.path, Repair::All).unwrap().is_clean());
+    block_on(async {
+        let image = Image::open(&giant.path, OpenOptions::writing()).await.unwrap();
+        image.amend(&refcount_bits(32)).await.unwrap();
+        image.close().await.unwrap();
+    });
+    assert!(peak_memory_kib() < MAX_MEMORY_KIB);
 }

@@ -9,6 +9,7 @@ mod overlap;
 mod rebuild;
 mod repair;
 mod report;
+mod separate;
 mod snapshots;
 
 use std::path::Path;
@@ -33,7 +34,8 @@ pub enum Repair {
     /// Refcounts that are too high become what they ought to be, and COPIED flags that this makes wrong. Nothing else.
     Leaks,
     /// All that can be repaired without guessing at data: refcounts, COPIED flags, reserved space that is no cluster,
-    /// a refcount table that is lost, sizes of disks that snapshots do not tell. Bitmaps that cannot be read are removed or become inconsistent: all of them where
+    /// a refcount table that is lost, sizes of disks that snapshots do not tell. What lies in clusters of metadata and is
+    /// something else, too, is copied to clusters of its own. Internal snapshots that cannot be read are removed. Bitmaps that cannot be read are removed or become inconsistent: all of them where
     /// their directory is broken. Where the image is clean then, its dirty and corrupt bits go.
     All,
 }

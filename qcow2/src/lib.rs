@@ -172,7 +172,8 @@ pub use snapshot::{
 };
 pub use tally::{EntryPlace, Finding, Severity};
 pub use units::{
-    ClusterGeometry, DEFAULT_CLUSTER_BYTES, HostOffset, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS,
+    ClusterGeometry, DEFAULT_CLUSTER_BYTES, GuestOffset, HostOffset, MAX_CLUSTER_BITS,
+    MIN_CLUSTER_BITS,
 };
 #[cfg(feature = "vmdk")]
 pub use vmdk::{MAX_VMDK_EXTENTS, Vmdk};

@@ -109,6 +109,38 @@ pub(crate) fn decode(bytes: &[u8], count: u32, at: HostOffset) -> Result<Decoded
     Ok(Decoded::Table { entries, len: end as u64 })
 }
 
+/// What can be read of a table that breaks the format: its entries up to the first that does not end in `bytes`, and
+/// up to the limits. Extra data above its limit is cut, and so are texts at a NUL, as QEMU does. And the length of what was read, in bytes.
+pub(crate) fn salvage(bytes: &[u8], count: u32) -> (Vec<SnapshotEntry>, u64) {
+    let mut entries = Vec::new();
+    let (mut end, mut len, mut whole) = (0usize, 0usize, 0);
+    for _ in 0..count.min(MAX_SNAPSHOTS) {
+        let start = end.next_multiple_of(8);
+        let Some(fields) = bytes.get(start..start.saturating_add(FIXED_BYTES)) else { break };
+        let (at, extra) = (start + FIXED_BYTES, index(u64::from(be_u32(fields, 36))));
+        let id_len = usize::from(be_u16(fields, 12));
+        let text_len = id_len + usize::from(be_u16(fields, 14));
+        let Some(text_at) = at.checked_add(extra) else { break };
+        end = text_at.saturating_add(text_len);
+        let Some(texts) = bytes.get(text_at..end) else { break };
+        let kept = extra.min(index(u64::from(MAX_SNAPSHOT_EXTRA_BYTES)));
+        let variable = [bytes.get(at..at + kept).unwrap_or_default(), texts].concat();
+        let lens = Lens { extra: kept, id: id_len, name: text_len - id_len };
+        let mut entry = SnapshotEntry::decode(fields, &variable, lens);
+        for text in [&mut entry.id, &mut entry.name] {
+            let nul = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
+            text.truncate(nul);
+        }
+        len = len.next_multiple_of(8) + FIXED_BYTES + KNOWN_EXTRA_BYTES + kept + text_len;
+        if check_len(len).is_err() {
+            break;
+        }
+        entries.push(entry);
+        whole = end as u64;
+    }
+    (entries, whole)
+}
+
 /// The bytes of a table.
 ///
 /// # Errors

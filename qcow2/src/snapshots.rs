@@ -9,7 +9,10 @@ use crate::error::{Corruption, Error, Fault, Feature, SnapshotError};
 use crate::header::Header;
 use crate::image::Image;
 use crate::republish::Present;
-use crate::snapshot::{self, Decoded, MAX_SNAPSHOT_NAME_BYTES, Snapshot, SnapshotEntry, decode};
+use crate::snapshot::{
+    self, Decoded, MAX_SNAPSHOT_NAME_BYTES, MAX_SNAPSHOT_TABLE_BYTES, Snapshot, SnapshotEntry,
+    decode,
+};
 use crate::tally::TablePlace;
 
 /// What is read of a snapshot table at first, in bytes.
@@ -184,4 +187,33 @@ pub(crate) async fn read_snapshots(
             Decoded::Needs(more) => wanted = more.max(wanted.saturating_mul(2)),
         }
     }
+}
+
+/// A snapshot table that may break the format, as far as it can be read.
+#[derive(Clone, Debug)]
+pub(crate) struct Salvaged {
+    pub entries: Vec<SnapshotEntry>,
+    /// The length of what was read in bytes, without padding behind it.
+    pub len: u64,
+    /// How it breaks the format or passes a limit first.
+    pub fault: Option<Fault>,
+}
+
+/// Reads what can be read of the snapshot table that a header names.
+///
+/// # Errors
+/// [`Error::Host`].
+pub(crate) async fn salvage_snapshots(file: &HostFile, header: &Header) -> Result<Salvaged, Error> {
+    let fault = match read_snapshots(file, header).await {
+        Ok(SnapshotTable { entries, len }) => return Ok(Salvaged { entries, len, fault: None }),
+        Err(Error::Corrupt { at, what, .. }) => Fault::Corrupt { at, what },
+        Err(Error::Unsupported { feature, .. }) => Fault::Unsupported(feature),
+        Err(error) => return Err(error),
+    };
+    let at = header.snapshots_at.0;
+    let range = ByteRange::between(at, at.saturating_add(MAX_SNAPSHOT_TABLE_BYTES));
+    let inside = range.intersection(ByteRange::between(0, file.len()));
+    let bytes = file.read(inside).await?;
+    let (entries, len) = snapshot::salvage(&bytes, header.snapshots);
+    Ok(Salvaged { entries, len, fault: Some(fault) })
 }

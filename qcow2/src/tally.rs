@@ -15,4 +15,5 @@ mod walk;
 pub(crate) use counts::{Counts, MAX_COUNTS_BYTES, TooScattered};
 pub use finding::{EntryPlace, Finding, Severity};
 pub(crate) use roots::{Roots, TablePlace};
+pub(crate) use sweep::sweep;
 pub(crate) use walk::{TableUse, Tally, Visitor};

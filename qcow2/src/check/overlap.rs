@@ -11,6 +11,10 @@ use crate::units::{ClusterGeometry, HostCluster, Run};
 #[derive(Debug, Default)]
 pub(super) struct Overlaps {
     clusters: Counts,
+    /// Those that hold metadata of more than one kind.
+    mixed: Counts,
+    /// Whether refcount structures are among them.
+    pub refcounts: bool,
 }
 
 impl Overlaps {
@@ -53,9 +57,19 @@ impl Overlaps {
         }
     }
 
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.clusters.bytes() == 0
+    }
+
     /// Whether a cluster is one of them.
     pub(super) fn contains(&self, cluster: HostCluster) -> bool {
         self.clusters.get(cluster) != 0
+    }
+
+    /// Whether a cluster holds metadata of more than one kind.
+    pub(super) fn is_mixed(&self, cluster: HostCluster) -> bool {
+        self.mixed.get(cluster) != 0
     }
 
     #[expect(clippy::too_many_arguments, reason = "one step of one loop")]
@@ -77,6 +91,12 @@ impl Overlaps {
                 continue;
             }
             self.clusters.add(Run::one(cluster), 1)?;
+            if mixed {
+                self.mixed.add(Run::one(cluster), 1)?;
+            }
+            self.refcounts |= open.iter().any(|(_, kind, _)| {
+                matches!(kind, TableKind::RefcountTable | TableKind::RefcountBlock)
+            });
             let at = geometry.host_offset(cluster);
             let finding = Finding::Overlap { at, table: kind };
             if compared.differs(cluster) {

@@ -9,7 +9,8 @@ use crate::check::copied::{Fix, check_copied};
 use crate::check::examine::{self, Examined, examine};
 use crate::check::rebuild::rebuild;
 use crate::check::report::{CheckReport, Refusal};
-use crate::check::snapshots::complete_snapshots;
+use crate::check::separate::{separate_data, separate_tables};
+use crate::check::snapshots::{complete_snapshots, mend_snapshots};
 use crate::check::{Repair, read_header};
 use crate::error::{Error, TableKind};
 use crate::fields::{ALL_ALLOCATED, ALL_ZERO, ZERO, halves};
@@ -36,6 +37,9 @@ pub(super) async fn repair(
     if repair == Repair::All && mend_bitmaps(file, &mut header, &mut done).await? {
         examined = examine(file, &header, progress).await?;
     }
+    if repair == Repair::All && mend_snapshots(file, &mut header, &examined, &mut done).await? {
+        examined = examine(file, &header, progress).await?;
+    }
     let refusal = if examined.tally.incomplete {
         Some(Refusal::Incomplete)
     } else if examined.compared.needs_rebuild && repair != Repair::All {
@@ -52,9 +56,21 @@ pub(super) async fn repair(
     withdraw_unknown(file, &mut header).await?;
     if repair == Repair::All {
         drop_stale_bitmaps(file, &mut header).await?;
+        if !examined.overlaps.is_empty()
+            && separate_tables(file, &header, &examined, &mut done).await?
+        {
+            examined = examine(file, &header, progress).await?;
+        }
+        if !examined.overlaps.is_empty()
+            && separate_data(file, &header, &examined, &mut done).await?
+        {
+            examined = examine(file, &header, progress).await?;
+        }
+        // Only now is every table alone where it lies.
         if fix_reserves(file, &header, &examined, &mut done).await? {
             examined = examine(file, &header, progress).await?;
         }
+        examined.compared.needs_rebuild |= examined.overlaps.refcounts;
     }
     let is_lost = examined.report.findings.iter().any(leads_astray);
     if examined.compared.needs_rebuild {

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::error::{Corruption, Feature, TableKind};
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 
 /// An entry of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +74,49 @@ pub enum Finding {
         at: HostOffset,
         /// The metadata in it.
         table: TableKind,
+    },
+    /// An entry names a cluster that holds metadata of another kind, too. A repair copies what the cluster holds to
+    /// another one, which the entry names from then on.
+    #[error("{entry}: {raw:#018x}{} names a cluster of metadata", Guest(*guest))]
+    OverMetadata {
+        /// The entry.
+        entry: EntryPlace,
+        /// What it holds, or held.
+        raw: u64,
+        /// What it maps of the present disk, where it does.
+        guest: Option<GuestOffset>,
+    },
+    /// An entry of the snapshot table breaks the format, and what it refers to is known all the same.
+    #[error("the snapshot table at {at}: {what}")]
+    SnapshotEntry {
+        /// The entry.
+        at: HostOffset,
+        /// What is wrong with it.
+        what: Corruption,
+    },
+    /// Internal snapshots that cannot be read, from one position of their table on.
+    #[error(
+        "snapshots from {snapshot} (from 0) to the end of their table, {count} in all, cannot be read"
+    )]
+    SnapshotsLost {
+        /// The position of the first in the snapshot table, from 0.
+        snapshot: u64,
+        /// How many.
+        count: u64,
+    },
+    /// An internal snapshot whose L1 table cannot be read.
+    #[error(
+        "snapshot {snapshot} (from 0, {name:?}) has no L1 table in the file: {entries} entries at {at}"
+    )]
+    SnapshotLost {
+        /// The position in the snapshot table, from 0.
+        snapshot: u64,
+        /// Its name.
+        name: String,
+        /// Where its L1 table should start.
+        at: HostOffset,
+        /// The entries of its L1 table.
+        entries: u64,
     },
     /// An entry sets bits that must be zero.
     #[error("{entry}: {raw:#018x} sets reserved bits")]
@@ -209,6 +252,18 @@ pub enum Finding {
         /// How often its cluster is used so far.
         references: u64,
     },
+}
+
+/// Where the guest sees something, if it does.
+struct Guest(Option<GuestOffset>);
+
+impl fmt::Display for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(at) => write!(f, " (guest offset {at})"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// How bad a finding is.

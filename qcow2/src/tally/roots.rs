@@ -6,7 +6,7 @@ use block::{ByteRange, HostFile};
 use crate::bitmap::codec::{BitmapsExtension, DirectoryEntry, parse_directory};
 use crate::error::{Corruption, Error, Fault, TableKind};
 use crate::header::{BITMAPS, Header};
-use crate::snapshots::read_snapshots;
+use crate::snapshots::{Salvaged, salvage_snapshots};
 use crate::tally::finding::Finding;
 use crate::tally::walk::Visit;
 use crate::units::{ClusterGeometry, HostOffset};
@@ -95,17 +95,23 @@ impl Roots {
         visit: Visit<'_>,
     ) -> Result<Self, Error> {
         let mut roots = Self::of_header(header);
-        match read_snapshots(file, header).await {
-            Ok(table) => {
-                roots.snapshot_table =
-                    (table.len > 0).then_some(Piece { at: header.snapshots_at, len: table.len });
-                let place = |at, entries: u32| TablePlace { at, entries: u64::from(entries) };
-                let places = table.entries.iter().map(|entry| place(entry.l1_at, entry.l1_entries));
-                roots.snapshots = places.collect();
+        let Salvaged { entries, len, fault } = salvage_snapshots(file, header).await?;
+        roots.snapshot_table = (len > 0).then_some(Piece { at: header.snapshots_at, len });
+        let place = |at, entries: u32| TablePlace { at, entries: u64::from(entries) };
+        let places = entries.iter().map(|entry| place(entry.l1_at, entry.l1_entries));
+        roots.snapshots = places.collect();
+        match fault {
+            // All that they refer to is known.
+            Some(Fault::Corrupt { at, what: what @ Corruption::SnapshotText { .. } })
+                if entries.len() as u64 == u64::from(header.snapshots) =>
+            {
+                visit.fault(Finding::SnapshotEntry { at, what }, 1);
             }
-            Err(error) => {
-                roots.cannot_read(TableKind::Snapshots, header.snapshots_at, error, visit)?
+            Some(fault) => {
+                let error = fault.of(file.path());
+                roots.cannot_read(TableKind::Snapshots, header.snapshots_at, error, visit)?;
             }
+            None => {}
         }
         // Without the bit, nobody may rely on what the extension says, not even on where it leads.
         if let Some(data) = &header.extensions.bitmaps

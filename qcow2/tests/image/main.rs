@@ -16,6 +16,7 @@ mod crash_compressed;
 mod crash_crowd;
 mod create;
 mod crowd;
+mod damage;
 mod examples;
 mod faults;
 mod fold;

@@ -33,10 +33,11 @@ pub enum Repair {
     None,
     /// Refcounts that are too high become what they ought to be, and COPIED flags that this makes wrong. Nothing else.
     Leaks,
-    /// All that can be repaired without guessing at data: refcounts, COPIED flags, reserved space that is no cluster,
-    /// a refcount table that is lost, sizes of disks that snapshots do not tell. What lies in clusters of metadata and is
-    /// something else, too, is copied to clusters of its own. Internal snapshots that cannot be read are removed. Bitmaps that cannot be read are removed or become inconsistent: all of them where
-    /// their directory is broken. Where the image is clean then, its dirty and corrupt bits go.
+    /// All that can be repaired without guessing at data: refcounts, COPIED flags, reserved space that is no cluster, a
+    /// refcount table that is lost, sizes of disks that snapshots do not tell. What lies in clusters of metadata and is
+    /// something else, too, is copied to clusters of its own. Internal snapshots that cannot be read are removed.
+    /// Bitmaps that cannot be read are removed or become inconsistent: all of them where their directory is broken.
+    /// Where the image is clean then, its dirty and corrupt bits go.
     All,
 }
 

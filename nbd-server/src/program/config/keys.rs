@@ -50,11 +50,6 @@ pub(crate) const GENERIC: &[Key] = &[
         "Who may connect: ADDRESS[/BITS], unix, uid:USER, cid:NUMBER. Everybody else may not",
     ),
     key("deny", "CLIENT,...", "Who may not connect, whatever allow says"),
-    key(
-        "passphrase_file",
-        "FILE",
-        "What opens an encrypted qcow2 image and those below it, without its last newline",
-    ),
     key("allow_references", "DIR|any", "Where backing files may lie, as --allow-references"),
     key("max_connections", "N", "Connections at once, as --max-connections"),
     key(
@@ -118,6 +113,11 @@ pub(crate) const EXPORT: &[Key] = &[
         "allocation_depth",
         "true|false",
         "Offer which layer of the chain holds each part of the disk as qemu:allocation-depth",
+    ),
+    key(
+        "passphrase_file",
+        "FILE",
+        "What opens an encrypted qcow2 image and those below it, without its last newline",
     ),
     key("allow_references", "DIR|any", "Where backing files of this image may lie"),
     key("allow", "CLIENT,...", "Who may use it, of those who may connect"),

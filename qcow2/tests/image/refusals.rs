@@ -389,15 +389,15 @@ fn parts_that_the_header_does_not_know_or_misses_are_refused_with_their_name() {
         for (refused, wanted) in [
             (
                 open(&alone, None, below()).await,
-                "refers to backing file \"\": the caller gave a device for it, and the image records none",
+                "refers to \"\": the caller gave a device for it, and the image records none",
             ),
             (
                 open(&over, None, None).await,
-                "refers to backing file \"below\": the caller gave no device for it",
+                "refers to \"below\": the caller gave no device for it",
             ),
             (
                 open(&alone, Some(data), None).await,
-                "refers to backing file \"memory.qcow2\": the caller gave an external data file, and the image has none",
+                "refers to \"memory.qcow2\": the caller gave an external data file, and the image has none",
             ),
         ] {
             let error = refused.map(drop).unwrap_err();

@@ -60,7 +60,7 @@ fuzz_target!(|data: &[u8]| {
                     break;
                 }
                 Progress::Again => {}
-                Progress::Transmission(_) | Progress::Close(_) => return,
+                Progress::StartTls | Progress::Transmission(_) | Progress::Close(_) => return,
             }
         }
     }

@@ -9,10 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
 
-use crate::storage::{Request, Storage, StorageFacts};
-use crate::{CopySource, MemoryStorage, OpenOptions};
+use crate::storage::{Storage, StorageFacts};
+use crate::{MemoryStorage, OpenOptions};
 
 /// Files in memory, each in the place of one that exists. [`crate::Engine::memory`] opens them by their paths; their
 /// locks are not imitated. Clones are the same files.
@@ -78,7 +77,7 @@ impl MemoryFiles {
             id: Some((metadata.dev(), metadata.ino())),
             ..storage.facts()
         };
-        Ok(Arc::new(StandIn { storage, facts }))
+        Ok(storage.with_facts(facts))
     }
 }
 
@@ -86,32 +85,5 @@ impl fmt::Debug for MemoryFiles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let paths: Vec<_> = self.files.lock().iter().map(|(path, _)| path.clone()).collect();
         f.debug_struct("MemoryFiles").field("paths", &paths).finish_non_exhaustive()
-    }
-}
-
-struct StandIn {
-    storage: MemoryStorage,
-    facts: StorageFacts,
-}
-
-impl Storage for StandIn {
-    fn submit(&self, request: Request) {
-        self.storage.submit(request);
-    }
-
-    fn facts(&self) -> StorageFacts {
-        self.facts
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.storage.len()
-    }
-
-    fn slots(&self) -> &Arc<Semaphore> {
-        self.storage.slots()
-    }
-
-    fn copy_source(&self) -> Option<CopySource> {
-        self.storage.copy_source()
     }
 }

@@ -187,6 +187,12 @@ impl MemoryStorage {
         Arc::new(self)
     }
 
+    /// The same in the eyes of those who ask for its facts: read-only, or of a fixed length like a block device. It does
+    /// what it did.
+    pub fn with_facts(self, facts: StorageFacts) -> Arc<dyn Storage> {
+        Arc::new(StandIn { storage: self, facts })
+    }
+
     /// The bytes now, synced or not.
     pub fn snapshot(&self) -> Vec<u8> {
         self.shared.state.lock().bytes.clone()
@@ -629,6 +635,34 @@ impl fmt::Debug for MemoryStorage {
             .field("log", &state.log.len())
             .field("held", &state.held.len())
             .finish_non_exhaustive()
+    }
+}
+
+/// A storage with other facts.
+struct StandIn {
+    storage: MemoryStorage,
+    facts: StorageFacts,
+}
+
+impl Storage for StandIn {
+    fn submit(&self, request: Request) {
+        self.storage.submit(request);
+    }
+
+    fn facts(&self) -> StorageFacts {
+        self.facts
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.storage.len()
+    }
+
+    fn slots(&self) -> &Arc<Semaphore> {
+        self.storage.slots()
+    }
+
+    fn copy_source(&self) -> Option<CopySource> {
+        self.storage.copy_source()
     }
 }
 

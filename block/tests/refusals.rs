@@ -3,15 +3,12 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
 use block::{
-    BlockDevice, ByteRange, CopySource, DeviceError, Durability, Engine, ErrorKind, HostFile,
-    HostOp, MemoryFiles, MemoryStorage, OpKind, OpenOptions, RawDevice, Request, Storage,
-    StorageFacts, ZeroMode,
+    BlockDevice, ByteRange, DeviceError, Durability, Engine, ErrorKind, HostFile, HostOp,
+    MemoryFiles, MemoryStorage, OpKind, OpenOptions, RawDevice, Storage, StorageFacts, ZeroMode,
 };
 use bytes::Bytes;
-use tokio::sync::Semaphore;
 
 fn range(start: u64, len: u64) -> ByteRange {
     ByteRange::new(start, len).unwrap()
@@ -21,39 +18,10 @@ fn over(storage: &MemoryStorage) -> HostFile {
     HostFile::from_storage(Path::new("/x/disk"), storage.clone().into_dyn()).unwrap()
 }
 
-/// A storage with other facts: read-only, or as long as it is for ever, like a block device.
-struct Changed {
-    storage: MemoryStorage,
-    facts: StorageFacts,
-}
-
-impl Storage for Changed {
-    fn submit(&self, request: Request) {
-        self.storage.submit(request);
-    }
-
-    fn facts(&self) -> StorageFacts {
-        self.facts
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.storage.len()
-    }
-
-    fn slots(&self) -> &Arc<Semaphore> {
-        self.storage.slots()
-    }
-
-    fn copy_source(&self) -> Option<CopySource> {
-        self.storage.copy_source()
-    }
-}
-
 fn changed(storage: &MemoryStorage, change: impl FnOnce(&mut StorageFacts)) -> HostFile {
     let mut facts = storage.facts();
     change(&mut facts);
-    let storage = Arc::new(Changed { storage: storage.clone(), facts });
-    HostFile::from_storage(Path::new("/dev/disk"), storage).unwrap()
+    HostFile::from_storage(Path::new("/dev/disk"), storage.clone().with_facts(facts)).unwrap()
 }
 
 fn device(storage: &MemoryStorage) -> HostFile {

@@ -1,18 +1,16 @@
 //! What the library says when it refuses: which file, where in it, which rule, and what to do where something can be
 //! done. That a refusal is right is tested where its rule lives; here people read it.
 
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use block::{
     BlockDevice, Durability, ErrorKind, HostFile, MemoryDevice, MemoryStorage, OpKind, RawDevice,
-    Request, Storage, StorageFacts, ZeroMode,
+    Storage, StorageFacts, ZeroMode,
 };
 use qcow2::{
     AmendOptions, BackingFormat, BackingName, CreateOptions, Error, Image, OpenOptions, Version,
 };
-use tokio::sync::Semaphore;
 
 use crate::common::{block_on, pattern, range};
 use crate::memory::{Shape, host};
@@ -279,33 +277,14 @@ fn options_that_do_not_go_together_are_refused_with_what_would_do() {
     });
 }
 
-/// A storage that is as long as it is for ever, like a block device.
-struct Fixed(MemoryStorage);
-
-impl Storage for Fixed {
-    fn submit(&self, request: Request) {
-        self.0.submit(request);
-    }
-
-    fn facts(&self) -> StorageFacts {
-        StorageFacts { fixed_len: true, ..self.0.facts() }
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.0.len()
-    }
-
-    fn slots(&self) -> &Arc<Semaphore> {
-        self.0.slots()
-    }
-}
-
 #[test]
 fn a_device_that_is_full_fails_the_request_by_name_and_stays_an_image() {
     block_on(async {
         let storage = MemoryStorage::from_bytes(vec![0; 40 * 4096], 512);
         let device = || {
-            let storage = Arc::new(Fixed(storage.clone()));
+            // As long as it is for ever, like a block device.
+            let facts = StorageFacts { fixed_len: true, ..storage.facts() };
+            let storage = storage.clone().with_facts(facts);
             HostFile::from_storage(Path::new("/dev/disk"), storage).unwrap()
         };
         let options = CreateOptions::new(1 << 20).cluster_bytes(4096);

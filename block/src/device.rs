@@ -208,6 +208,18 @@ impl Limits {
         Ok(())
     }
 
+    /// The range of `len` bytes from `offset` on, which a write is about, checked as by [`Limits::check_write`]. One that
+    /// passes the largest offset that there is passes the end of every device.
+    ///
+    /// # Errors
+    /// [`DeviceError::ReadOnly`], [`DeviceError::WritePastEnd`].
+    pub fn write_range(&self, offset: u64, len: usize) -> Result<ByteRange, DeviceError> {
+        let range = ByteRange::new(offset, len as u64)
+            .unwrap_or_else(|| ByteRange::between(offset, u64::MAX));
+        self.check_write(range)?;
+        Ok(range)
+    }
+
     /// Checks that `range` lies on the device and that it may be written.
     ///
     /// # Errors

@@ -71,11 +71,9 @@ impl MemoryDevice {
         at(range.start())..at(range.end())
     }
 
-    fn checked_write(&self, range: Option<ByteRange>, at: u64) -> Result<ByteRange, DeviceError> {
+    fn check_change(&self, range: ByteRange) -> Result<(), DeviceError> {
         self.check_open()?;
-        let range = range.unwrap_or_else(|| ByteRange::between(at, u64::MAX));
-        self.limits.check_write(range)?;
-        Ok(range)
+        self.limits.check_write(range)
     }
 }
 
@@ -95,7 +93,8 @@ impl BlockDevice for MemoryDevice {
     }
 
     async fn write(&self, offset: u64, data: Bytes, _: Durability) -> Result<(), DeviceError> {
-        let range = self.checked_write(ByteRange::new(offset, data.len() as u64), offset)?;
+        self.check_open()?;
+        let range = self.limits.write_range(offset, data.len())?;
         self.bytes.write()[Self::places(range)].copy_from_slice(&data);
         Ok(())
     }
@@ -106,13 +105,13 @@ impl BlockDevice for MemoryDevice {
         _: ZeroMode,
         _: Durability,
     ) -> Result<(), DeviceError> {
-        let range = self.checked_write(Some(range), range.start())?;
+        self.check_change(range)?;
         self.bytes.write()[Self::places(range)].fill(0);
         Ok(())
     }
 
     async fn discard(&self, range: ByteRange, _: Durability) -> Result<(), DeviceError> {
-        self.checked_write(Some(range), range.start()).map(drop)
+        self.check_change(range)
     }
 
     async fn flush(&self) -> Result<(), DeviceError> {

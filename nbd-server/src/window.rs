@@ -57,10 +57,8 @@ impl BlockDevice for Window {
         data: Bytes,
         durability: Durability,
     ) -> Result<(), DeviceError> {
-        let range = ByteRange::new(offset, data.len() as u64)
-            .unwrap_or_else(|| ByteRange::between(offset, u64::MAX));
-        let range = self.place(range, Limits::check_write)?;
-        self.device.write(range.start(), data, durability).await
+        self.limits().write_range(offset, data.len())?;
+        self.device.write(self.range.start() + offset, data, durability).await
     }
 
     async fn write_zeroes(

@@ -82,10 +82,7 @@ impl Inner {
         data: Bytes,
         level: Option<u8>,
     ) -> Result<(), Error> {
-        let limits = self.limits();
-        let range = ByteRange::new(at, data.len() as u64)
-            .unwrap_or_else(|| ByteRange::between(at, u64::MAX));
-        limits.check_write(range)?;
+        let range = self.limits().write_range(at, data.len())?;
         if !self.is_whole(range) {
             let what = "compressed writes of parts of clusters";
             return Err(Error::Request(DeviceError::NotSupported { what }));

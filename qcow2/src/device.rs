@@ -29,12 +29,7 @@ impl BlockDevice for Image {
         data: Bytes,
         durability: Durability,
     ) -> Result<(), DeviceError> {
-        let limits = self.inner.limits();
-        let range = ByteRange::new(offset, data.len() as u64).ok_or_else(|| {
-            let range = ByteRange::between(offset, u64::MAX);
-            DeviceError::WritePastEnd { range, size_bytes: limits.size_bytes }
-        })?;
-        limits.check_write(range)?;
+        let range = self.inner.limits().write_range(offset, data.len())?;
         if !range.is_empty() {
             self.inner.write(offset, data).await?;
         }

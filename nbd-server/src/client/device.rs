@@ -441,9 +441,7 @@ impl BlockDevice for NbdDevice {
         data: Bytes,
         durability: Durability,
     ) -> Result<(), DeviceError> {
-        let range = ByteRange::new(offset, data.len() as u64)
-            .unwrap_or_else(|| ByteRange::between(offset, u64::MAX));
-        self.limits().check_write(range)?;
+        let range = self.limits().write_range(offset, data.len())?;
         if range.is_empty() {
             return Ok(());
         }

@@ -28,7 +28,10 @@ endif
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --locked -p nbd-server --no-default-features --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked -p nbd-server --no-default-features --no-deps
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked -p nbd-server --no-default-features --features client --no-deps
 
 bench: peers
 	$(CARGO) build --locked --release -p nbd-server -p benches

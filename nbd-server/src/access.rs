@@ -85,7 +85,7 @@ pub(crate) enum Protection {
     #[default]
     Plain,
     /// By TLS; with the client's identity where it showed a valid certificate.
-    #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "only TLS makes one"))]
+    #[cfg_attr(not(any(feature = "tls", test)), expect(dead_code, reason = "only TLS makes one"))]
     Tls(Option<Arc<Identity>>),
 }
 

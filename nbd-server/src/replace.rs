@@ -8,6 +8,8 @@ use block::BlockDevice;
 
 use crate::export::{Export, ExportError, Removal, Served};
 use crate::server::{Server, Table};
+#[cfg(feature = "tls")]
+use crate::tls::ServerTls;
 
 /// What [`Server::replace_exports`] changed, by the names of exports.
 #[derive(Debug, Default)]
@@ -86,11 +88,36 @@ impl Server {
         exports: impl IntoIterator<Item = Export>,
         how: Removal,
     ) -> Result<Replaced, ExportError> {
+        let next = self.table_of(exports)?;
+        self.exchange(
+            next,
+            how,
+            #[cfg(feature = "tls")]
+            None,
+        )
+    }
+
+    /// [`Server::replace_exports`] and [`Server::replace_tls`] at one stroke: where either cannot be, nothing changes.
+    ///
+    /// # Errors
+    /// [`ExportError`].
+    #[cfg(feature = "tls")]
+    pub fn replace_exports_and_tls(
+        &self,
+        exports: impl IntoIterator<Item = Export>,
+        tls: ServerTls,
+        how: Removal,
+    ) -> Result<Replaced, ExportError> {
+        let next = self.table_of(exports)?;
+        self.exchange(next, how, Some(tls))
+    }
+
+    fn table_of(&self, exports: impl IntoIterator<Item = Export>) -> Result<Table, ExportError> {
         let mut next = Table::default();
         for export in exports {
             next.insert(Served::new(export, self.limits())?)?;
         }
-        self.exchange(next, how)
+        Ok(next)
     }
 }
 

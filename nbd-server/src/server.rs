@@ -258,14 +258,10 @@ impl Server {
     pub fn replace_tls(&self, tls: ServerTls) -> Result<(), ExportError> {
         // Under the lock, so that no such export is added meanwhile.
         let table = self.shared.table.write();
-        if !tls.identifies_clients()
-            && let Some(served) = table.exports.values().find(|one| one.access.clients.is_some())
-        {
-            return Err(ExportError::NeedsClientCertificates(served.facts.name.clone()));
+        for served in table.exports.values().filter(|one| one.access.clients.is_some()) {
+            check_access(served, self.shared.tls_mode, tls.identifies_clients())?;
         }
-        if self.shared.tls_mode != TlsMode::Off {
-            *self.shared.tls.write() = Some(tls);
-        }
+        self.shared.use_tls(tls);
         Ok(())
     }
 
@@ -279,7 +275,7 @@ impl Server {
         if self.shared.stopping.is_raised() {
             return Err(ExportError::ShuttingDown);
         }
-        self.check_access(&served)?;
+        check_access(&served, self.shared.tls_mode, self.shared.identifies_clients())?;
         table.insert(served)
     }
 
@@ -287,14 +283,26 @@ impl Server {
         &self.shared.limits
     }
 
-    /// Makes `next` the table.
-    pub(crate) fn exchange(&self, mut next: Table, how: Removal) -> Result<Replaced, ExportError> {
+    /// Makes `next` the table, and uses other certificates with it where there are any.
+    pub(crate) fn exchange(
+        &self,
+        mut next: Table,
+        how: Removal,
+        #[cfg(feature = "tls")] tls: Option<ServerTls>,
+    ) -> Result<Replaced, ExportError> {
         let mut table = self.shared.table.write();
         if self.shared.stopping.is_raised() {
             return Err(ExportError::ShuttingDown);
         }
+        let identifies = self.shared.identifies_clients();
+        #[cfg(feature = "tls")]
+        let identifies = tls.as_ref().map_or(identifies, ServerTls::identifies_clients);
         for served in next.exports.values() {
-            self.check_access(served)?;
+            check_access(served, self.shared.tls_mode, identifies)?;
+        }
+        #[cfg(feature = "tls")]
+        if let Some(tls) = tls {
+            self.shared.use_tls(tls);
         }
         let mut replaced = settle(&table.exports, &mut next);
         replaced.default_changed = table.default != next.default;
@@ -316,20 +324,6 @@ impl Server {
     /// Sets whether clients may list the exports. By default they may, and are shown those that they may use.
     pub fn set_listing(&self, listing: bool) {
         self.shared.policy.write().listing = listing;
-    }
-
-    /// Whether what an export demands of its clients can be had here.
-    fn check_access(&self, served: &Served) -> Result<(), ExportError> {
-        if served.access.needs_tls() && self.shared.tls_mode == TlsMode::Off {
-            return Err(ExportError::NeedsTls(served.facts.name.clone()));
-        }
-        #[cfg(feature = "tls")]
-        if served.access.clients.is_some()
-            && !self.shared.tls.read().as_ref().is_some_and(ServerTls::identifies_clients)
-        {
-            return Err(ExportError::NeedsClientCertificates(served.facts.name.clone()));
-        }
-        Ok(())
     }
 
     /// Removes an export and returns its device once no connection and no request uses it; the caller closes it.
@@ -411,6 +405,35 @@ impl Server {
         });
         report.unflushed = join_all(flushes).await.into_iter().flatten().collect();
         report
+    }
+}
+
+/// Whether what an export demands of its clients can be had with TLS of this kind.
+fn check_access(served: &Served, mode: TlsMode, identifies: bool) -> Result<(), ExportError> {
+    if served.access.needs_tls() && mode == TlsMode::Off {
+        return Err(ExportError::NeedsTls(served.facts.name.clone()));
+    }
+    if served.access.clients.is_some() && !identifies {
+        return Err(ExportError::NeedsClientCertificates(served.facts.name.clone()));
+    }
+    Ok(())
+}
+
+impl Shared {
+    /// Whether clients' certificates are looked at.
+    fn identifies_clients(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return self.tls.read().as_ref().is_some_and(ServerTls::identifies_clients);
+        #[cfg(not(feature = "tls"))]
+        false
+    }
+
+    /// Begins TLS with these certificates from now on, where it is spoken at all.
+    #[cfg(feature = "tls")]
+    fn use_tls(&self, tls: ServerTls) {
+        if self.tls_mode != TlsMode::Off {
+            *self.tls.write() = Some(tls);
+        }
     }
 }
 

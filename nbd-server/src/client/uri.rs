@@ -41,7 +41,7 @@ impl NbdUri {
 
     /// `options` with what the URI says about TLS, by the names that libnbd gave it:
     ///
-    /// - `tls-certificates`: the directory for [`ClientTls::from_directory`](crate::tls::ClientTls::from_directory);
+    /// - `tls-certificates`: the directory for `ClientTls::from_directory`;
     ///   without it, the authorities of this host count
     /// - `tls-hostname`: the name that the server proves, instead of the one in the URI
     /// - `tls-verify-peer`: `true`, or `false` to trust everybody
@@ -49,7 +49,7 @@ impl NbdUri {
     /// The URI of another scheme leaves the options as they are. Reads files, briefly.
     ///
     /// # Errors
-    /// [`ClientError::TlsSetup`].
+    /// `ClientError::TlsSetup`.
     pub fn options(&self, options: ClientOptions) -> Result<ClientOptions, ClientError> {
         #[cfg(feature = "tls")]
         if self.tls {

@@ -13,9 +13,10 @@ use nbd_server::{Export, Removal, Replaced, Server, Window, WriteThrough, partit
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::NewTls;
 use super::attendant::Doorkeeper;
 use super::config::Place;
-use super::images::{ImageKey, Opened};
+use super::images::{ImageKey, Opened, Opening};
 use super::options::{AllowReferences, ExportSpec, Writes};
 use super::overlay::Overlay;
 
@@ -49,19 +50,19 @@ struct Shown {
 /// Images and exports.
 pub(super) struct Catalogue {
     server: Server,
-    references: Option<AllowReferences>,
+    how: Opening,
     images: HashMap<ImageKey, Shown>,
     placed: BTreeMap<String, Placed>,
     leaving: JoinSet<ImageKey>,
 }
 
 impl Catalogue {
-    pub(super) fn new(server: Server, references: Option<AllowReferences>) -> Self {
+    pub(super) fn new(server: Server, how: Opening) -> Self {
         let (images, placed) = (HashMap::new(), BTreeMap::new());
-        Self { server, references, images, placed, leaving: JoinSet::new() }
+        Self { server, how, images, placed, leaving: JoinSet::new() }
     }
 
-    /// Serves what is wanted and nothing else. Where that cannot be, everything is as it was before.
+    /// Serves what is wanted and nothing else, and with it other certificates where there are any. Where that cannot be, everything is as it was before.
     ///
     /// An export that is wanted as it is stays as it is, and its image is not opened again, unless another file has
     /// taken its place. Dropping the future leaves images open that `end` closes.
@@ -70,12 +71,17 @@ impl Catalogue {
         wanted: &[Wanted],
         references: Option<&AllowReferences>,
         removal: Removal,
+        tls: Option<NewTls>,
     ) -> anyhow::Result<Replaced> {
-        let references = references.or(self.references.as_ref()).cloned();
+        let references = references.or(self.how.references.as_ref()).cloned();
         let applied = match self.prepare(wanted, references).await {
             Ok(placed) => {
                 let exports = placed.values().map(|placed| placed.export.clone());
-                let replaced = self.server.replace_exports(exports, removal);
+                let replaced = match tls {
+                    None => self.server.replace_exports(exports, removal),
+                    #[cfg(feature = "tls")]
+                    Some(tls) => self.server.replace_exports_and_tls(exports, tls, removal),
+                };
                 replaced.map(|replaced| (placed, replaced)).map_err(anyhow::Error::from)
             }
             Err(error) => Err(error),
@@ -201,7 +207,7 @@ impl Catalogue {
                  reload, and add them again"
             ),
             None => {
-                let opened = Opened::open(key, writable).await?;
+                let opened = Opened::open(key, writable, self.how.unlock_time).await?;
                 self.images.insert(key.clone(), Shown { opened, writable, retired: 0 });
             }
         }

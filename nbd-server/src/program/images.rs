@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use async_trait::async_trait;
@@ -17,6 +18,14 @@ use super::options::{AllowReferences, ExportSpec, Format};
 
 /// The first bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// How images are opened that do not say otherwise.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Opening {
+    pub(super) references: Option<AllowReferences>,
+    /// How long may be worked on a passphrase for one key slot.
+    pub(super) unlock_time: Option<Duration>,
+}
 
 /// What makes two exports show one image: which file it is, and as what it is opened.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -70,7 +79,11 @@ impl Opened {
     }
 
     /// Opens an image, for writing where that is wanted and can be.
-    pub(super) async fn open(key: &ImageKey, writable: bool) -> anyhow::Result<Self> {
+    pub(super) async fn open(
+        key: &ImageKey,
+        writable: bool,
+        unlock_time: Option<Duration>,
+    ) -> anyhow::Result<Self> {
         Ok(match key.format {
             Format::Raw => {
                 Self { device: RawDevice::open(&key.path, !writable).await?, image: None }
@@ -78,6 +91,7 @@ impl Opened {
             Format::Qcow2 => {
                 let mut options = qcow2_options(key, writable);
                 options.passphrases = passphrases(key)?;
+                options.unlock_time = unlock_time.unwrap_or(options.unlock_time);
                 let image = Image::open(&key.path, options).await.map_err(explained)?;
                 Self { device: Arc::new(image.clone()), image: Some(image) }
             }
@@ -204,9 +218,16 @@ fn passphrases(key: &ImageKey) -> anyhow::Result<Vec<Passphrase>> {
 
 /// An error with what an export offers against it.
 fn explained(error: qcow2::Error) -> anyhow::Error {
-    let locked = matches!(error, qcow2::Error::Locked { reason: UnlockError::NoPassphrase, .. });
-    let error = anyhow::Error::new(error);
-    if locked { error.context("the export needs passphrase-file=FILE") } else { error }
+    let hint = match &error {
+        qcow2::Error::Locked { reason: UnlockError::NoPassphrase, .. } => {
+            "the export needs passphrase-file=FILE"
+        }
+        qcow2::Error::Locked { reason: UnlockError::TooMuchWork { .. }, .. } => {
+            "--unlock-seconds allows more"
+        }
+        _ => return error.into(),
+    };
+    anyhow::Error::new(error).context(hint)
 }
 
 /// Whether a file begins as a qcow2 image does.

@@ -27,6 +27,12 @@ use config::Config;
 pub(crate) use options::Options;
 use reload::Reloading;
 
+/// Certificates that take the place of others.
+#[cfg(feature = "tls")]
+type NewTls = nbd_server::tls::ServerTls;
+#[cfg(not(feature = "tls"))]
+type NewTls = std::convert::Infallible;
+
 /// How long connections may take to end, and devices to flush, after a signal.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 
@@ -54,7 +60,10 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
     };
     let server_config = ServerConfig::with_limits(limits(&options, config.as_ref()));
     #[cfg(feature = "tls")]
-    let server_config = options.tls.apply(server_config)?;
+    let server_config = match options.tls.find(config.as_ref())? {
+        Some((mode, tls)) => server_config.tls(mode, tls),
+        None => server_config,
+    };
     let sockets = sockets::open(listen, &socket_options(&options, config.as_ref()))?;
     let of_config = |field: fn(&config::Generic) -> Option<&String>| {
         generic.and_then(field).map(String::as_str)
@@ -110,7 +119,11 @@ async fn serve(
     let mut stop = Stop::new()?;
     let mut hangup = signal(SignalKind::hangup())?;
     let server = Server::new(server_config);
-    let mut catalogue = Catalogue::new(server.clone(), options.allow_references.clone());
+    let how = images::Opening {
+        references: options.allow_references.clone(),
+        unlock_time: options.unlock_seconds,
+    };
+    let mut catalogue = Catalogue::new(server.clone(), how);
     let started = tokio::select! {
         started = start(&server, &reloading, config.as_ref(), &mut catalogue, sockets) => started,
         () = stop.requested() => Ok(()),
@@ -147,7 +160,7 @@ async fn start(
 ) -> anyhow::Result<()> {
     reloading.set_policy(server, config);
     let references = config.and_then(|config| config.generic.references.as_ref());
-    catalogue.apply(&reloading.wanted(config), references, Removal::Drain).await?;
+    catalogue.apply(&reloading.wanted(config), references, Removal::Drain, None).await?;
     let mut out = std::io::stdout();
     for socket in sockets {
         let address = socket.to_string();

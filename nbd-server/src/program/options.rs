@@ -4,6 +4,7 @@ use std::fmt;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -44,6 +45,10 @@ pub(crate) struct Options {
     /// Where backing files may lie: below DIR, or anywhere [default: below the directory of the image]
     #[arg(long, value_name = "DIR|any")]
     pub(crate) allow_references: Option<AllowReferences>,
+
+    /// How long a processor may work to try a passphrase on one key slot of an encrypted image, also 0.5 [default: 15]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) unlock_seconds: Option<Duration>,
 
     /// Who may connect: ADDRESS[/BITS], unix, uid:USER or cid:NUMBER. Repeatable; then nobody else may
     #[arg(long, value_name = "CLIENT", value_parser = identity::client)]
@@ -134,6 +139,12 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|_| wants())?;
     number.checked_mul(1 << shift).filter(|bytes| i64::try_from(*bytes).is_ok()).ok_or_else(wants)
+}
+
+/// A time in seconds, whole or not.
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.ok_or_else(|| "it is a number of seconds, like 20 or 0.5".to_owned())
 }
 
 /// The mode of a socket.

@@ -3,9 +3,11 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
-use nbd_server::{Admission, ClientRule, Server};
+use anyhow::{anyhow, bail};
+use block::MemoryDevice;
+use nbd_server::{Admission, ClientRule, Export, Server, ServerConfig};
 
+use super::NewTls;
 use super::catalogue::{Catalogue, Wanted};
 use super::config::{self, Config, Fault, Faults, Finding, Generic, Place};
 use super::images::ImageKey;
@@ -19,6 +21,8 @@ pub(super) struct Reloading {
     exports: Vec<ExportSpec>,
     allow: Vec<ClientRule>,
     deny: Vec<ClientRule>,
+    #[cfg(feature = "tls")]
+    tls: super::tls::TlsOptions,
 }
 
 impl Reloading {
@@ -33,6 +37,8 @@ impl Reloading {
             exports: options.exports.clone(),
             allow: options.allow.clone(),
             deny: options.deny.clone(),
+            #[cfg(feature = "tls")]
+            tls: options.tls.clone(),
         };
         config.map_or(Ok(()), |config| reloading.check_any(config))?;
         Ok(reloading)
@@ -61,6 +67,31 @@ impl Reloading {
                 .map(|(place, spec)| Wanted { spec: spec.clone(), place: Some(place.clone()) }),
         );
         wanted
+    }
+
+    /// Whether a server takes the exports, with TLS as it would be: their names, and what they demand of clients.
+    fn rehearse(&self, wanted: &[Wanted], config: Option<&Config>) -> anyhow::Result<()> {
+        let server_config = ServerConfig::default();
+        #[cfg(feature = "tls")]
+        let server_config = match self.tls.find(config)? {
+            Some((mode, tls)) => server_config.tls(mode, tls),
+            None => server_config,
+        };
+        #[cfg(not(feature = "tls"))]
+        let _ = config;
+        let server = Server::new(server_config);
+        for Wanted { spec, place } in wanted {
+            let device = MemoryDevice::new(0);
+            let mut export = Export::new(&spec.name, device)
+                .default_export(spec.is_default)
+                .tls_only(spec.tls_only);
+            if !spec.clients.is_empty() {
+                export = export.clients(spec.clients.iter().cloned());
+            }
+            let place = place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default();
+            server.add_export(export).map_err(|error| anyhow!("{place}{error}"))?;
+        }
+        Ok(())
     }
 
     /// Sets who may connect, and whether exports are listed.
@@ -96,14 +127,18 @@ impl Reloading {
             tracing::warn!("{remark}");
         }
         let generic = &config.generic;
+        let tls = match self.tls(&config) {
+            Ok(tls) => tls,
+            Err(error) => return tracing::error!("{error:#}; the configuration is not reloaded"),
+        };
         let wanted = self.wanted(Some(&config));
-        match catalogue.apply(&wanted, generic.references.as_ref(), generic.removal).await {
+        match catalogue.apply(&wanted, generic.references.as_ref(), generic.removal, tls).await {
             Ok(replaced) => {
                 self.set_policy(server, Some(&config));
                 if self.generic.as_ref().is_some_and(|start| !start.starts_like(generic)) {
                     let file = whole(&config).file;
                     tracing::warn!(
-                        "{}: addresses, limits and users change with the next start",
+                        "{}: addresses, limits, users, and whether TLS is used, change with the next start",
                         file.display()
                     );
                 }
@@ -113,6 +148,17 @@ impl Reloading {
                 catalogue.sweep().await;
             }
             Err(error) => tracing::error!("{error:#}; the configuration is not reloaded"),
+        }
+    }
+
+    /// The certificates that the files name, as they are now.
+    fn tls(&self, config: &Config) -> anyhow::Result<Option<NewTls>> {
+        #[cfg(feature = "tls")]
+        return self.tls.of_reload(config);
+        #[cfg(not(feature = "tls"))]
+        {
+            let _ = config;
+            Ok(None)
         }
     }
 
@@ -153,6 +199,9 @@ pub(super) fn check(reloading: &Reloading, config: Option<&Config>) -> anyhow::R
             let place = one.place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default();
             wrong.push(format!("{place}[{}] {}: {error:#}", spec.name, spec.path.display()));
         }
+    }
+    if let Err(error) = reloading.rehearse(&wanted, config) {
+        wrong.push(format!("{error:#}"));
     }
     if !wrong.is_empty() {
         bail!(wrong.join("\n"));

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use nbd_server::tls::{ClientCertificates, ServerTls};
-use nbd_server::{Server, ServerConfig, TlsMode};
+use nbd_server::{Server, TlsMode};
+
+use super::config::Config;
 
 /// TLS on all listeners.
 #[derive(Clone, Debug, Default, Args)]
@@ -34,15 +36,29 @@ enum Tls {
 }
 
 impl TlsOptions {
-    /// Adds TLS to the configuration of a server, where it is asked for.
-    pub(super) fn apply(&self, config: ServerConfig) -> anyhow::Result<ServerConfig> {
+    /// TLS as these options ask for it, or else as the configuration does; none where nobody does.
+    pub(super) fn find(
+        &self,
+        config: Option<&Config>,
+    ) -> anyhow::Result<Option<(TlsMode, ServerTls)>> {
         let mode = match self.tls {
-            None | Some(Tls::Off) => return Ok(config),
+            None => return Ok(config.map(of_files).transpose()?.flatten()),
+            Some(Tls::Off) => TlsMode::Off,
             Some(Tls::On) => TlsMode::Offered,
             Some(Tls::Require) => TlsMode::Required,
         };
-        let Some(tls) = self.read()? else { return Ok(config) };
-        Ok(config.tls(mode, tls))
+        if config.is_some_and(|config| config.generic.tls.mode != TlsMode::Off) {
+            tracing::warn!("--tls takes the place of what the configuration says on TLS");
+        }
+        Ok(self.read()?.map(|tls| (mode, tls)))
+    }
+
+    /// The certificates that a configuration names as they are now, where it is what counts.
+    pub(super) fn of_reload(&self, config: &Config) -> anyhow::Result<Option<ServerTls>> {
+        match self.tls {
+            None => Ok(of_files(config)?.map(|(_, tls)| tls)),
+            Some(_) => Ok(None),
+        }
     }
 
     /// Uses the certificates as they are now for new connections; those that cannot be used change nothing.
@@ -72,4 +88,17 @@ impl TlsOptions {
         let read = ServerTls::from_directory(directory, clients);
         Ok(Some(read.context("cannot set up TLS")?))
     }
+}
+
+/// TLS as a configuration asks for it.
+fn of_files(config: &Config) -> anyhow::Result<Option<(TlsMode, ServerTls)>> {
+    let asked = &config.generic.tls;
+    if asked.mode == TlsMode::Off {
+        return Ok(None);
+    }
+    let read = ServerTls::from_files(&asked.files).with_context(|| {
+        let file = config.files.first().map(|file| file.display().to_string()).unwrap_or_default();
+        format!("{file}:{}: cannot set up TLS", asked.line)
+    });
+    Ok(Some((asked.mode, read?)))
 }

@@ -18,7 +18,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::error::TlsError;
 use super::material::{self, CA, CRL, Credentials, Pem};
-use super::{VERSIONS, provider};
+use super::{TlsVersions, provider};
 
 /// Whom a client trusts, as whom it calls, and the server's name. Clones share it.
 ///
@@ -115,7 +115,7 @@ impl ClientTls {
             source: Box::new(source),
         };
         let builder = rustls::ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(VERSIONS)
+            .with_protocol_versions(TlsVersions::Both.of_rustls())
             .map_err(|source| unusable("the TLS provider", source))?
             .dangerous()
             .with_custom_certificate_verifier(verifier);

@@ -75,7 +75,7 @@ impl Pem<'_> {
     }
 }
 
-/// A file of a directory, with its path for messages; `None` where there is none of that name.
+/// A file, with its path for messages.
 pub(super) struct PemFile {
     what: String,
     text: Vec<u8>,
@@ -89,17 +89,22 @@ impl PemFile {
 
 /// Reads `name` in `directory`.
 pub(super) fn find(directory: &Path, name: &str) -> Result<Option<PemFile>, TlsError> {
-    let path = directory.join(name);
-    match fs::read(&path) {
-        Ok(text) => Ok(Some(PemFile { what: path.display().to_string(), text })),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TlsError::Read { path, source }),
+    match open(&directory.join(name)) {
+        Ok(file) => Ok(Some(file)),
+        Err(TlsError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
 /// Reads `name` in `directory`, where it must be.
 pub(super) fn read(directory: &Path, name: &str) -> Result<PemFile, TlsError> {
-    let missing =
-        || TlsError::Read { path: directory.join(name), source: ErrorKind::NotFound.into() };
-    find(directory, name)?.ok_or_else(missing)
+    open(&directory.join(name))
+}
+
+/// Reads a file.
+pub(super) fn open(path: &Path) -> Result<PemFile, TlsError> {
+    match fs::read(path) {
+        Ok(text) => Ok(PemFile { what: path.display().to_string(), text }),
+        Err(source) => Err(TlsError::Read { path: path.to_owned(), source }),
+    }
 }

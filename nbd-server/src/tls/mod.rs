@@ -19,10 +19,31 @@ use rustls::version::{TLS12, TLS13};
 #[cfg(feature = "client")]
 pub use client::ClientTls;
 pub use error::TlsError;
-pub use server::{ClientCertificates, ServerTls};
+pub use server::{ClientCertificates, ServerTls, ServerTlsFiles};
 
-/// The versions that are spoken.
-const VERSIONS: &[&rustls::SupportedProtocolVersion] = &[&TLS13, &TLS12];
+/// The versions of TLS that a server speaks. Older ones are never spoken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TlsVersions {
+    /// 1.2 and 1.3.
+    #[default]
+    Both,
+    /// 1.2 alone.
+    Only12,
+    /// 1.3 alone.
+    Only13,
+}
+
+impl TlsVersions {
+    fn of_rustls(self) -> &'static [&'static rustls::SupportedProtocolVersion] {
+        const VERSIONS: &[&rustls::SupportedProtocolVersion] = &[&TLS13, &TLS12];
+        let (newer, older) = VERSIONS.split_at(1);
+        match self {
+            Self::Both => VERSIONS,
+            Self::Only12 => older,
+            Self::Only13 => newer,
+        }
+    }
+}
 
 /// Named at every use: a process may hold several providers and no default one.
 fn provider() -> Arc<CryptoProvider> {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
@@ -14,7 +14,7 @@ use tokio_rustls::server::TlsStream;
 use super::error::TlsError;
 use super::identity::identity;
 use super::material::{self, CA, CRL, Credentials, Pem};
-use super::{VERSIONS, provider};
+use super::{TlsVersions, provider};
 use crate::access::Identity;
 
 /// What a server demands of clients' certificates.
@@ -27,6 +27,22 @@ pub enum ClientCertificates {
     Requested,
     /// Clients without a valid one are not served.
     Required,
+}
+
+/// Where what a server needs for TLS lies, for [`ServerTls::from_files`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerTlsFiles {
+    /// The server's certificate, followed by those between it and the authority's, as PEM.
+    pub certificate: PathBuf,
+    /// Its key, as PEM; may be the same file.
+    pub key: PathBuf,
+    /// The authorities that issue clients' certificates, as PEM. Where this is named, clients without a valid one are
+    /// not served; otherwise none is asked for.
+    pub authorities: Option<PathBuf>,
+    /// The versions to speak.
+    pub versions: TlsVersions,
+    /// Whether the server's order of ciphers counts, and not the client's.
+    pub server_order: bool,
 }
 
 /// A server's certificate and key, and its demands on clients'. Clones share them.
@@ -58,7 +74,30 @@ impl ServerTls {
             _ => (Some(material::read(directory, CA)?), material::find(directory, CRL)?),
         };
         let (ca, crl) = (ca.as_ref().map(|file| file.pem()), crl.as_ref().map(|file| file.pem()));
-        Self::new(credentials, clients, ca, crl, certificate.pem().what)
+        let demands = Demands { clients, ca, crl, ..Demands::default() };
+        Self::new(credentials, demands, certificate.pem().what)
+    }
+
+    /// Reads the files that are named. Briefly; to be called again after they changed.
+    ///
+    /// # Errors
+    /// [`TlsError`].
+    pub fn from_files(files: &ServerTlsFiles) -> Result<Self, TlsError> {
+        let certificate = material::open(&files.certificate)?;
+        let key = material::open(&files.key)?;
+        let credentials = Credentials::from_pem(certificate.pem(), key.pem())?;
+        let ca = files.authorities.as_deref().map(material::open).transpose()?;
+        let demands = Demands {
+            clients: match ca {
+                Some(_) => ClientCertificates::Required,
+                None => ClientCertificates::Ignored,
+            },
+            ca: ca.as_ref().map(|file| file.pem()),
+            crl: None,
+            versions: files.versions,
+            server_order: files.server_order,
+        };
+        Self::new(credentials, demands, certificate.pem().what)
     }
 
     /// The same from PEM texts: the server's certificate with what lies between it and the authority's, its key, and the
@@ -78,21 +117,16 @@ impl ServerTls {
             Pem { what: "the server's key", text: key },
         )?;
         let ca = authorities.map(|text| Pem { what: "the clients' authorities", text });
-        Self::new(credentials, clients, ca, None, what)
+        Self::new(credentials, Demands { clients, ca, ..Demands::default() }, what)
     }
 
-    fn new(
-        credentials: Credentials,
-        clients: ClientCertificates,
-        ca: Option<Pem<'_>>,
-        crl: Option<Pem<'_>>,
-        what: &str,
-    ) -> Result<Self, TlsError> {
+    fn new(credentials: Credentials, demands: Demands<'_>, what: &str) -> Result<Self, TlsError> {
+        let Demands { clients, ca, crl, versions, server_order } = demands;
         let unusable = |what: &str, source: Box<dyn std::error::Error + Send + Sync>| {
             TlsError::Unusable { what: what.to_owned(), source }
         };
         let builder = rustls::ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(VERSIONS)
+            .with_protocol_versions(versions.of_rustls())
             .map_err(|source| unusable("the TLS provider", Box::new(source)))?;
         let builder = if clients == ClientCertificates::Ignored {
             builder.with_no_client_auth()
@@ -116,6 +150,7 @@ impl ServerTls {
         let mut config = builder
             .with_single_cert(credentials.chain, credentials.key)
             .map_err(|source| unusable(what, Box::new(source)))?;
+        config.ignore_client_order = server_order;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(Self { config: Arc::new(config), clients })
@@ -137,6 +172,16 @@ impl ServerTls {
         let first = session.peer_certificates().and_then(<[_]>::first);
         Ok(Accepted { identity: first.map(identity).map(Arc::new), stream })
     }
+}
+
+/// What a server demands, beside its own certificate.
+#[derive(Default)]
+struct Demands<'a> {
+    clients: ClientCertificates,
+    ca: Option<Pem<'a>>,
+    crl: Option<Pem<'a>>,
+    versions: TlsVersions,
+    server_order: bool,
 }
 
 /// A stream on which TLS has begun.

@@ -70,3 +70,28 @@ fn an_encrypted_image_is_not_served_without_its_passphrase() {
         assert!(errors.contains(reason) && !errors.contains("sesame"), "{options}: {errors}");
     }
 }
+
+#[test]
+fn a_key_slot_that_asks_for_too_much_work_is_not_tried() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create(dir);
+    let export = "--export=one=disk.qcow2,passphrase-file=key";
+    for (seconds, reason) in
+        [("0.0001", Some("--unlock-seconds allows more")), ("x", Some("number")), ("600", None)]
+    {
+        let unlock = format!("--unlock-seconds={seconds}");
+        let mut server = Running::start(dir, &["--listen=unix:socket", export, &unlock]);
+        match reason {
+            None => {
+                server.address();
+                assert!(server.stop());
+            }
+            Some(reason) => {
+                assert!(!server.child.wait().unwrap().success(), "{seconds}");
+                let errors = server.errors();
+                assert!(errors.contains(reason), "{seconds}: {errors}");
+            }
+        }
+    }
+}

@@ -15,6 +15,14 @@ fn uri(export: &str, certificates: &Path) -> String {
     format!("nbds+unix:///{export}?socket=socket&tls-certificates={}", certificates.display())
 }
 
+/// A configuration with the certificates in a directory, and more lines of [generic] and on exports.
+fn configure(dir: &Path, certificates: &Path, generic: &str, exports: &str) {
+    let folder = certificates.display();
+    let files = format!("keyfile = {folder}/server-key.pem\ncertfile = {folder}/server-cert.pem\n");
+    let text = format!("[generic]\nunixsock = socket\nallowlist = true\n{files}{generic}{exports}");
+    std::fs::write(dir.join("config"), text).unwrap();
+}
+
 fn fails(dir: &Path, uri: &str) -> bool {
     let output = Command::new("timeout").args(["40", "nbdinfo", uri]).current_dir(dir).output();
     output.unwrap().status.code() == Some(1)
@@ -181,4 +189,111 @@ fn hang_up(server: &Running) {
 /// Asks again until it is so; a process is started for each question, which takes its time.
 fn wait_for(is_so: impl Fn() -> bool) {
     assert!((0..500).any(|_| is_so()), "it never came");
+}
+
+const EXPORTS: &str = "[open]\nexportname = disk.img\nreadonly = true\n[secret]\nexportname = disk.img\n\
+                       readonly = true\nforce_tls = true\n";
+
+#[test]
+fn a_configuration_offers_tls_and_forces_it_on_exports() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = image(dir.path());
+    let certificates = Authority::new().both_sides();
+    configure(dir.path(), certificates.path(), "", EXPORTS);
+    let mut server = Running::start(dir.path(), &["--config=config"]);
+    server.address();
+    run(dir.path(), "nbdinfo", &["nbd+unix:///open?socket=socket"]);
+    assert!(fails(dir.path(), "nbd+unix:///secret?socket=socket"));
+    run(dir.path(), "nbdcopy", &[&uri("secret", certificates.path()), "copy.img"]);
+    assert!(std::fs::read(dir.path().join("copy.img")).unwrap() == bytes);
+    assert!(server.stop());
+}
+
+#[test]
+fn a_configuration_forces_tls_on_all_and_knows_clients_by_their_certificates() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    let authority = Authority::new();
+    let certificates = authority.both_sides();
+    let generic = format!(
+        "force_tls = true\ncacertfile = {}/ca-cert.pem\ntlsprio = NORMAL:-VERS-ALL:+VERS-TLS1.3\n",
+        certificates.path().display()
+    );
+    let exports = format!(
+        "{EXPORTS}client = cn:client of a test\n[theirs]\nexportname = disk.img\nreadonly = true\nclient = cn:x\n"
+    );
+    configure(dir.path(), certificates.path(), &generic, &exports);
+    let mut server = Running::start(dir.path(), &["--config=config"]);
+    server.address();
+    assert!(fails(dir.path(), "nbd+unix:///open?socket=socket"));
+    for export in ["open", "secret"] {
+        run(dir.path(), "nbdinfo", &[&uri(export, certificates.path())]);
+    }
+    assert!(fails(dir.path(), &uri("theirs", certificates.path())));
+    assert!(fails(dir.path(), &uri("open", authority.directory().path())), "no certificate");
+    assert!(server.stop());
+}
+
+#[test]
+fn a_reload_takes_new_certificates_and_exports_together_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let (first, second) = (Authority::new().both_sides(), Authority::new().both_sides());
+    configure(dir, first.path(), "", EXPORTS);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    // Certificates that cannot be used keep the exports as they were, too.
+    let more = format!("{EXPORTS}[late]\nexportname = disk.img\nreadonly = true\n");
+    std::fs::write(first.path().join("broken.pem"), "no PEM").unwrap();
+    let broken = format!("cacertfile = {}/broken.pem\n", first.path().display());
+    configure(dir, first.path(), &broken, &more);
+    server.signal("-HUP");
+    let log = server.log_until("not reloaded").concat();
+    assert!(log.contains("config:4: cannot set up TLS") && log.contains("broken.pem"), "{log}");
+    assert!(!run(dir, "nbdinfo", &["--list", "nbd+unix:///?socket=socket"]).contains("late"));
+    run(dir, "nbdinfo", &[&uri("secret", first.path())]);
+    // An export that names its clients comes with the authority that identifies them.
+    let ca = format!("cacertfile = {}/ca-cert.pem\n", second.path().display());
+    configure(dir, second.path(), &ca, &format!("{more}client = cn:client of a test\n"));
+    server.signal("-HUP");
+    server.log_until("reloaded");
+    assert!(fails(dir, &uri("secret", first.path())), "the old authority");
+    run(dir, "nbdinfo", &[&uri("late", second.path())]);
+    // Without TLS, nothing is given up: that takes a new start.
+    std::fs::write(
+        dir.join("config"),
+        "[generic]\nunixsock = socket\n[open]\nexportname = disk.img\nreadonly = true\n",
+    )
+    .unwrap();
+    server.signal("-HUP");
+    let log = server.log_until("reloaded").concat();
+    assert!(log.contains("change with the next start"), "{log}");
+    run(dir, "nbdinfo", &[&uri("open", second.path())]);
+    assert!(server.stop());
+}
+
+#[test]
+fn a_check_looks_at_certificates_and_at_what_exports_demand() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let certificates = Authority::new().both_sides();
+    let missing = dir.join("missing");
+    let ours = format!("{EXPORTS}client = cn:x\n");
+    for (folder, exports, expected) in [
+        (certificates.path(), EXPORTS, None),
+        (&missing, EXPORTS, Some("config:4: cannot set up TLS: cannot read")),
+        (certificates.path(), &ours, Some("config:9: the export \"secret\" names its clients")),
+    ] {
+        configure(dir, folder, "", exports);
+        let mut check = Running::start(dir, &["--config=config", "--check-config"]);
+        assert_eq!(check.child.wait().unwrap().success(), expected.is_none());
+        let errors = check.errors();
+        assert!(errors.contains(expected.unwrap_or_default()), "{errors}");
+    }
+    std::fs::write(dir.join("config"), format!("[generic]\nunixsock = socket\n{EXPORTS}")).unwrap();
+    let mut check = Running::start(dir, &["--config=config", "--check-config"]);
+    assert!(!check.child.wait().unwrap().success());
+    assert!(check.errors().contains("config:6: the export \"secret\" needs TLS"));
 }

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use nbd_server::Admission;
 use nbd_server::wire::{MAX_STRING_BYTES, transmission_flag as flag};
+use nbd_server::{Admission, ClientName};
 
 use super::fault::Fault;
 use super::generic;
@@ -41,6 +41,7 @@ pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option
         ..ExportSpec::default()
     };
     image(&mut keys, &mut spec);
+    tls(&mut keys, &mut spec);
     writes(&mut keys, &mut spec);
     spec.admission = admission(&mut keys);
     path?;
@@ -59,11 +60,9 @@ fn refuse(keys: &mut Keys<'_>) {
     );
     keys.refuse("waitfile", "there is no writing before the image exists");
     keys.refuse("sdp", "the protocol left the kernel");
-    for key in ["force_tls", "tlsonly"] {
-        keys.refuse(
-            key,
-            "TLS is not configured by files yet; the export is not to be served without it",
-        );
+    #[cfg(not(feature = "tls"))]
+    for key in ["force_tls", "tlsonly", "client"] {
+        keys.refuse(key, "this program was built without TLS");
     }
     for (key, why) in [
         ("maxconnections", "connections are limited for the whole server only, by max_connections"),
@@ -137,6 +136,18 @@ fn image(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     spec.size = filesize.or(size);
     if let (Some(_), Some(_), Some(entry)) = (filesize, size, keys.entry("size")) {
         keys.wrong("size", entry, "filesize says it already");
+    }
+}
+
+/// Which clients need TLS, or a certificate.
+fn tls(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
+    let forced = [keys.flag("force_tls"), keys.flag("tlsonly")];
+    spec.tls_only = forced.contains(&Some(true));
+    for entry in keys.entries("client").collect::<Vec<_>>() {
+        match entry.value.trim_end().parse::<ClientName>() {
+            Ok(name) => spec.clients.push(name),
+            Err(_) => keys.wrong("client", entry, "it is cn:NAME or dns:NAME"),
+        }
     }
 }
 

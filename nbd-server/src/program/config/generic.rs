@@ -27,6 +27,8 @@ pub(crate) struct Generic {
     pub(crate) handshake_secs: Option<u32>,
     pub(crate) threads: Option<usize>,
     pub(crate) removal: Removal,
+    #[cfg(feature = "tls")]
+    pub(crate) tls: super::Tls,
 }
 
 impl Generic {
@@ -38,6 +40,9 @@ impl Generic {
             admission: Admission::default(),
             references: None,
             removal: Removal::Drain,
+            // Certificates are read again, but whether there is TLS does not change.
+            #[cfg(feature = "tls")]
+            tls: super::Tls { mode: generic.tls.mode, ..super::Tls::default() },
             ..generic.clone()
         };
         fixed(self) == fixed(other)
@@ -63,15 +68,15 @@ pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
         handshake_secs: at_least_one(keys, "handshake_timeout"),
         threads: at_least_one(keys, "max_threads"),
         removal: removal(keys),
+        #[cfg(feature = "tls")]
+        tls: super::tls::read(keys),
     }
 }
 
 fn refuse(keys: &mut Keys<'_>) {
+    #[cfg(not(feature = "tls"))]
     for key in ["certfile", "keyfile", "cacertfile", "force_tls", "tlsprio"] {
-        keys.refuse(
-            key,
-            "TLS is not configured by files yet; clients are not to be left without it unnoticed",
-        );
+        keys.refuse(key, "this program was built without TLS");
     }
     keys.refuse("oldstyle", "nobody speaks the old handshake any more");
     keys.without_effect("splice", "data is not copied needlessly anyhow");

@@ -63,11 +63,28 @@ pub(crate) const GENERIC: &[Key] = &[
         "drain|cut",
         "What becomes of connections to an export that a reload removes: they go on, or are closed [default: drain]",
     ),
-    key("certfile", "FILE", "Refused: TLS is not configured by files yet"),
-    key("keyfile", "FILE", "Refused, as certfile"),
-    key("cacertfile", "FILE", "Refused, as certfile"),
-    key("force_tls", "true|false", "true is refused, as certfile"),
-    key("tlsprio", "TEXT", "Refused, as certfile"),
+    key(
+        "keyfile",
+        "FILE",
+        "The key of the server's certificate, as PEM. With it, clients may use TLS",
+    ),
+    key(
+        "certfile",
+        "FILE",
+        "The server's certificate, followed by those between it and the authority's [default: keyfile]",
+    ),
+    key(
+        "cacertfile",
+        "FILE",
+        "The authorities that issue clients' certificates. With it, clients with TLS need a valid one",
+    ),
+    key("force_tls", "true|false", "Answer nothing without TLS, as --tls require"),
+    key(
+        "tlsprio",
+        "TEXT",
+        "A priority string of GnuTLS. It can choose versions (-VERS-ALL:+VERS-TLS1.3) and the server's order of ciphers \
+         (%SERVER_PRECEDENCE), and leave out what is never used here; any other word is refused",
+    ),
     key("oldstyle", "true|false", "true is refused: nobody speaks the old handshake any more"),
     key(
         "splice",
@@ -175,8 +192,17 @@ pub(crate) const EXPORT: &[Key] = &[
     key("datalog", "true|false", "No effect, as transactionlog"),
     key("maxconnections", "N", "Refused, unless 0: connections are limited for the whole server"),
     key("timeout", "SECONDS", "Refused, unless 0: idle connections are kept"),
-    key("force_tls", "true|false", "true is refused: TLS is not configured by files yet"),
-    key("tlsonly", "true|false", "true is refused, as force_tls"),
+    key(
+        "force_tls",
+        "true|false",
+        "Keep the export from clients without TLS, who do not hear of it",
+    ),
+    key("tlsonly", "true|false", "The same as force_tls"),
+    key(
+        "client",
+        "cn:NAME|dns:NAME",
+        "Keep the export to clients whose certificate has this common or DNS name. Repeatable; needs cacertfile",
+    ),
 ];
 
 /// What reading collects beside the values.
@@ -220,7 +246,7 @@ impl<'a> Keys<'a> {
                 let key = entry.key.clone();
                 log.fault(file, entry.line, Fault::Unknown { key, scope, near });
             } else if let Some(first) = before
-                && !matches!(entry.key.as_str(), "bitmap" | "listen" | "allow" | "deny")
+                && !matches!(entry.key.as_str(), "bitmap" | "client" | "listen" | "allow" | "deny")
             {
                 let (key, first) = (entry.key.clone(), first.line);
                 log.fault(file, entry.line, Fault::KeyTwice { key, first });

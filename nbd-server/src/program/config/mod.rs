@@ -9,6 +9,8 @@ mod keys;
 mod read;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::path::PathBuf;
 
@@ -16,6 +18,8 @@ pub(crate) use self::fault::{Fault, Faults, Finding, Place, Remark};
 pub(crate) use self::generic::Generic;
 pub(crate) use self::keys::{EXPORT, GENERIC, Key};
 pub(crate) use self::read::read;
+#[cfg(feature = "tls")]
+pub(crate) use self::tls::Tls;
 use crate::program::options::ExportSpec;
 
 /// What a configuration asks for.

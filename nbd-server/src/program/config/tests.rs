@@ -185,7 +185,6 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         ("[generic]\nport\n", "config:2: the line is neither"),
         ("[generic]\nuser =\n", "config:2: user = \"\": it needs a value"),
         ("[generic]\nmax_threads = 0\n", "config:2: max_threads = \"0\""),
-        ("[generic]\nkeyfile = /k\n", "config:2: keyfile: TLS"),
         ("[generic]\noldstyle = true\n", "config:2: oldstyle: "),
         ("[generic]\n[generic]\n", "config:2: [generic] stands"),
         ("[generic]\n[a]\n", "config:2: [a] does not say exportname"),
@@ -201,7 +200,6 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         ),
         (&format!("{export}multifile = true\n"), "config:4: multifile: "),
         (&format!("{export}maxconnections = 3\n"), "config:4: maxconnections: "),
-        (&format!("{export}force_tls = true\n"), "config:4: force_tls: "),
         (&format!("{export}virtstyle = moon\n"), "config:4: virtstyle = \"moon\""),
         (&format!("{export}bitmap = x\n"), "config:2: [a]: a raw image has neither"),
         (&format!("{export}temporary = true\n"), "config:2: [a]: a temporary disk"),
@@ -266,5 +264,66 @@ fn every_key_of_the_manual_is_meant_refused_or_remarked() {
                 }
             }
         }
+    }
+}
+
+#[cfg(not(feature = "tls"))]
+#[test]
+fn without_tls_in_the_program_what_asks_for_it_is_refused() {
+    let export = "[generic]\n[a]\nexportname = /a\n";
+    for (text, line) in [
+        ("[generic]\nkeyfile = /k\n[a]\nexportname = /a\n", "config:2: keyfile: "),
+        ("[generic]\nforce_tls = true\n[a]\nexportname = /a\n", "config:2: force_tls: "),
+        (&format!("{export}force_tls = true\n"), "config:4: force_tls: "),
+        (&format!("{export}client = cn:x\n"), "config:4: client: "),
+    ] {
+        let faults = Files::new(&[("config", text)]).faults();
+        assert_eq!(faults, [format!("{line}this program was built without TLS")]);
+    }
+    config("[generic]\nforce_tls = false\n[a]\nexportname = /a\ntlsonly = false\n");
+}
+
+#[cfg(feature = "tls")]
+#[test]
+fn tls_begins_with_a_key_and_is_forced_on_all_or_on_exports() {
+    use nbd_server::TlsMode;
+    use nbd_server::tls::TlsVersions;
+
+    let rest = "[a]\nexportname = /a\nforce_tls = true\n[b]\nexportname = /b\ntlsonly = true\nclient = cn:one, two\n\
+                client = dns:x\n[c]\nexportname = /c\nforce_tls = false\n";
+    let files = Files::new(&[("config", &format!("[generic]\nkeyfile = both.pem\n{rest}"))]);
+    let offered = files.read().unwrap();
+    let tls = &offered.generic.tls;
+    assert_eq!((tls.mode, tls.line), (TlsMode::Offered, 2));
+    let both = files.path("both.pem");
+    assert_eq!((&tls.files.key, &tls.files.certificate), (&both, &both));
+    assert_eq!((&tls.files.authorities, tls.files.versions), (&None, TlsVersions::Both));
+    let only: Vec<_> = offered.exports.iter().map(|(_, spec)| spec.tls_only).collect();
+    assert_eq!(only, [true, true, false]);
+    let clients = &offered.exports[1].1.clients;
+    assert_eq!(clients[..], ["cn:one, two".parse().unwrap(), "dns:x".parse().unwrap()]);
+
+    let forced = config(
+        "[generic]\nforce_tls = true\ncertfile = /c\nkeyfile = /k\ncacertfile = /ca\n\
+         tlsprio = NORMAL:-VERS-TLS-ALL:+VERS-TLS1.2:%SERVER_PRECEDENCE\n[a]\nexportname = /a\n",
+    );
+    let tls = &forced.generic.tls;
+    assert_eq!(tls.mode, TlsMode::Required);
+    assert_eq!(tls.files.certificate, Path::new("/c"));
+    assert_eq!(tls.files.authorities.as_deref(), Some(Path::new("/ca")));
+    assert_eq!((tls.files.versions, tls.files.server_order), (TlsVersions::Only12, true));
+
+    for (text, expected) in [
+        ("certfile = /c", "config:2: certfile: there is no TLS without keyfile"),
+        ("cacertfile = /c", "config:2: cacertfile: there is no TLS without keyfile"),
+        ("force_tls = true", "config:2: force_tls: there is no TLS without keyfile"),
+        ("tlsprio = NORMAL", "config:2: tlsprio: there is no TLS without keyfile"),
+        ("tlsprio = SUITEB128", "config:2: tlsprio: \"SUITEB128\" cannot be kept"),
+        ("force_tls = maybe", "config:2: force_tls = \"maybe\""),
+    ] {
+        let text = format!("[generic]\n{text}\n[a]\nexportname = /a\nclient = x\n");
+        let faults = Files::new(&[("config", &text)]).faults();
+        assert!(faults[0].starts_with(expected), "{faults:?}");
+        assert!(faults.iter().any(|fault| fault.starts_with("config:5: client = \"x\"")));
     }
 }

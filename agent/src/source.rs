@@ -16,7 +16,7 @@ const ALLOCATION: &str = "base:allocation";
 const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 
 /// The flag of an extent that a dirty bitmap calls dirty.
-const DIRTY: u32 = 1;
+const DIRTY: u64 = 1;
 
 /// How a qcow2 image begins.
 const QCOW2_MAGIC: &[u8] = b"QFI\xfb";

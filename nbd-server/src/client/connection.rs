@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use block::ByteRange;
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -21,7 +21,7 @@ use super::options::ClientOptions;
 use super::reply::{Answer, Assembly, Failure, Wants};
 use super::security::Security;
 use super::stream::{Counters, Halves};
-use crate::wire::Request;
+use crate::wire::{Headers, Request, command, command_flag};
 
 /// One request as the device hands it over.
 #[derive(Debug)]
@@ -34,8 +34,8 @@ pub(super) struct Call {
     pub(super) range: ByteRange,
     /// What a WRITE writes.
     pub(super) payload: Bytes,
-    /// What the reply must bring.
-    pub(super) wants: Wants,
+    /// What a BLOCK_STATUS asks about, by the places of the contexts in what was negotiated.
+    pub(super) contexts: Vec<usize>,
     /// Where the bytes of a READ go.
     pub(super) destination: Destination,
 }
@@ -60,8 +60,10 @@ struct Shared {
     in_flight: Mutex<Table>,
     /// Why the connection is dead; set once.
     lost: watch::Sender<Option<Arc<LostCause>>>,
-    /// Whether structured replies were negotiated.
-    structured: bool,
+    /// The headers that were negotiated.
+    headers: Headers,
+    /// Whether a BLOCK_STATUS may choose among the contexts.
+    filters_status: bool,
 }
 
 #[derive(Default)]
@@ -135,7 +137,7 @@ impl Connection {
         let goal = Goal::Connect {
             export: export.to_owned(),
             contexts: options.meta_contexts.clone(),
-            structured_replies: options.structured_replies,
+            headers: options.headers,
         };
         let negotiating = negotiate(halves, goal, security);
         let outcome = tokio::time::timeout(options.handshake_timeout, negotiating).await;
@@ -159,7 +161,8 @@ impl Connection {
         let shared = Arc::new(Shared {
             in_flight: Mutex::new(Table::default()),
             lost: watch::Sender::new(None),
-            structured: negotiated.export.structured_replies,
+            headers: negotiated.export.headers,
+            filters_status: negotiated.export.filters_status(),
         });
         let window = options.in_flight.clamp(1, ClientOptions::MAX_IN_FLIGHT);
         let slots = Arc::new(Semaphore::new(window));
@@ -192,11 +195,6 @@ impl Connection {
     /// Why it is dead, if it is.
     pub(super) fn lost(&self) -> Option<Arc<LostCause>> {
         self.shared.lost.borrow().clone()
-    }
-
-    /// The number that a meta context has here.
-    pub(super) fn context_id(&self, name: &str) -> Option<u32> {
-        self.contexts.iter().find(|context| context.name == name).map(|context| context.id)
     }
 
     /// Sends a request and waits for its reply.
@@ -232,8 +230,20 @@ impl Connection {
         call: Call,
         slot: OwnedSemaphorePermit,
     ) -> Result<oneshot::Receiver<Result<Answer, Failure>>, ClientError> {
-        let len = u32::try_from(call.range.len())
-            .map_err(|_| ClientError::NotSupported { what: "requests of 4 GiB" })?;
+        let extended = self.shared.headers == Headers::Extended;
+        if !extended && u32::try_from(call.range.len()).is_err() {
+            return Err(ClientError::NotSupported { what: "requests of 4 GiB" });
+        }
+        let wants = self.wants(&call)?;
+        let payload = match &wants {
+            Wants::Status { contexts } if self.chooses(contexts) => filter(call.range, contexts),
+            _ => call.payload,
+        };
+        // An extended header tells whether a payload follows, and of what length.
+        let (flags, len) = match payload.is_empty() {
+            false if extended => (call.flags | command_flag::PAYLOAD_LEN, payload.len() as u64),
+            _ => (call.flags, call.range.len()),
+        };
         let (answer, reply) = oneshot::channel();
         let frames = self.frames.lock();
         let frames = frames.as_ref().ok_or(ClientError::Closed)?;
@@ -244,23 +254,37 @@ impl Connection {
         let cookie = table.next_cookie;
         table.next_cookie = cookie.wrapping_add(1);
         let request = InFlight {
-            assembly: Assembly::new(call.range, call.wants, self.shared.structured),
+            assembly: Assembly::new(call.range, wants, self.shared.headers),
             destination: call.destination,
             answer,
             since: Instant::now(),
             _slot: slot,
         };
         table.requests.insert(cookie, request);
-        let request = Request {
-            flags: call.flags,
-            command: call.command,
-            cookie,
-            offset: call.range.start(),
-            len: len.into(),
-        };
+        let offset = call.range.start();
+        let request = Request { flags, command: call.command, cookie, offset, len };
         // Should the writer be gone already, the connection is about to be declared dead.
-        let _ = frames.send(Frame { request, payload: call.payload });
+        let _ = frames.send(Frame { request, payload });
         Ok(reply)
+    }
+
+    /// What the reply must bring. The contexts of a status have numbers of their own on each connection.
+    fn wants(&self, call: &Call) -> Result<Wants, ClientError> {
+        Ok(match call.command {
+            command::READ => Wants::Data,
+            command::BLOCK_STATUS => {
+                let id = |place: &usize| self.contexts.get(*place).map(|context| context.id);
+                let contexts: Option<Vec<u32>> = call.contexts.iter().map(id).collect();
+                let unknown = ClientError::NotSupported { what: "a context that was asked about" };
+                Wants::Status { contexts: contexts.ok_or(unknown)? }
+            }
+            _ => Wants::Success,
+        })
+    }
+
+    /// Whether the server is told which contexts are meant. Where all are, it need not be.
+    fn chooses(&self, contexts: &[u32]) -> bool {
+        self.shared.filters_status && contexts.len() < self.contexts.len()
     }
 
     /// Refuses new requests, waits for those in flight, says DISC and waits for the server to hang up; gives up after
@@ -271,6 +295,16 @@ impl Connection {
         // Both outcomes of the wait mean that the reader is through.
         let _ = ended.wait_for(|ended| *ended).await;
     }
+}
+
+/// The payload of a BLOCK_STATUS about some of the contexts.
+fn filter(range: ByteRange, contexts: &[u32]) -> Bytes {
+    let mut payload = BytesMut::new();
+    payload.put_u64(range.len());
+    for context in contexts {
+        payload.put_u32(*context);
+    }
+    payload.freeze()
 }
 
 /// Lists the exports of the server at `address`.

@@ -19,18 +19,19 @@ use super::error::{ClientError, LostCause};
 use super::export::{ExportInfo, ExportListing, StatusExtent};
 use super::memory::{Destination, client_pool};
 use super::options::ClientOptions;
-use super::reply::{Answer, Wants};
+use super::reply::Answer;
 use super::stream::Counters;
 use super::uri::NbdUri;
-use crate::wire::{allocation, command, command_flag, transmission_flag};
+use crate::wire::{Headers, allocation, command, command_flag, error, transmission_flag};
 
 /// The context that [`BlockDevice::extents`] stands on.
 const ALLOCATION: &str = "base:allocation";
-/// The longest WRITE_ZEROES or TRIM, in bytes: few enough requests for any disk, and each short enough to be answered
-/// in time by a server that really writes the zeros.
+/// The longest WRITE_ZEROES that need not be fast, in bytes: few enough requests for any disk, and each short enough to
+/// be answered in time by a server that really writes the zeros.
 const MAX_ZEROES_BYTES: u64 = 1 << 30;
-/// The longest BLOCK_STATUS, in bytes: the most that the header holds in whole blocks of any size.
-const MAX_STATUS_BYTES: u64 = (1 << 32) - (1 << 25);
+/// The longest other request without a payload, in bytes: what headers of 32 and of 64 bits hold in whole blocks.
+const MAX_COMPACT_BYTES: u64 = 1 << 31;
+const MAX_EXTENDED_BYTES: u64 = 1 << 63;
 /// The zeros written at once to a server without WRITE_ZEROES, in bytes.
 const ZEROS_BYTES: u32 = 1 << 20;
 
@@ -149,32 +150,46 @@ impl NbdDevice {
         context: &str,
         range: ByteRange,
     ) -> Result<Vec<StatusExtent>, ClientError> {
+        Ok(self.block_statuses(&[context], range).await?.pop().unwrap_or_default())
+    }
+
+    /// The extents of `range` in several negotiated contexts, by one request; each as from
+    /// [`NbdDevice::block_status`], in the order of `contexts`. The answers may end at different places.
+    ///
+    /// Where the server can choose among its contexts (with extended headers), it is not asked for others.
+    ///
+    /// # Errors
+    /// As [`NbdDevice::block_status`].
+    pub async fn block_statuses(
+        &self,
+        contexts: &[&str],
+        range: ByteRange,
+    ) -> Result<Vec<Vec<StatusExtent>>, ClientError> {
         self.limits().check_read(range)?;
-        if !self.export.contexts.iter().any(|known| known == context) {
-            return Err(ClientError::NoContext { context: context.to_owned() });
-        }
-        if range.is_empty() {
-            return Ok(Vec::new());
+        let place = |context: &&str| {
+            let found = self.export.contexts.iter().position(|known| known == *context);
+            found.ok_or_else(|| ClientError::NoContext { context: (*context).to_owned() })
+        };
+        let contexts = contexts.iter().map(place).collect::<Result<Vec<usize>, _>>()?;
+        if range.is_empty() || contexts.is_empty() {
+            return Ok(vec![Vec::new(); contexts.len()]);
         }
         let wide = self.widen(range);
-        let asked =
-            ByteRange::between(wide.start(), wide.end().min(wide.start() + MAX_STATUS_BYTES));
-        let connection = self.pick()?;
-        let id = connection
-            .context_id(context)
-            .ok_or_else(|| ClientError::NoContext { context: context.to_owned() })?;
-        let wants = Wants::Status { context: id };
-        let mut extents =
-            match connection.call(simple(command::BLOCK_STATUS, 0, asked, wants)).await? {
-                Answer::Status(extents) => extents,
-                Answer::Success | Answer::Data(_) => Vec::new(),
-            };
+        let end = wide.end().min(wide.start().saturating_add(self.effect_bytes()));
+        let mut call = simple(command::BLOCK_STATUS, 0, ByteRange::between(wide.start(), end));
+        call.contexts = contexts;
+        let mut all = match self.call(call).await? {
+            Answer::Status(all) => all,
+            Answer::Success | Answer::Data(_) => Vec::new(),
+        };
         // What was asked for only because of the block size is cut off again.
-        for extent in &mut extents {
-            extent.range = extent.range.intersection(range);
+        for extents in &mut all {
+            for extent in &mut *extents {
+                extent.range = extent.range.intersection(range);
+            }
+            extents.retain(|extent| !extent.range.is_empty());
         }
-        extents.retain(|extent| !extent.range.is_empty());
-        Ok(extents)
+        Ok(all)
     }
 
     /// Waits for what is in flight, then disconnects; later requests fail with [`ClientError::Closed`]. Does not flush.
@@ -210,6 +225,14 @@ impl NbdDevice {
     fn widen(&self, range: ByteRange) -> ByteRange {
         let wide = range.widen(u64::from(self.export.block_sizes.minimum));
         ByteRange::between(wide.start(), wide.end().min(self.export.size_bytes.max(range.end())))
+    }
+
+    /// The longest request without a payload, in bytes of the export, that its header can hold: a power of two.
+    fn effect_bytes(&self) -> u64 {
+        match self.export.headers {
+            Headers::Extended => MAX_EXTENDED_BYTES,
+            Headers::Structured | Headers::Simple => MAX_COMPACT_BYTES,
+        }
     }
 
     /// The longest payload in bytes: a power of two.
@@ -265,7 +288,7 @@ impl NbdDevice {
             *memory = Some(Destination::wait(self.pool(), buffer_len(*piece)?).await);
         }
         let read = |(piece, memory): (ByteRange, Option<Destination>)| async move {
-            let mut call = simple(command::READ, 0, piece, Wants::Data);
+            let mut call = simple(command::READ, 0, piece);
             call.destination = match memory {
                 Some(memory) => memory,
                 None => Destination::now(self.pool(), buffer_len(piece)?),
@@ -299,7 +322,7 @@ impl NbdDevice {
             })
             .collect();
         let write = |(piece, payload): (ByteRange, Bytes)| {
-            let mut call = simple(command::WRITE, flags, piece, Wants::Success);
+            let mut call = simple(command::WRITE, flags, piece);
             call.payload = payload;
             self.call(call)
         };
@@ -325,17 +348,26 @@ impl NbdDevice {
         if mode.keep_allocated {
             flags |= command_flag::NO_HOLE;
         }
-        let mut pieces = range.pieces(MAX_ZEROES_BYTES);
-        if mode.fast_only
-            && let Some(first) = pieces.next()
-        {
-            // The first piece decides for all: a refusal after it would come when something has changed.
-            let flags = flags | command_flag::FAST_ZERO;
-            self.call(simple(command::WRITE_ZEROES, flags, first, Wants::Success)).await?;
+        let mut rest = range;
+        if self.tries_fast_zeroes(range, mode) {
+            let first = range.pieces(self.effect_bytes()).next().unwrap_or(range);
+            let call = simple(command::WRITE_ZEROES, flags | command_flag::FAST_ZERO, first);
+            match self.call(call).await {
+                // The first piece decides for all: a refusal after it would come when something has changed.
+                Ok(_) => rest = ByteRange::between(first.end(), range.end()),
+                Err(ClientError::Server { error: error::ENOTSUP, .. }) if !mode.fast_only => {}
+                Err(failed) => return Err(failed),
+            }
         }
-        let zero = |piece| self.call(simple(command::WRITE_ZEROES, flags, piece, Wants::Success));
-        self.each(pieces.collect(), zero).await?;
+        let zero = |piece| self.call(simple(command::WRITE_ZEROES, flags, piece));
+        self.each(rest.pieces(MAX_ZEROES_BYTES).collect(), zero).await?;
         self.settle(durability).await
+    }
+
+    /// Whether zeros are to be fast or not at all: where the caller says so, and where one long request may save many.
+    fn tries_fast_zeroes(&self, range: ByteRange, mode: ZeroMode) -> bool {
+        let is_one = self.export.headers == Headers::Extended && range.len() > MAX_ZEROES_BYTES;
+        mode.fast_only || is_one && self.export.has(transmission_flag::SEND_FAST_ZERO)
     }
 
     /// Zeros by WRITE, for servers without WRITE_ZEROES.
@@ -344,7 +376,7 @@ impl NbdDevice {
         let most = most.max(u64::from(self.export.block_sizes.minimum));
         let zeros = Bytes::from(vec![0; usize::try_from(most).unwrap_or_default()]);
         let write = |piece: ByteRange| {
-            let mut call = simple(command::WRITE, flags, piece, Wants::Success);
+            let mut call = simple(command::WRITE, flags, piece);
             let len = usize::try_from(piece.len()).unwrap_or_default();
             call.payload = zeros.slice(..len.min(zeros.len()));
             self.call(call)
@@ -369,8 +401,8 @@ impl NbdDevice {
         let start = range.start().next_multiple_of(minimum);
         let inner = ByteRange::between(start, range.end() - range.end() % minimum);
         let flags = self.durability_flag(durability);
-        let trim = |piece| self.call(simple(command::TRIM, flags, piece, Wants::Success));
-        self.each(inner.pieces(MAX_ZEROES_BYTES).collect(), trim).await?;
+        let trim = |piece| self.call(simple(command::TRIM, flags, piece));
+        self.each(inner.pieces(self.effect_bytes()).collect(), trim).await?;
         self.settle(durability).await
     }
 
@@ -380,7 +412,7 @@ impl NbdDevice {
             return Ok(());
         }
         let nothing = ByteRange::between(0, 0);
-        self.call(simple(command::FLUSH, 0, nothing, Wants::Success)).await.map(|_| ())
+        self.call(simple(command::FLUSH, 0, nothing)).await.map(|_| ())
     }
 
     /// Runs `call` on every piece, as many at once as there is room for, and returns the answers in order. After a
@@ -514,9 +546,9 @@ impl std::fmt::Debug for NbdDevice {
 }
 
 /// A request without payload and without memory for one.
-fn simple(command: u16, flags: u16, range: ByteRange, wants: Wants) -> Call {
-    let destination = Destination::none();
-    Call { command, flags, range, payload: Bytes::new(), wants, destination }
+fn simple(command: u16, flags: u16, range: ByteRange) -> Call {
+    let (payload, contexts, destination) = (Bytes::new(), Vec::new(), Destination::none());
+    Call { command, flags, range, payload, contexts, destination }
 }
 
 /// The length of the buffer for a piece.
@@ -535,8 +567,8 @@ fn agree(index: usize, first: &ExportInfo, other: &ExportInfo) -> Result<(), Cli
         "block size"
     } else if first.contexts != other.contexts {
         "set of meta contexts"
-    } else if first.structured_replies != other.structured_replies {
-        "kind of replies"
+    } else if first.headers != other.headers {
+        "kind of headers"
     } else {
         return Ok(());
     };
@@ -569,8 +601,8 @@ fn allocated(extents: &[StatusExtent]) -> Vec<Extent> {
     let mut joined: Vec<Extent> = Vec::new();
     for extent in extents {
         let full = joined.len() == MAX_EXTENTS;
-        let allocated = extent.flags & allocation::HOLE == 0;
-        let zero = extent.flags & allocation::ZERO != 0;
+        let allocated = extent.flags & u64::from(allocation::HOLE) == 0;
+        let zero = extent.flags & u64::from(allocation::ZERO) != 0;
         match joined.last_mut() {
             Some(last) if (last.allocated, last.zero) == (allocated, zero) => {
                 last.range = ByteRange::between(last.range.start(), extent.range.end());

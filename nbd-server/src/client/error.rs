@@ -252,9 +252,17 @@ pub enum ReplyFault {
         /// The cookie.
         cookie: u64,
     },
-    /// A chunk although structured replies were not negotiated.
-    #[error("a structured chunk without structured replies")]
+    /// A chunk with a header that was not negotiated.
+    #[error("a chunk has a header that was not negotiated")]
     UnexpectedChunk,
+    /// An extended chunk that repeats another offset than that of its request.
+    #[error("a chunk repeats the offset {found} where {sent} was sent")]
+    WrongOffset {
+        /// The offset of the request.
+        sent: u64,
+        /// The offset in the chunk.
+        found: u64,
+    },
     /// A simple reply where only a structured one is allowed.
     #[error("a simple reply to a request that needs a structured one")]
     UnexpectedSimple,
@@ -270,7 +278,7 @@ pub enum ReplyFault {
         /// The type.
         kind: u16,
         /// The length.
-        len: u32,
+        len: u64,
     },
     /// A NONE chunk that is not the last.
     #[error("a NONE chunk without DONE")]

@@ -2,7 +2,7 @@
 
 use block::ByteRange;
 
-use crate::wire::{MAX_PAYLOAD_BYTES, transmission_flag};
+use crate::wire::{Headers, MAX_PAYLOAD_BYTES, transmission_flag};
 
 /// An export as [`super::NbdDevice::list`] finds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,8 +42,8 @@ pub struct ExportInfo {
     pub flags: u16,
     /// The server's block sizes, or the defaults.
     pub block_sizes: BlockSizes,
-    /// Whether replies are structured.
-    pub structured_replies: bool,
+    /// The headers that both sides use.
+    pub headers: Headers,
     /// The names of the meta contexts that the server granted.
     pub contexts: Vec<String>,
 }
@@ -52,6 +52,11 @@ impl ExportInfo {
     /// Whether every bit of `flag` is set.
     pub fn has(&self, flag: u16) -> bool {
         self.flags & flag == flag
+    }
+
+    /// Whether a BLOCK_STATUS may choose among the contexts.
+    pub(super) fn filters_status(&self) -> bool {
+        self.headers == Headers::Extended && self.has(transmission_flag::BLOCK_STATUS_PAYLOAD)
     }
 
     /// Whether the export refuses writes.
@@ -65,6 +70,6 @@ impl ExportInfo {
 pub struct StatusExtent {
     /// Where it lies on the export.
     pub range: ByteRange,
-    /// The context's flags.
-    pub flags: u32,
+    /// The context's flags; with the headers before the extended ones, 32 bits at most.
+    pub flags: u64,
 }

@@ -14,28 +14,29 @@ use super::handshake::{Context, Negotiated};
 use super::options::ClientOptions;
 use super::stream::{Counters, Halves};
 use crate::wire::{
-    ChunkHeader, REQUEST_BYTES, Request, SIMPLE_REPLY_MAGIC, chunk, command, transmission_flag,
+    ChunkHeader, EXTENDED_REQUEST_BYTES, ExtendedChunkHeader, Headers, REQUEST_BYTES, Request,
+    SIMPLE_REPLY_MAGIC, chunk, command, command_flag, error, transmission_flag,
 };
 
 /// The size of the fake's disk in bytes.
 pub(super) const DISK_BYTES: usize = 1 << 20;
 
 /// What a fake server was asked, without cookies: command, flags, offset, length.
-pub(super) type Log = Arc<Mutex<Vec<(u16, u16, u64, u32)>>>;
+pub(super) type Log = Arc<Mutex<Vec<(u16, u16, u64, u64)>>>;
 
 /// What a connection to a fake server has negotiated.
-pub(super) fn negotiated(flags: u16, structured_replies: bool) -> Negotiated {
+pub(super) fn negotiated(flags: u16, headers: Headers) -> Negotiated {
     let names = ["base:allocation".to_owned(), "x-test:a".to_owned()];
     let contexts = (1..).zip(&names).map(|(id, name)| Context { name: name.clone(), id });
     Negotiated {
-        contexts: if structured_replies { contexts.collect() } else { Vec::new() },
+        contexts: if headers.has_chunks() { contexts.collect() } else { Vec::new() },
         export: ExportInfo {
             name: String::new(),
             size_bytes: DISK_BYTES as u64,
             flags: flags | transmission_flag::HAS_FLAGS,
             block_sizes: BlockSizes::default(),
-            structured_replies,
-            contexts: if structured_replies { names.to_vec() } else { Vec::new() },
+            headers,
+            contexts: if headers.has_chunks() { names.to_vec() } else { Vec::new() },
         },
     }
 }
@@ -56,6 +57,26 @@ pub(super) fn device(
     late: usize,
     options: ClientOptions,
 ) -> (NbdDevice, Log) {
+    let behaviour = Behaviour { late, ..Behaviour::default() };
+    device_that(behaviour, negotiated, connections, options)
+}
+
+/// What a fake server is like.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Behaviour {
+    /// After how many further requests it answers.
+    pub(super) late: usize,
+    /// Whether it refuses zeroes that must be fast.
+    pub(super) no_fast_zeroes: bool,
+}
+
+/// A device over fake servers of this kind.
+pub(super) fn device_that(
+    behaviour: Behaviour,
+    negotiated: &Negotiated,
+    connections: usize,
+    options: ClientOptions,
+) -> (NbdDevice, Log) {
     let disk = Arc::new(Mutex::new(vec![0; DISK_BYTES]));
     let log = Log::default();
     let all = (0..connections).map(|_| {
@@ -64,10 +85,11 @@ pub(super) fn device(
             stream,
             disk: Arc::clone(&disk),
             log: Arc::clone(&log),
-            structured: negotiated.export.structured_replies,
+            headers: negotiated.export.headers,
+            behaviour,
             owed: Vec::new(),
         };
-        tokio::spawn(fake.serve(late));
+        tokio::spawn(fake.serve());
         Connection::start(halves, negotiated, &options)
     });
     let all = all.collect();
@@ -79,14 +101,15 @@ struct Fake {
     stream: DuplexStream,
     disk: Arc<Mutex<Vec<u8>>>,
     log: Log,
-    structured: bool,
+    headers: Headers,
+    behaviour: Behaviour,
     owed: Vec<Vec<u8>>,
 }
 
 impl Fake {
-    async fn serve(mut self, late: usize) {
+    async fn serve(mut self) {
         loop {
-            let mut header = [0; REQUEST_BYTES];
+            let mut header = vec![0; self.header_len()];
             // Whoever has asked for less than is held back would wait for ever: a pause in the requests ends it.
             let first = tokio::select! {
                 biased;
@@ -97,13 +120,13 @@ impl Fake {
                 None => self.pay().await,
                 Some(Err(_)) => return,
                 Some(Ok(_)) => {
-                    let request = Request::decode(&header).expect("a request");
+                    let request = self.decode(&header);
                     if request.command == command::DISC {
                         return self.pay().await;
                     }
                     let reply = self.answer(request).await;
                     self.owed.push(reply);
-                    if self.owed.len() > late {
+                    if self.owed.len() > self.behaviour.late {
                         self.pay().await;
                     }
                 }
@@ -120,70 +143,128 @@ impl Fake {
     }
 
     async fn answer(&mut self, request: Request) -> Vec<u8> {
-        let Request { flags, command, cookie, offset, len } = request;
-        let len = u32::try_from(len).unwrap();
+        let Request { flags, command, offset, mut len, .. } = request;
+        let mut wanted = vec![1, 2];
+        if flags & command_flag::PAYLOAD_LEN != 0 && command == command::BLOCK_STATUS {
+            len = self.stream.read_u64().await.expect("a length");
+            wanted.clear();
+            for _ in 0..(request.len - 8) / 4 {
+                wanted.push(self.stream.read_u32().await.expect("a context"));
+            }
+        }
         self.log.lock().push((command, flags, offset, len));
         let start = usize::try_from(offset).unwrap();
-        let range = start..start + usize::try_from(len).unwrap();
+        // The disk may be larger than what is kept of it.
+        let end = start.saturating_add(usize::try_from(len).unwrap()).min(DISK_BYTES);
+        let range = start.min(end)..end;
         match command {
             command::WRITE => {
                 let mut payload = vec![0; range.len()];
                 self.stream.read_exact(&mut payload).await.expect("a payload");
                 self.disk.lock()[range].copy_from_slice(&payload);
             }
+            command::WRITE_ZEROES
+                if flags & command_flag::FAST_ZERO != 0 && self.behaviour.no_fast_zeroes =>
+            {
+                return self.refusal(&request, error::ENOTSUP);
+            }
             command::WRITE_ZEROES => self.disk.lock()[range].fill(0),
             command::READ => {
                 let content = self.disk.lock()[range].to_vec();
-                return self.content(cookie, offset, &content);
+                return self.content(&request, &content);
             }
-            command::BLOCK_STATUS => return status(cookie, len),
+            command::BLOCK_STATUS => return self.status(&request, len, &wanted),
             _ => {}
         }
-        simple(cookie)
+        self.success(&request)
+    }
+
+    fn refusal(&self, request: &Request, error: u32) -> Vec<u8> {
+        let payload = [&error.to_be_bytes()[..], &[0; 2]].concat();
+        self.chunk(request, 1, chunk::ERROR, &payload)
+    }
+
+    fn header_len(&self) -> usize {
+        if self.headers == Headers::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES }
+    }
+
+    fn decode(&self, header: &[u8]) -> Request {
+        match self.headers {
+            Headers::Extended => Request::decode_extended(header.try_into().unwrap()),
+            _ => Request::decode(header.try_into().unwrap()),
+        }
+        .expect("a request")
+    }
+
+    fn success(&self, request: &Request) -> Vec<u8> {
+        match self.headers {
+            Headers::Extended => self.chunk(request, 1, chunk::NONE, &[]),
+            _ => simple(request.cookie),
+        }
+    }
+
+    fn chunk(&self, request: &Request, flags: u16, kind: u16, payload: &[u8]) -> Vec<u8> {
+        let mut reply = BytesMut::new();
+        let Request { cookie, offset, .. } = *request;
+        match self.headers {
+            Headers::Extended => {
+                let len = payload.len() as u64;
+                ExtendedChunkHeader { flags, kind, cookie, offset, len }.encode(&mut reply);
+            }
+            _ => {
+                let len = u32::try_from(payload.len()).unwrap();
+                ChunkHeader { flags, kind, cookie, len }.encode(&mut reply);
+            }
+        }
+        reply.extend_from_slice(payload);
+        reply.to_vec()
     }
 
     /// The reply to a read: data and holes, in pieces of a size that divides nothing, the last first.
-    fn content(&self, cookie: u64, offset: u64, content: &[u8]) -> Vec<u8> {
-        if !self.structured {
-            return [simple(cookie), content.to_vec()].concat();
+    fn content(&self, request: &Request, content: &[u8]) -> Vec<u8> {
+        if !self.headers.has_chunks() {
+            return [simple(request.cookie), content.to_vec()].concat();
         }
-        let mut reply = BytesMut::new();
-        let mut at = offset + content.len() as u64;
+        let mut reply = Vec::new();
+        let mut at = request.offset + content.len() as u64;
         for piece in content.rchunks(3001) {
             at -= piece.len() as u64;
             let len = u32::try_from(piece.len()).unwrap();
-            if block::is_zero(piece) {
-                ChunkHeader { flags: 0, kind: chunk::OFFSET_HOLE, cookie, len: 12 }
-                    .encode(&mut reply);
-                reply.extend_from_slice(&at.to_be_bytes());
-                reply.extend_from_slice(&len.to_be_bytes());
+            let at = at.to_be_bytes();
+            let (kind, payload) = if block::is_zero(piece) {
+                (chunk::OFFSET_HOLE, [&at[..], &len.to_be_bytes()].concat())
             } else {
-                ChunkHeader { flags: 0, kind: chunk::OFFSET_DATA, cookie, len: len + 8 }
-                    .encode(&mut reply);
-                reply.extend_from_slice(&at.to_be_bytes());
-                reply.extend_from_slice(piece);
-            }
+                (chunk::OFFSET_DATA, [&at[..], piece].concat())
+            };
+            reply.extend(self.chunk(request, 0, kind, &payload));
         }
-        ChunkHeader { flags: 1, kind: chunk::NONE, cookie, len: 0 }.encode(&mut reply);
-        reply.to_vec()
+        reply.extend(self.chunk(request, 1, chunk::NONE, &[]));
+        reply
+    }
+
+    /// Two contexts: in the first, the first half is a hole and the rest data; in the second, all carries the flag 1
+    /// and the extent reaches far beyond the request.
+    fn status(&self, request: &Request, len: u64, wanted: &[u32]) -> Vec<u8> {
+        let extents = [vec![(len.div_ceil(2), 3), (len, 0)], vec![(u64::from(u32::MAX), 1)]];
+        let mut reply = Vec::new();
+        for (id, extents) in (1_u32..).zip(&extents).filter(|(id, _)| wanted.contains(id)) {
+            let mut payload = id.to_be_bytes().to_vec();
+            let extended = self.headers == Headers::Extended;
+            if extended {
+                payload.extend(u32::try_from(extents.len()).unwrap().to_be_bytes());
+            }
+            for field in extents.iter().flat_map(|(len, flags)| [*len, *flags]) {
+                let bytes = field.to_be_bytes();
+                payload.extend(if extended { &bytes[..] } else { &bytes[4..] });
+            }
+            let kind = if extended { chunk::BLOCK_STATUS_EXT } else { chunk::BLOCK_STATUS };
+            let last = Some(&id) == wanted.last();
+            reply.extend(self.chunk(request, u16::from(last), kind, &payload));
+        }
+        reply
     }
 }
 
 fn simple(cookie: u64) -> Vec<u8> {
     [&SIMPLE_REPLY_MAGIC.to_be_bytes()[..], &[0; 4], &cookie.to_be_bytes()].concat()
-}
-
-/// Two contexts: in the first, the first half is a hole and the rest data; in the second, all carries the flag 1 and
-/// the extent reaches far beyond the request.
-fn status(cookie: u64, len: u32) -> Vec<u8> {
-    let mut reply = BytesMut::new();
-    let first = [1, len.div_ceil(2), 3, len, 0];
-    for (flags, words) in [(0, &first[..]), (1, &[2, u32::MAX, 1])] {
-        let len = u32::try_from(words.len() * 4).unwrap();
-        ChunkHeader { flags, kind: chunk::BLOCK_STATUS, cookie, len }.encode(&mut reply);
-        for word in words {
-            reply.extend_from_slice(&word.to_be_bytes());
-        }
-    }
-    reply.to_vec()
 }

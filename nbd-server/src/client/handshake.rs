@@ -8,8 +8,8 @@ use bytes::{BufMut, BytesMut};
 use super::error::{ClientError, HandshakeFault, text};
 use super::export::{BlockSizes, ExportInfo, ExportListing};
 use crate::wire::{
-    self, Fields, IHAVEOPT, INIT_PASSWD, MAX_STRING_BYTES, OPTION_REPLY_BYTES, OPTION_REPLY_MAGIC,
-    client_flag, handshake_flag, info, option, reply,
+    self, Fields, Headers, IHAVEOPT, INIT_PASSWD, MAX_STRING_BYTES, OPTION_REPLY_BYTES,
+    OPTION_REPLY_MAGIC, client_flag, handshake_flag, info, option, reply,
 };
 
 /// The second magic number of the oldstyle negotiation ("Oldstyle negotiation").
@@ -32,8 +32,8 @@ pub(super) enum Goal {
         export: String,
         /// The meta contexts to select.
         contexts: Vec<String>,
-        /// Whether to ask for structured replies.
-        structured_replies: bool,
+        /// The newest headers to ask for.
+        headers: Headers,
     },
     /// Learn the exports and hang up.
     List,
@@ -87,7 +87,7 @@ pub(super) struct Handshake {
     replies: usize,
     output: BytesMut,
     no_zeroes: bool,
-    structured: bool,
+    headers: Headers,
     contexts: Vec<Context>,
     size_and_flags: Option<(u64, u16)>,
     block_sizes: Option<BlockSizes>,
@@ -112,7 +112,7 @@ impl Handshake {
             replies: 0,
             output: BytesMut::new(),
             no_zeroes: false,
-            structured: false,
+            headers: Headers::Simple,
             contexts: Vec::new(),
             size_and_flags: None,
             block_sizes: None,
@@ -153,6 +153,7 @@ impl Handshake {
                 "opening the export by EXPORT_NAME (there may be no such export)"
             }
             (_, option::STARTTLS) => "answering STARTTLS",
+            (_, option::EXTENDED_HEADERS) => "answering EXTENDED_HEADERS",
             (_, option::STRUCTURED_REPLY) => "answering STRUCTURED_REPLY",
             (_, option::SET_META_CONTEXT) => "answering SET_META_CONTEXT",
             (_, option::LIST) => "answering LIST",
@@ -228,10 +229,13 @@ impl Handshake {
     /// The first option that is about the goal.
     fn send_first(&mut self) {
         match &self.goal {
-            Goal::Connect { structured_replies: true, .. } => {
+            Goal::Connect { headers: Headers::Extended, .. } => {
+                self.send(option::EXTENDED_HEADERS, &[]);
+            }
+            Goal::Connect { headers: Headers::Structured, .. } => {
                 self.send(option::STRUCTURED_REPLY, &[]);
             }
-            Goal::Connect { .. } => self.send_go(),
+            Goal::Connect { headers: Headers::Simple, .. } => self.send_go(),
             Goal::List => self.send(option::LIST, &[]),
         }
     }
@@ -294,12 +298,16 @@ impl Handshake {
     fn refused(&mut self, kind: u32, body: &[u8]) -> Result<(), ClientError> {
         let fatal = matches!(kind, reply::ERR_TLS_REQD | reply::ERR_SHUTDOWN);
         match self.option {
+            option::EXTENDED_HEADERS if !fatal => self.send(option::STRUCTURED_REPLY, &[]),
             option::STRUCTURED_REPLY if !fatal => self.send_go(),
             option::SET_META_CONTEXT if !fatal => {
                 self.contexts.clear();
                 self.send_go();
             }
-            option::GO if kind == reply::ERR_UNSUP => self.send_export_name(),
+            // After extended headers EXPORT_NAME is forbidden, and a server that has those has GO.
+            option::GO if kind == reply::ERR_UNSUP && self.headers != Headers::Extended => {
+                self.send_export_name();
+            }
             option => {
                 return Err(ClientError::Refused { option, reply: kind, text: text(body) });
             }
@@ -313,8 +321,13 @@ impl Handshake {
         }
         match self.option {
             option::STARTTLS => Ok(Some(Outcome::StartTls)),
+            option::EXTENDED_HEADERS => {
+                self.headers = Headers::Extended;
+                self.send_contexts_or_go();
+                Ok(None)
+            }
             option::STRUCTURED_REPLY => {
-                self.structured = true;
+                self.headers = Headers::Structured;
                 self.send_contexts_or_go();
                 Ok(None)
             }
@@ -375,7 +388,7 @@ impl Handshake {
                 size_bytes,
                 flags,
                 block_sizes: self.block_sizes.unwrap_or_default(),
-                structured_replies: self.structured,
+                headers: self.headers,
                 contexts: contexts.iter().map(|context| context.name.clone()).collect(),
             },
             contexts,

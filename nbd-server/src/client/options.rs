@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use block::BufferPool;
 
+use crate::wire::Headers;
+
 /// How a client connects and how much it keeps in flight.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
@@ -14,8 +16,9 @@ pub struct ClientOptions {
     pub in_flight: usize,
     /// The meta contexts to ask for, by their exact names. Those that the server lacks are left out.
     pub meta_contexts: Vec<String>,
-    /// Whether to ask for structured replies, which block status needs.
-    pub structured_replies: bool,
+    /// The newest headers to ask for; a server that lacks them is met with the next older ones. Block status needs
+    /// structured ones at least.
+    pub headers: Headers,
     /// TLS, and whom to trust in it. With it, not a word about exports is spoken before TLS has begun, and where it does
     /// not begin connecting fails; without it, TLS is never spoken.
     #[cfg(feature = "tls")]
@@ -50,7 +53,7 @@ impl Default for ClientOptions {
             connections: 4,
             in_flight: 16,
             meta_contexts: vec!["base:allocation".to_owned()],
-            structured_replies: true,
+            headers: Headers::Extended,
             #[cfg(feature = "tls")]
             tls: None,
             max_payload_bytes: crate::wire::MAX_PAYLOAD_BYTES,

@@ -11,39 +11,52 @@ use bytes::Bytes;
 use super::error::{ReplyFault, text};
 use super::export::StatusExtent;
 use crate::wire::{
-    CHUNK_BYTES, ChunkHeader, Fields, SIMPLE_REPLY_BYTES, SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC, chunk, chunk_flag,
+    CHUNK_BYTES, EXTENDED_CHUNK_BYTES, EXTENDED_REPLY_MAGIC, Fields, Headers, SIMPLE_REPLY_BYTES,
+    SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, chunk_flag,
 };
 
 /// The most chunks in one reply: a payload of the greatest length that alternates every sector needs half of it.
 const MAX_CHUNKS: u32 = 1 << 17;
-/// The longest block status chunk that is accepted, in bytes: a million extents, as nbdkit may send.
-const MAX_STATUS_BYTES: u32 = 4 + (8 << 20);
+/// The most extents in a block status chunk that is accepted: a million, as nbdkit may send.
+const MAX_STATUS_DESCRIPTORS: u64 = 1 << 20;
 /// The extents kept of a block status chunk; the rest can be asked for again.
 const MAX_STATUS_EXTENTS: usize = 1 << 16;
 /// The longest error chunk that is accepted, in bytes: the longest text with room for fields yet unknown.
-const MAX_ERROR_BYTES: u32 = 1 << 17;
+const MAX_ERROR_BYTES: u64 = 1 << 17;
+
+/// The header of a chunk, structured or extended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    pub(super) flags: u16,
+    pub(super) kind: u16,
+    pub(super) cookie: u64,
+    /// The offset of the request, which extended chunks repeat.
+    pub(super) offset: Option<u64>,
+    /// The payload that follows, in bytes.
+    pub(super) len: u64,
+}
 
 /// The beginning of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Header {
     /// A simple reply.
     Simple { error: u32, cookie: u64 },
-    /// A chunk of a structured reply.
-    Chunk(ChunkHeader),
+    /// A chunk of a structured or extended reply.
+    Chunk(Chunk),
 }
 
 impl Header {
     /// The bytes after which [`Header::len`] can tell the length.
     pub(super) const SHORTEST: usize = SIMPLE_REPLY_BYTES;
     /// The longest header.
-    pub(super) const LONGEST: usize = CHUNK_BYTES;
+    pub(super) const LONGEST: usize = EXTENDED_CHUNK_BYTES;
 
     /// The length of the header that begins with `bytes`.
     pub(super) fn len(bytes: &[u8; Self::LONGEST]) -> Result<usize, ReplyFault> {
         match Fields(bytes).u32().unwrap_or_default() {
             SIMPLE_REPLY_MAGIC => Ok(SIMPLE_REPLY_BYTES),
             STRUCTURED_REPLY_MAGIC => Ok(CHUNK_BYTES),
+            EXTENDED_REPLY_MAGIC => Ok(EXTENDED_CHUNK_BYTES),
             found => Err(ReplyFault::Magic { found }),
         }
     }
@@ -58,11 +71,19 @@ impl Header {
                 error: fields.u32().ok_or(fault)?,
                 cookie: fields.u64().ok_or(fault)?,
             }),
-            STRUCTURED_REPLY_MAGIC => Ok(Self::Chunk(ChunkHeader {
+            STRUCTURED_REPLY_MAGIC => Ok(Self::Chunk(Chunk {
                 flags: fields.u16().ok_or(fault)?,
                 kind: fields.u16().ok_or(fault)?,
                 cookie: fields.u64().ok_or(fault)?,
-                len: fields.u32().ok_or(fault)?,
+                offset: None,
+                len: fields.u32().ok_or(fault)?.into(),
+            })),
+            EXTENDED_REPLY_MAGIC => Ok(Self::Chunk(Chunk {
+                flags: fields.u16().ok_or(fault)?,
+                kind: fields.u16().ok_or(fault)?,
+                cookie: fields.u64().ok_or(fault)?,
+                offset: Some(fields.u64().ok_or(fault)?),
+                len: fields.u64().ok_or(fault)?,
             })),
             _ => Err(fault),
         }
@@ -78,14 +99,14 @@ impl Header {
 }
 
 /// What a request wants to hear besides success.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Wants {
     /// Nothing.
     Success,
     /// The bytes of the range.
     Data,
-    /// Extents of the context with this number.
-    Status { context: u32 },
+    /// Extents of the contexts with these numbers.
+    Status { contexts: Vec<u32> },
 }
 
 /// What the driver does next for a reply.
@@ -115,8 +136,8 @@ pub(super) enum Answer {
     Success,
     /// The bytes of a read.
     Data(Segments),
-    /// Extents in order from the start of the range.
-    Status(Vec<StatusExtent>),
+    /// Of each context that was asked for, extents in order from the start of the range.
+    Status(Vec<Vec<StatusExtent>>),
 }
 
 /// A run of a read that came.
@@ -131,32 +152,33 @@ struct Run {
 pub(super) struct Assembly {
     range: ByteRange,
     wants: Wants,
-    structured: bool,
+    headers: Headers,
     /// The chunk in progress.
-    chunk: Option<ChunkHeader>,
+    chunk: Option<Chunk>,
     chunks: u32,
     /// What came of a read, by its place in the request.
     runs: BTreeMap<usize, Run>,
     covered: usize,
     /// The contexts that were heard of.
     contexts: Vec<u32>,
-    extents: Vec<StatusExtent>,
+    extents: Vec<Vec<StatusExtent>>,
     failure: Option<Failure>,
 }
 
 impl Assembly {
-    /// Of a request over `range`, on a connection that negotiated structured replies or did not.
-    pub(super) fn new(range: ByteRange, wants: Wants, structured: bool) -> Self {
+    /// Of a request over `range`, on a connection that negotiated these headers.
+    pub(super) fn new(range: ByteRange, wants: Wants, headers: Headers) -> Self {
+        let asked = if let Wants::Status { contexts } = &wants { contexts.len() } else { 0 };
         Self {
             range,
             wants,
-            structured,
+            headers,
             chunk: None,
             chunks: 0,
             runs: BTreeMap::new(),
             covered: 0,
             contexts: Vec::new(),
-            extents: Vec::new(),
+            extents: vec![Vec::new(); asked],
             failure: None,
         }
     }
@@ -165,18 +187,19 @@ impl Assembly {
     pub(super) fn begin(&mut self, header: Header) -> Result<Step, ReplyFault> {
         match header {
             Header::Simple { error, .. } => self.simple(error),
-            Header::Chunk(chunk) => self.structured(chunk),
+            Header::Chunk(chunk) => self.chunk(chunk),
         }
     }
 
     fn simple(&mut self, error: u32) -> Result<Step, ReplyFault> {
-        let needs_structure = match self.wants {
-            Wants::Data => self.structured,
-            Wants::Status { .. } => error == 0,
-            Wants::Success => false,
+        let needs_chunks = match (self.headers, &self.wants) {
+            (Headers::Extended, _) => true,
+            (headers, Wants::Data) => headers.has_chunks(),
+            (_, Wants::Status { .. }) => error == 0,
+            (_, Wants::Success) => false,
         };
         // A reply that began in chunks cannot end as a simple one.
-        if needs_structure || self.chunks > 0 {
+        if needs_chunks || self.chunks > 0 {
             return Err(ReplyFault::UnexpectedSimple);
         }
         if error != 0 {
@@ -191,9 +214,14 @@ impl Assembly {
         Ok(Step::Fill { at: 0, len })
     }
 
-    fn structured(&mut self, header: ChunkHeader) -> Result<Step, ReplyFault> {
-        if !self.structured {
-            return Err(ReplyFault::UnexpectedChunk);
+    fn chunk(&mut self, header: Chunk) -> Result<Step, ReplyFault> {
+        match (self.headers, header.offset) {
+            (Headers::Structured, None) => {}
+            (Headers::Extended, Some(found)) if found == self.range.start() => {}
+            (Headers::Extended, Some(found)) => {
+                return Err(ReplyFault::WrongOffset { sent: self.range.start(), found });
+            }
+            _ => return Err(ReplyFault::UnexpectedChunk),
         }
         self.chunks += 1;
         if self.chunks > MAX_CHUNKS {
@@ -201,7 +229,7 @@ impl Assembly {
         }
         let (kind, len) = (header.kind, header.len);
         let wrong_length = ReplyFault::ChunkLength { kind, len };
-        let wanted = match (kind, self.wants) {
+        let wanted = match (kind, &self.wants) {
             (chunk::NONE, _) if len != 0 => return Err(wrong_length),
             (chunk::NONE, _) if header.flags & chunk_flag::DONE == 0 => {
                 return Err(ReplyFault::NoneNotDone);
@@ -211,8 +239,14 @@ impl Assembly {
             (chunk::OFFSET_DATA, Wants::Data) => 8,
             (chunk::OFFSET_HOLE, Wants::Data) if len != 12 => return Err(wrong_length),
             (chunk::OFFSET_HOLE, Wants::Data) => 12,
-            (chunk::BLOCK_STATUS, Wants::Status { .. }) => {
-                if len < 12 || len % 8 != 4 || len > MAX_STATUS_BYTES {
+            (chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT, Wants::Status { .. })
+                if (kind == chunk::BLOCK_STATUS_EXT) == (self.headers == Headers::Extended) =>
+            {
+                let (head, each) = status_sizes(kind);
+                let descriptors = len.checked_sub(head).ok_or(wrong_length)?;
+                if !(each..=each * MAX_STATUS_DESCRIPTORS).contains(&descriptors)
+                    || !descriptors.is_multiple_of(each)
+                {
                     return Err(wrong_length);
                 }
                 len
@@ -239,7 +273,7 @@ impl Assembly {
         match kind {
             chunk::OFFSET_DATA => {
                 let offset = fields.u64().ok_or(short)?;
-                let len = u64::from(len).checked_sub(8).ok_or(short)?;
+                let len = len.checked_sub(8).ok_or(short)?;
                 let (at, len) = self.cover(offset, len, false)?;
                 return Ok(Step::Fill { at, len });
             }
@@ -248,7 +282,7 @@ impl Assembly {
                 let len = fields.u32().ok_or(short)?;
                 self.cover(offset, u64::from(len), true)?;
             }
-            chunk::BLOCK_STATUS => self.status(fields)?,
+            chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT => self.status(kind, fields)?,
             _ => self.error(kind, fields)?,
         }
         self.filled()
@@ -290,7 +324,7 @@ impl Assembly {
         Ok((at, len_here))
     }
 
-    fn status(&mut self, mut fields: Fields<'_>) -> Result<(), ReplyFault> {
+    fn status(&mut self, kind: u16, mut fields: Fields<'_>) -> Result<(), ReplyFault> {
         let id = fields.u32().ok_or(ReplyFault::Status { what: "no context" })?;
         if self.contexts.contains(&id) {
             return Err(ReplyFault::Status { what: "two chunks for one context" });
@@ -299,9 +333,20 @@ impl Assembly {
             return Err(ReplyFault::Status { what: "more contexts than were negotiated" });
         }
         self.contexts.push(id);
-        let keep = self.wants == Wants::Status { context: id };
+        let place = match &self.wants {
+            Wants::Status { contexts } => contexts.iter().position(|wanted| *wanted == id),
+            _ => None,
+        };
+        let mut kept = place.and_then(|place| self.extents.get_mut(place));
+        if kind == chunk::BLOCK_STATUS_EXT {
+            let (_, each) = status_sizes(kind);
+            let count = fields.u32().ok_or(ReplyFault::Status { what: "no count" })?;
+            if u64::from(count) * each != fields.0.len() as u64 {
+                return Err(ReplyFault::Status { what: "a wrong count of extents" });
+            }
+        }
         let mut at = self.range.start();
-        while let (Some(len), Some(flags)) = (fields.u32(), fields.u32()) {
+        while let Some((len, flags)) = descriptor(kind, &mut fields) {
             if len == 0 {
                 return Err(ReplyFault::Status { what: "an empty extent" });
             }
@@ -309,11 +354,13 @@ impl Assembly {
                 return Err(ReplyFault::Status { what: "extents behind the end of the request" });
             }
             // Only the last one may reach beyond the request; that part is not ours.
-            let end = at.saturating_add(u64::from(len));
+            let end = at.saturating_add(len);
             let range = ByteRange::between(at, end.min(self.range.end()));
             at = end;
-            if keep && self.extents.len() < MAX_STATUS_EXTENTS {
-                self.extents.push(StatusExtent { range, flags });
+            if let Some(kept) = &mut kept
+                && kept.len() < MAX_STATUS_EXTENTS
+            {
+                kept.push(StatusExtent { range, flags });
             }
         }
         Ok(())
@@ -342,7 +389,7 @@ impl Assembly {
         if self.failure.is_some() {
             return Ok(Step::Done);
         }
-        match self.wants {
+        match &self.wants {
             Wants::Success => {}
             Wants::Data => {
                 let (covered, len) = (self.covered as u64, self.range.len());
@@ -350,8 +397,8 @@ impl Assembly {
                     return Err(ReplyFault::Gap { covered, len });
                 }
             }
-            Wants::Status { context } => {
-                if !self.contexts.contains(&context) {
+            Wants::Status { contexts } => {
+                if contexts.iter().any(|context| !self.contexts.contains(context)) {
                     return Err(ReplyFault::Status { what: "no chunk for the context" });
                 }
             }
@@ -370,6 +417,20 @@ impl Assembly {
             Wants::Status { .. } => Answer::Status(self.extents),
             Wants::Data => Answer::Data(segments(&self.runs, data)),
         })
+    }
+}
+
+/// Of a block status chunk, the bytes before the extents and those of each.
+fn status_sizes(kind: u16) -> (u64, u64) {
+    if kind == chunk::BLOCK_STATUS_EXT { (8, 16) } else { (4, 8) }
+}
+
+/// The length and the flags of the next extent.
+fn descriptor(kind: u16, fields: &mut Fields<'_>) -> Option<(u64, u64)> {
+    if kind == chunk::BLOCK_STATUS_EXT {
+        Some((fields.u64()?, fields.u64()?))
+    } else {
+        Some((fields.u32()?.into(), fields.u32()?.into()))
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::process::Command;
 
-use block::{BlockDevice, ByteRange, Durability, Segment};
+use block::{BlockDevice, ByteRange, Durability, Segment, ZeroMode};
 use bytes::Bytes;
 use nbd_server::client::{ClientOptions, NbdDevice, StatusExtent};
+use nbd_server::wire::Headers;
 use tempfile::TempDir;
 
 use crate::peer::{Peer, run, scratch};
@@ -29,8 +30,8 @@ fn qemu_io(dir: &TempDir, commands: &[&str]) {
 }
 
 /// Everything that the context says of the first `len` bytes, with equal neighbours joined.
-async fn status(device: &NbdDevice, context: &str, len: u64) -> Vec<(u64, u64, u32)> {
-    let mut all: Vec<(u64, u64, u32)> = Vec::new();
+async fn status(device: &NbdDevice, context: &str, len: u64) -> Vec<(u64, u64, u64)> {
+    let mut all: Vec<(u64, u64, u64)> = Vec::new();
     let mut at = 0;
     while at < len {
         for StatusExtent { range, flags } in
@@ -81,6 +82,40 @@ async fn a_dirty_bitmap_tells_what_changed_since_it_was_made() {
     assert_eq!(read.to_vec(), [1, 2, 2]);
     let hole = device.read(range(4 * m, 8 * m)).await.unwrap();
     assert!(hole.0 == [Segment::Zero(8 * m)], "a hole came as bytes");
+    device.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn with_extended_headers_a_large_disk_takes_few_requests() {
+    let dir = scratch();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "disk.qcow2", "16G"]);
+    qemu_img(&dir, &["bitmap", "--add", "disk.qcow2", "b"]);
+    qemu_io(&dir, &["write -P 1 8G 64k"]);
+    let arguments = ["-f", "qcow2", "-A", "-B", "b", "--discard=unmap", "disk.qcow2"];
+    let peer = Peer::qemu_nbd(dir, &arguments);
+    let contexts = ["qemu:dirty-bitmap:b", "qemu:allocation-depth", "base:allocation"];
+    let size = 16 << 30;
+    for (headers, last) in [(Headers::Extended, size), (Headers::Structured, 1 << 31)] {
+        let meta_contexts = contexts.map(str::to_owned).to_vec();
+        let options = ClientOptions { headers, meta_contexts, ..Default::default() };
+        let device = NbdDevice::connect(&peer.address(), "", options).await.unwrap();
+        assert_eq!(device.export().headers, headers);
+        let told = device.block_statuses(&contexts, range(0, size)).await.unwrap();
+        let ends: Vec<u64> = told.iter().map(|all| all.last().unwrap().range.end()).collect();
+        assert_eq!(ends, [last; 3]);
+        for (context, expected) in contexts.into_iter().zip([1, 1, 0]) {
+            let told = status(&device, context, size).await;
+            let middle = (8 << 30, (8 << 30) + (64 << 10), expected);
+            assert!(told.contains(&middle), "{context}: {told:?}");
+        }
+        device.close().await.unwrap();
+    }
+    let device = NbdDevice::connect(&peer.address(), "", ClientOptions::default()).await.unwrap();
+    device.discard(range(0, size), Durability::Deferred).await.unwrap();
+    let mode = ZeroMode::default();
+    device.write_zeroes(range(0, size), mode, Durability::Deferred).await.unwrap();
+    let zero = device.extents(range(0, size)).await.unwrap();
+    assert!(zero.iter().all(|extent| extent.zero), "{zero:?}");
     device.close().await.unwrap();
 }
 

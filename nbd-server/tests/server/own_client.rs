@@ -6,6 +6,7 @@ use block::{BlockDevice, ByteRange, Durability, ZeroMode};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use nbd_server::client::{Address, ClientOptions, NbdDevice};
+use nbd_server::wire::Headers;
 use nbd_server::{Export, Server, ServerConfig};
 use proptest::prelude::*;
 
@@ -82,7 +83,7 @@ fn expect(model: &mut [u8], region: u64, step: &Step) -> bool {
     true
 }
 
-async fn run(batches: Vec<Vec<Step>>) {
+async fn run(batches: Vec<Vec<Step>>, headers: Headers) {
     let target = TestDevice::new(SIZE);
     let server = Server::new(ServerConfig::default());
     server.add_export(Export::new("disk", Arc::clone(&target) as _)).unwrap();
@@ -90,7 +91,9 @@ async fn run(batches: Vec<Vec<Step>>) {
     let path = dir.path().join("socket");
     server.listen_unix(&path).await.unwrap();
     let address = Address::Unix(path);
-    let device = NbdDevice::connect(&address, "disk", ClientOptions::default()).await.unwrap();
+    let options = ClientOptions { headers, ..ClientOptions::default() };
+    let device = NbdDevice::connect(&address, "disk", options).await.unwrap();
+    assert_eq!(device.export().headers, headers);
     let mut model = vec![0; usize::try_from(SIZE).unwrap()];
     for batch in &batches {
         let steps = || (0..).zip(batch.iter());
@@ -127,8 +130,11 @@ proptest! {
             proptest::collection::vec(any_step(), 1..=MAX_BATCH),
             1..12,
         ),
+        headers in prop_oneof![
+            Just(Headers::Simple), Just(Headers::Structured), Just(Headers::Extended)
+        ],
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(run(batches));
+        runtime.block_on(run(batches, headers));
     }
 }

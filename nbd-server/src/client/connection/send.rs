@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::{Frame, Shared};
 use crate::client::error::LostCause;
-use crate::wire::{REQUEST_BYTES, Request, command};
+use crate::wire::{EXTENDED_REQUEST_BYTES, Headers, Request, command};
 
 /// The most requests in one vectored write: tokio hands the kernel 64 pieces, two a request.
 const BATCH: usize = 32;
@@ -52,9 +52,9 @@ impl<S: AsyncWrite + Unpin> Sender<S> {
         let mut headers = BytesMut::new();
         while self.frames.recv_many(&mut batch, BATCH).await > 0 {
             let mut pieces = Pieces::default();
-            headers.reserve(batch.len() * REQUEST_BYTES);
+            headers.reserve(batch.len() * EXTENDED_REQUEST_BYTES);
             for frame in batch.drain(..) {
-                frame.request.encode(&mut headers);
+                self.encode(&frame.request, &mut headers);
                 pieces.push(headers.split().freeze());
                 pieces.push(frame.payload);
             }
@@ -66,9 +66,16 @@ impl<S: AsyncWrite + Unpin> Sender<S> {
         let all = u32::try_from(self.window).unwrap_or(u32::MAX);
         drop(self.slots.acquire_many(all).await);
         let last = Request { flags: 0, command: command::DISC, cookie: 0, offset: 0, len: 0 };
-        last.encode(&mut headers);
+        self.encode(&last, &mut headers);
         self.socket.write_all_buf(&mut headers).await?;
         self.socket.shutdown().await
+    }
+
+    fn encode(&self, request: &Request, out: &mut BytesMut) {
+        match self.shared.headers {
+            Headers::Extended => request.encode_extended(out),
+            Headers::Structured | Headers::Simple => request.encode(out),
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::wire::{ChunkHeader, REQUEST_BYTES, SIMPLE_REPLY_MAGIC, chunk, command
 /// A connection in transmission with structured replies, and the server's end of its stream.
 fn connection(options: &ClientOptions) -> (Arc<Connection>, DuplexStream) {
     let (halves, server, _) = halves();
-    (Arc::new(Connection::start(halves, &negotiated(0, true), options)), server)
+    (Arc::new(Connection::start(halves, &negotiated(0, Headers::Structured), options)), server)
 }
 
 async fn read_call(start: u64, len: usize) -> Call {
@@ -23,7 +23,7 @@ async fn read_call(start: u64, len: usize) -> Call {
         flags: 0,
         range: ByteRange::new(start, len as u64).unwrap(),
         payload: Bytes::new(),
-        wants: Wants::Data,
+        contexts: Vec::new(),
         destination: Destination::wait(client_pool(), len).await,
     }
 }
@@ -34,7 +34,7 @@ fn write_call(start: u64, payload: &'static [u8]) -> Call {
         flags: 0,
         range: ByteRange::new(start, payload.len() as u64).unwrap(),
         payload: Bytes::from_static(payload),
-        wants: Wants::Success,
+        contexts: Vec::new(),
         destination: Destination::none(),
     }
 }
@@ -251,7 +251,7 @@ async fn disconnecting_waits_for_what_is_in_flight_and_says_so() {
         assert_eq!((last.command, last.offset, last.len), (command::DISC, 0, 0));
         let mut rest = Vec::new();
         server.read_to_end(&mut rest).await.unwrap();
-        assert_eq!(rest, [], "something was sent after DISC");
+        assert!(rest.is_empty(), "something was sent after DISC");
         drop(server);
     };
     let disconnect = async {

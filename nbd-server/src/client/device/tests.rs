@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::client::export::BlockSizes;
-use crate::client::fake::{DISK_BYTES, Log, device, negotiated};
+use crate::client::fake::{Behaviour, DISK_BYTES, Log, device, device_that, negotiated};
 use crate::client::handshake::Negotiated;
 
 const ALL: u16 = transmission_flag::SEND_FLUSH
@@ -21,7 +21,7 @@ fn small_payloads() -> ClientOptions {
 }
 
 fn with_block(minimum: u32) -> Negotiated {
-    let mut negotiated = negotiated(ALL, true);
+    let mut negotiated = negotiated(ALL, Headers::Structured);
     negotiated.export.block_sizes = BlockSizes { minimum, preferred: 4096, maximum: 1 << 20 };
     negotiated
 }
@@ -32,7 +32,7 @@ fn commands(log: &Log) -> Vec<(u16, u16)> {
 
 #[tokio::test]
 async fn long_requests_are_cut_to_what_the_server_takes() {
-    let (device, log) = device(&negotiated(ALL, true), 2, 0, small_payloads());
+    let (device, log) = device(&negotiated(ALL, Headers::Structured), 2, 0, small_payloads());
     let data: Bytes = (0..300_000_u32).map(|i| i.to_le_bytes()[1]).collect();
     device.write(1000, data.clone(), Durability::Durable).await.unwrap();
     let mut written = log.lock().clone();
@@ -48,11 +48,12 @@ async fn long_requests_are_cut_to_what_the_server_takes() {
 #[tokio::test]
 async fn durability_is_a_flag_or_else_a_flush() {
     let data = Bytes::from_static(b"x");
-    let (fua, log) = device(&negotiated(ALL, true), 1, 0, ClientOptions::default());
+    let (fua, log) = device(&negotiated(ALL, Headers::Structured), 1, 0, ClientOptions::default());
     fua.write(0, data.clone(), Durability::Durable).await.unwrap();
     assert_eq!(commands(&log), [(command::WRITE, command_flag::FUA)]);
     let flags = ALL & !transmission_flag::SEND_FUA;
-    let (flush, log) = device(&negotiated(flags, true), 1, 0, ClientOptions::default());
+    let (flush, log) =
+        device(&negotiated(flags, Headers::Structured), 1, 0, ClientOptions::default());
     flush.write(0, data.clone(), Durability::Durable).await.unwrap();
     flush.write(0, data, Durability::Deferred).await.unwrap();
     let expected = [(command::WRITE, 0), (command::FLUSH, 0), (command::WRITE, 0)];
@@ -62,19 +63,19 @@ async fn durability_is_a_flag_or_else_a_flush() {
 #[tokio::test]
 async fn zeroes_take_the_way_that_the_server_has() {
     let options = ClientOptions::default;
-    let (modern, log) = device(&negotiated(ALL, true), 1, 0, options());
+    let (modern, log) = device(&negotiated(ALL, Headers::Structured), 1, 0, options());
     let mode = ZeroMode { keep_allocated: true, fast_only: true };
     modern.write_zeroes(range(0, 4096), mode, Durability::Deferred).await.unwrap();
     let flags = command_flag::NO_HOLE | command_flag::FAST_ZERO;
     assert_eq!(commands(&log), [(command::WRITE_ZEROES, flags)]);
 
     let lacking = ALL & !transmission_flag::SEND_FAST_ZERO;
-    let (slow, log) = device(&negotiated(lacking, true), 1, 0, options());
+    let (slow, log) = device(&negotiated(lacking, Headers::Structured), 1, 0, options());
     let refused = slow.write_zeroes(range(0, 4096), mode, Durability::Deferred).await;
     assert!(matches!(refused, Err(DeviceError::NotSupported { .. })), "{refused:?}");
     assert_eq!(commands(&log), []);
 
-    let (old, log) = device(&negotiated(0, false), 1, 0, small_payloads());
+    let (old, log) = device(&negotiated(0, Headers::Simple), 1, 0, small_payloads());
     old.write(0, Bytes::from(vec![7; 200_000]), Durability::Deferred).await.unwrap();
     log.lock().clear();
     old.write_zeroes(range(10, 150_000), ZeroMode::default(), Durability::Durable).await.unwrap();
@@ -86,7 +87,7 @@ async fn zeroes_take_the_way_that_the_server_has() {
 
 #[tokio::test]
 async fn a_server_without_trim_or_flush_is_not_asked_for_them() {
-    let (device, log) = device(&negotiated(0, true), 1, 0, ClientOptions::default());
+    let (device, log) = device(&negotiated(0, Headers::Structured), 1, 0, ClientOptions::default());
     device.discard(range(0, 4096), Durability::Deferred).await.unwrap();
     device.flush().await.unwrap();
     assert_eq!(commands(&log), []);
@@ -94,14 +95,16 @@ async fn a_server_without_trim_or_flush_is_not_asked_for_them() {
 
 #[tokio::test]
 async fn one_flush_is_enough_for_several_connections() {
-    let (device, log) = device(&negotiated(ALL, true), 4, 0, ClientOptions::default());
+    let (device, log) =
+        device(&negotiated(ALL, Headers::Structured), 4, 0, ClientOptions::default());
     device.flush().await.unwrap();
     assert_eq!(commands(&log), [(command::FLUSH, 0)]);
 }
 
 #[tokio::test]
 async fn requests_off_the_device_never_reach_the_server() {
-    let (device, log) = device(&negotiated(ALL, true), 1, 0, ClientOptions::default());
+    let (device, log) =
+        device(&negotiated(ALL, Headers::Structured), 1, 0, ClientOptions::default());
     let size = DISK_BYTES as u64;
     let past = range(size - 1, 2);
     assert!(matches!(device.read(past).await, Err(DeviceError::PastEnd { .. })));
@@ -115,7 +118,8 @@ async fn requests_off_the_device_never_reach_the_server() {
 #[tokio::test]
 async fn a_read_only_export_refuses_changes_at_once() {
     let flags = ALL | transmission_flag::READ_ONLY;
-    let (device, log) = device(&negotiated(flags, true), 1, 0, ClientOptions::default());
+    let (device, log) =
+        device(&negotiated(flags, Headers::Structured), 1, 0, ClientOptions::default());
     let data = Bytes::from_static(b"x");
     let write = device.write(0, data, Durability::Deferred).await;
     assert!(matches!(write, Err(DeviceError::ReadOnly)), "{write:?}");
@@ -158,15 +162,83 @@ async fn extents_say_what_is_allocated_and_other_contexts_answer_by_name() {
 }
 
 #[tokio::test]
+async fn several_contexts_are_told_of_by_one_request() {
+    for headers in [Headers::Structured, Headers::Extended] {
+        let (device, log) = device(&negotiated(ALL, headers), 2, 0, ClientOptions::default());
+        let both = ["x-test:a", "base:allocation"];
+        let told = device.block_statuses(&both, range(0, 8192)).await.unwrap();
+        assert_eq!(told[0], [StatusExtent { range: range(0, 8192), flags: 1 }]);
+        let halves = [(range(0, 4096), 3), (range(4096, 4096), 0)];
+        assert_eq!(told[1], halves.map(|(range, flags)| StatusExtent { range, flags }));
+        assert_eq!(commands(&log), [(command::BLOCK_STATUS, 0)]);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_can_choose_is_told_which_context_is_meant() {
+    let negotiated = negotiated(ALL | transmission_flag::BLOCK_STATUS_PAYLOAD, Headers::Extended);
+    let (device, log) = device(&negotiated, 1, 0, ClientOptions::default());
+    let told = device.block_status("x-test:a", range(4096, 8192)).await.unwrap();
+    assert_eq!(told, [StatusExtent { range: range(4096, 8192), flags: 1 }]);
+    let chosen = (command::BLOCK_STATUS, command_flag::PAYLOAD_LEN, 4096, 8192);
+    assert_eq!(log.lock().drain(..).collect::<Vec<_>>(), [chosen]);
+    let all = ["x-test:a", "base:allocation"];
+    device.block_statuses(&all, range(0, 8192)).await.unwrap();
+    assert_eq!(commands(&log), [(command::BLOCK_STATUS, 0)]);
+}
+
+#[tokio::test]
+async fn extended_headers_carry_long_requests_whole_and_announce_payloads() {
+    let mut negotiated = negotiated(ALL, Headers::Extended);
+    negotiated.export.size_bytes = 1 << 62;
+    let (device, log) = device(&negotiated, 1, 0, ClientOptions::default());
+    let all = range(0, 1 << 62);
+    device.discard(all, Durability::Deferred).await.unwrap();
+    let extents = device.extents(all).await.unwrap();
+    assert_eq!(extents[0].range, range(0, 1 << 61));
+    device.write(0, Bytes::from_static(b"x"), Durability::Deferred).await.unwrap();
+    let expected = [
+        (command::TRIM, 0, 0, 1 << 62),
+        (command::BLOCK_STATUS, 0, 0, 1 << 62),
+        (command::WRITE, command_flag::PAYLOAD_LEN, 0, 1),
+    ];
+    assert_eq!(log.lock()[..], expected);
+}
+
+#[tokio::test]
+async fn zeros_over_a_large_disk_are_tried_at_once_and_then_in_pieces() {
+    let size = 5 << 30;
+    for (headers, refuses, expected) in [
+        (Headers::Structured, false, vec![(0, 1 << 30); 5]),
+        (Headers::Extended, false, vec![(command_flag::FAST_ZERO, size)]),
+        (
+            Headers::Extended,
+            true,
+            [vec![(command_flag::FAST_ZERO, size)], vec![(0, 1 << 30); 5]].concat(),
+        ),
+    ] {
+        let mut negotiated = negotiated(ALL, headers);
+        negotiated.export.size_bytes = size;
+        let behaviour = Behaviour { no_fast_zeroes: refuses, ..Behaviour::default() };
+        let (device, log) = device_that(behaviour, &negotiated, 1, ClientOptions::default());
+        let (all, mode) = (range(0, size), ZeroMode::default());
+        device.write_zeroes(all, mode, Durability::Deferred).await.unwrap();
+        let asked: Vec<_> = log.lock().iter().map(|(_, flags, _, len)| (*flags, *len)).collect();
+        assert_eq!(asked, expected);
+    }
+}
+
+#[tokio::test]
 async fn without_contexts_everything_is_data() {
-    let (device, _) = device(&negotiated(ALL, false), 1, 0, ClientOptions::default());
+    let (device, _) = device(&negotiated(ALL, Headers::Simple), 1, 0, ClientOptions::default());
     let extents = device.extents(range(5, 10)).await.unwrap();
     assert_eq!(extents, [Extent { range: range(5, 10), allocated: true, zero: false }]);
 }
 
 #[tokio::test]
 async fn a_closed_device_answers_closed() {
-    let (device, log) = device(&negotiated(ALL, true), 2, 0, ClientOptions::default());
+    let (device, log) =
+        device(&negotiated(ALL, Headers::Structured), 2, 0, ClientOptions::default());
     device.close().await.unwrap();
     device.close().await.unwrap();
     assert_eq!(commands(&log), [(command::FLUSH, 0)]);
@@ -178,7 +250,7 @@ async fn a_closed_device_answers_closed() {
 async fn a_read_larger_than_the_pool_does_not_wait_for_itself() {
     let pool = Some(BufferPool::new(65_536));
     let options = ClientOptions { pool: pool.clone(), ..small_payloads() };
-    let (device, _) = device(&negotiated(ALL, true), 2, 0, options);
+    let (device, _) = device(&negotiated(ALL, Headers::Structured), 2, 0, options);
     device.write(0, Bytes::from(vec![1; DISK_BYTES]), Durability::Deferred).await.unwrap();
     // Each lets go of what it has read: whoever keeps it cannot have more than the pool.
     let read = || async { device.read(range(0, DISK_BYTES as u64)).await.map(|all| all.len()) };
@@ -205,6 +277,10 @@ fn any_step() -> impl Strategy<Value = Step> {
     })
 }
 
+fn any_headers() -> impl Strategy<Value = Headers> {
+    prop_oneof![Just(Headers::Simple), Just(Headers::Structured), Just(Headers::Extended)]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
@@ -212,11 +288,11 @@ proptest! {
         steps in proptest::collection::vec(any_step(), 1..20),
         connections in 1_usize..4,
         late in 0_usize..6,
-        structured in any::<bool>(),
+        headers in any_headers(),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
-            let (device, _) = device(&negotiated(ALL, structured), connections, late, small_payloads());
+            let (device, _) = device(&negotiated(ALL, headers), connections, late, small_payloads());
             let mut model = vec![0; DISK_BYTES];
             for step in &steps {
                 match *step {

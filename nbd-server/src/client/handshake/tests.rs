@@ -62,7 +62,7 @@ fn connect() -> Goal {
     Goal::Connect {
         export: "disk".to_owned(),
         contexts: vec!["base:allocation".to_owned()],
-        structured_replies: true,
+        headers: Headers::Structured,
     }
 }
 
@@ -120,6 +120,60 @@ fn fault(script: &Script) -> HandshakeFault {
     }
 }
 
+fn newest() -> Goal {
+    match connect() {
+        Goal::Connect { export, contexts, .. } => {
+            Goal::Connect { export, contexts, headers: Headers::Extended }
+        }
+        Goal::List => panic!("not to connect"),
+    }
+}
+
+#[test]
+fn extended_headers_need_no_structured_replies_beside_them() {
+    let script = Script::modern()
+        .ack(option::EXTENDED_HEADERS)
+        .context(7, "base:allocation")
+        .ack(option::SET_META_CONTEXT)
+        .export(1 << 60, 1)
+        .ack(option::GO);
+    let (end, sent, left) = run(newest(), &script.0);
+    let Ok(Some(Outcome::Transmission(negotiated))) = end else { panic!("{end:?}") };
+    assert_eq!(left, 0);
+    assert_eq!(options(&sent), [option::EXTENDED_HEADERS, option::SET_META_CONTEXT, option::GO]);
+    assert_eq!(negotiated.export.headers, Headers::Extended);
+    assert_eq!(negotiated.contexts.len(), 1);
+}
+
+#[test]
+fn a_server_without_extended_headers_is_asked_for_structured_replies() {
+    for refusal in [reply::ERR_UNSUP, reply::ERR_INVALID, reply::ERR_POLICY] {
+        let script = Script::modern()
+            .reply(option::EXTENDED_HEADERS, refusal, b"no")
+            .ack(option::STRUCTURED_REPLY)
+            .ack(option::SET_META_CONTEXT)
+            .export(1 << 30, 1)
+            .ack(option::GO);
+        let (end, sent, left) = run(newest(), &script.0);
+        let Ok(Some(Outcome::Transmission(negotiated))) = end else { panic!("{end:?}") };
+        assert_eq!(left, 0);
+        assert_eq!(negotiated.export.headers, Headers::Structured);
+        let asked = [option::EXTENDED_HEADERS, option::STRUCTURED_REPLY];
+        assert_eq!(options(&sent)[..2], asked);
+    }
+}
+
+#[test]
+fn after_extended_headers_there_is_no_way_back_to_export_name() {
+    let script = Script::modern()
+        .ack(option::EXTENDED_HEADERS)
+        .ack(option::SET_META_CONTEXT)
+        .reply(option::GO, reply::ERR_UNSUP, b"");
+    let (end, sent, _) = run(newest(), &script.0);
+    assert!(matches!(end, Err(ClientError::Refused { option: option::GO, .. })), "{end:?}");
+    assert_eq!(options(&sent).last(), Some(&option::ABORT));
+}
+
 #[test]
 fn a_modern_server_grants_everything() {
     let (negotiated, options) = negotiated(
@@ -137,7 +191,7 @@ fn a_modern_server_grants_everything() {
     assert_eq!((export.size_bytes, export.flags), (1 << 30, 0x1ff));
     let sizes = BlockSizes { minimum: 512, preferred: 4096, maximum: 0x0100_0000 };
     assert_eq!(export.block_sizes, sizes);
-    assert!(export.structured_replies);
+    assert_eq!(export.headers, Headers::Structured);
     assert_eq!(export.contexts, ["base:allocation"]);
     assert_eq!(negotiated.contexts.first().map(|context| context.id), Some(7));
 }
@@ -151,7 +205,7 @@ fn an_older_server_is_met_where_it_is() {
             .ack(option::GO),
     );
     assert_eq!(options, [option::STRUCTURED_REPLY, option::GO]);
-    assert!(!negotiated.export.structured_replies);
+    assert_eq!(negotiated.export.headers, Headers::Simple);
     assert!(negotiated.export.contexts.is_empty());
 }
 
@@ -277,7 +331,7 @@ fn replies_without_end_are_cut_off() {
 #[test]
 fn a_name_that_the_protocol_cannot_carry_is_refused_before_a_byte_is_sent() {
     for name in ["x".repeat(4097), "a\0b".to_owned()] {
-        let goal = Goal::Connect { export: name, contexts: Vec::new(), structured_replies: true };
+        let goal = Goal::Connect { export: name, contexts: Vec::new(), headers: Headers::Extended };
         assert!(matches!(Handshake::new(goal), Err(ClientError::Name { .. })));
     }
 }

@@ -1,13 +1,13 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::wire;
+use crate::wire::{self, ChunkHeader, ExtendedChunkHeader};
 
 const START: u64 = 1000;
 const LEN: usize = 100;
 
 fn read() -> Assembly {
-    Assembly::new(range(START, LEN as u64), Wants::Data, true)
+    Assembly::new(range(START, LEN as u64), Wants::Data, Headers::Structured)
 }
 
 fn range(start: u64, len: u64) -> ByteRange {
@@ -50,6 +50,28 @@ fn status(id: u32, extents: &[(u32, u32)], done: bool) -> Vec<u8> {
     chunk(chunk::BLOCK_STATUS, done, &payload)
 }
 
+/// An extended chunk to a request at `START`.
+fn extended(kind: u16, done: bool, payload: &[u8]) -> Vec<u8> {
+    repeating(START, kind, done, payload)
+}
+
+fn repeating(offset: u64, kind: u16, done: bool, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes::BytesMut::new();
+    let len = payload.len() as u64;
+    ExtendedChunkHeader { flags: u16::from(done), kind, cookie: 5, offset, len }.encode(&mut bytes);
+    bytes.extend_from_slice(payload);
+    bytes.to_vec()
+}
+
+fn wide_status(id: u32, count: u32, extents: &[(u64, u64)], done: bool) -> Vec<u8> {
+    let mut payload = [id.to_be_bytes(), count.to_be_bytes()].concat();
+    for (len, flags) in extents {
+        payload.extend_from_slice(&len.to_be_bytes());
+        payload.extend_from_slice(&flags.to_be_bytes());
+    }
+    extended(chunk::BLOCK_STATUS_EXT, done, &payload)
+}
+
 fn simple(error: u32) -> Vec<u8> {
     let magic = SIMPLE_REPLY_MAGIC.to_be_bytes();
     [&magic[..], &error.to_be_bytes(), &5_u64.to_be_bytes()].concat()
@@ -74,7 +96,7 @@ fn assemble(
         loop {
             step = match step {
                 Step::Bytes(len) => {
-                    assert!(len <= MAX_STATUS_BYTES as usize);
+                    assert!(len <= 8 + (16 << 20));
                     let Some(bytes) = rest.take(len) else { return Ok(None) };
                     assembly.bytes(bytes)?
                 }
@@ -161,14 +183,14 @@ fn chunks_that_break_their_own_rules_are_faults() {
 fn simple_and_structured_replies_are_not_mixed_up() {
     assert_eq!(fault(read(), &[simple(0)]), ReplyFault::UnexpectedSimple);
     assert_eq!(fault(read(), &[simple(22)]), ReplyFault::UnexpectedSimple);
-    let plain = |wants| Assembly::new(range(START, LEN as u64), wants, false);
+    let plain = |wants| Assembly::new(range(START, LEN as u64), wants, Headers::Simple);
     assert_eq!(fault(plain(Wants::Data), &[none()]), ReplyFault::UnexpectedChunk);
     let Answer::Data(segments) = answer(plain(Wants::Data), &[simple(0), vec![9; LEN]]) else {
         panic!("no data")
     };
     assert_eq!(segments.to_vec(), [9; LEN]);
     assert_eq!(failure(plain(Wants::Data), &[simple(5)]).error, wire::error::EIO);
-    let write = || Assembly::new(range(START, LEN as u64), Wants::Success, true);
+    let write = || Assembly::new(range(START, LEN as u64), Wants::Success, Headers::Structured);
     assert_eq!(answer(write(), &[simple(0)]), Answer::Success);
     assert_eq!(answer(write(), &[none()]), Answer::Success);
     let wrong = ReplyFault::ChunkKind { kind: chunk::OFFSET_DATA };
@@ -197,14 +219,15 @@ fn errors_are_told_when_the_reply_is_over() {
 
 #[test]
 fn block_status_is_clipped_to_the_request_and_checked() {
-    let ask = || Assembly::new(range(START, LEN as u64), Wants::Status { context: 3 }, true);
+    let wants = || Wants::Status { contexts: vec![3] };
+    let ask = || Assembly::new(range(START, LEN as u64), wants(), Headers::Structured);
     let chunks = [status(2, &[(100, 1)], false), status(3, &[(60, 0), (4096, 3)], true)];
     let Answer::Status(extents) = answer(ask(), &chunks) else { panic!("no extents") };
     let expected = [
         StatusExtent { range: range(1000, 60), flags: 0 },
         StatusExtent { range: range(1060, 40), flags: 3 },
     ];
-    assert_eq!(extents, expected);
+    assert_eq!(extents, [expected]);
     let what = |chunks: &[Vec<u8>]| match fault(ask(), chunks) {
         ReplyFault::Status { what } => what,
         other => panic!("{other}"),
@@ -224,9 +247,77 @@ fn block_status_is_clipped_to_the_request_and_checked() {
 }
 
 #[test]
+fn extended_replies_repeat_the_offset_and_are_never_simple() {
+    let read = || Assembly::new(range(START, LEN as u64), Wants::Data, Headers::Extended);
+    let piece = |at: u64, bytes: &[u8]| [&at.to_be_bytes()[..], bytes].concat();
+    let hole = [&1000_u64.to_be_bytes()[..], &60_u32.to_be_bytes()].concat();
+    let chunks = [
+        extended(chunk::OFFSET_DATA, false, &piece(1060, &[7; 40])),
+        extended(chunk::OFFSET_HOLE, false, &hole),
+        extended(chunk::NONE, true, &[]),
+    ];
+    let Answer::Data(segments) = answer(read(), &chunks) else { panic!("no data") };
+    assert_eq!(segments.to_vec(), [[0; 60].as_slice(), &[7; 40]].concat());
+    let elsewhere = repeating(1060, chunk::OFFSET_DATA, true, &piece(1060, &[7; 40]));
+    let wrong = ReplyFault::WrongOffset { sent: START, found: 1060 };
+    assert_eq!(fault(read(), &[elsewhere]), wrong);
+    assert_eq!(fault(read(), &[none()]), ReplyFault::UnexpectedChunk);
+    let structured = Assembly::new(range(START, LEN as u64), Wants::Data, Headers::Structured);
+    let chunk = extended(chunk::NONE, true, &[]);
+    assert_eq!(fault(structured, &[chunk]), ReplyFault::UnexpectedChunk);
+    let write = || Assembly::new(range(START, LEN as u64), Wants::Success, Headers::Extended);
+    assert_eq!(answer(write(), &[extended(chunk::NONE, true, &[])]), Answer::Success);
+    for error in [0, 5] {
+        assert_eq!(fault(write(), &[simple(error)]), ReplyFault::UnexpectedSimple);
+    }
+    let endless = ReplyFault::ChunkLength { kind: chunk::ERROR, len: u64::MAX };
+    let header = ExtendedChunkHeader {
+        flags: 1,
+        kind: chunk::ERROR,
+        cookie: 5,
+        offset: START,
+        len: u64::MAX,
+    };
+    let mut bytes = bytes::BytesMut::new();
+    header.encode(&mut bytes);
+    assert_eq!(fault(read(), &[bytes.to_vec()]), endless);
+}
+
+#[test]
+fn a_status_of_64_bits_tells_of_every_context_that_was_asked_about() {
+    let whole = range(START, 1 << 40);
+    let ask = || Assembly::new(whole, Wants::Status { contexts: vec![9, 2] }, Headers::Extended);
+    let chunks = [
+        wide_status(2, 1, &[(u64::MAX, 1 << 40)], false),
+        wide_status(3, 1, &[(5, 5)], false),
+        wide_status(9, 2, &[(1 << 33, 3), (7, 0)], true),
+    ];
+    let Answer::Status(extents) = answer(ask(), &chunks) else { panic!("no extents") };
+    let first = [
+        StatusExtent { range: range(START, 1 << 33), flags: 3 },
+        StatusExtent { range: range(START + (1 << 33), 7), flags: 0 },
+    ];
+    assert_eq!(extents[0], first);
+    assert_eq!(extents[1], [StatusExtent { range: whole, flags: 1 << 40 }]);
+    let what = |chunks: &[Vec<u8>]| match fault(ask(), chunks) {
+        ReplyFault::Status { what } => what,
+        other => panic!("{other}"),
+    };
+    assert_eq!(what(&[wide_status(9, 1, &[(1, 0)], true)]), "no chunk for the context");
+    assert_eq!(what(&[wide_status(9, 3, &[(1, 0)], true)]), "a wrong count of extents");
+    let kind = chunk::BLOCK_STATUS;
+    let old = extended(kind, true, &[0; 12]);
+    assert_eq!(fault(ask(), &[old]), ReplyFault::ChunkKind { kind });
+    let (kind, len) = (chunk::BLOCK_STATUS_EXT, 16);
+    let uneven = extended(kind, true, &[0; 16]);
+    assert_eq!(fault(ask(), &[uneven]), ReplyFault::ChunkLength { kind, len });
+}
+
+#[test]
 fn errors_without_end_are_cut_off() {
     let mut assembly = read();
-    let header = Header::Chunk(ChunkHeader { flags: 0, kind: chunk::ERROR, cookie: 5, len: 6 });
+    let header =
+        Header::Chunk(Chunk { flags: 0, kind: chunk::ERROR, cookie: 5, offset: None, len: 6 });
     for _ in 0..MAX_CHUNKS {
         assert_eq!(assembly.begin(header), Ok(Step::Bytes(6)));
         assert_eq!(assembly.bytes(&[0, 0, 0, 5, 0, 0]), Ok(Step::More));
@@ -246,8 +337,22 @@ fn any_piece() -> impl Strategy<Value = Vec<u8>> {
         (990_u64..1110, 0_u32..120, any::<bool>()).prop_map(|(at, len, d)| hole(at, len, d)),
         (0_u32..4, proptest::collection::vec((0_u32..120, 0_u32..4), 0..4), any::<bool>())
             .prop_map(|(id, extents, d)| status(id, &extents, d)),
-        (kind, any::<bool>(), proptest::collection::vec(any::<u8>(), 0..40))
+        (kind.clone(), any::<bool>(), proptest::collection::vec(any::<u8>(), 0..40))
             .prop_map(|(kind, d, payload)| chunk(kind, d, &payload)),
+        (kind, any::<bool>(), proptest::collection::vec(any::<u8>(), 0..40))
+            .prop_map(|(kind, d, payload)| extended(kind, d, &payload)),
+        (990_u64..1110, 0_usize..120, any::<bool>()).prop_map(|(at, len, d)| extended(
+            chunk::OFFSET_DATA,
+            d,
+            &[&at.to_be_bytes()[..], &vec![1; len]].concat()
+        )),
+        (0_u32..4, proptest::collection::vec((0_u64..120, 0_u64..4), 0..4), any::<bool>())
+            .prop_map(|(id, extents, d)| wide_status(
+                id,
+                u32::try_from(extents.len()).unwrap(),
+                &extents,
+                d
+            )),
         proptest::collection::vec(any::<u8>(), 0..24),
         Just(none()),
         (0_u32..3).prop_map(simple),
@@ -259,19 +364,21 @@ proptest! {
     fn no_stream_panics_or_answers_with_bytes_that_never_came(
         pieces in proptest::collection::vec(any_piece(), 0..12),
         wants in prop_oneof![
-            Just(Wants::Data), Just(Wants::Success), Just(Wants::Status { context: 1 })
+            Just(Wants::Data), Just(Wants::Success), Just(Wants::Status { contexts: vec![1] })
         ],
-        structured in any::<bool>(),
+        headers in prop_oneof![
+            Just(Headers::Simple), Just(Headers::Structured), Just(Headers::Extended)
+        ],
     ) {
-        let assembly = Assembly::new(range(START, LEN as u64), wants, structured);
+        let assembly = Assembly::new(range(START, LEN as u64), wants, headers);
         match assemble(assembly, &pieces.concat(), LEN) {
             Ok(Some(Ok(Answer::Data(segments)))) => {
                 prop_assert_eq!(segments.len(), LEN as u64);
-                prop_assert!(!segments.to_vec().contains(&0xEE) || !structured);
+                prop_assert!(!segments.to_vec().contains(&0xEE) || headers == Headers::Simple);
             }
             Ok(Some(Ok(Answer::Status(extents)))) => {
                 let mut at = START;
-                for extent in extents {
+                for extent in extents.into_iter().flatten() {
                     prop_assert_eq!(extent.range.start(), at);
                     prop_assert!(!extent.range.is_empty());
                     at = extent.range.end();

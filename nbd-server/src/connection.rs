@@ -23,6 +23,7 @@ use crate::export::Attachment;
 use crate::gauge::Gauge;
 use crate::handshake::{Agreement, SelectedContext};
 use crate::intake::Intake;
+use crate::memory::{Account, Share};
 use crate::negotiate::Entered;
 use crate::outlet::{Outgoing, write_replies};
 use crate::reply::{Answer, Asked};
@@ -39,8 +40,11 @@ enum End {
     Gone,
     /// The client sent something that is no request, or a request behind which no other can be found.
     NoRequest,
-    /// The client began a payload and did not get on with it.
+    /// The client began a payload and did not get on with it, or did not read its replies while others waited for the
+    /// memory that they hold.
     Stalled,
+    /// The client had nothing in flight for too long.
+    Idle,
     /// The export is leaving, and everything that was in flight is answered.
     Closed,
 }
@@ -50,22 +54,44 @@ enum End {
 pub(crate) struct Ticket {
     _request: OwnedSemaphorePermit,
     _bytes: OwnedSemaphorePermit,
+    _share: Option<Share>,
+}
+
+impl Ticket {
+    /// The same, with the memory that the reply holds.
+    fn with(self, share: Option<Share>) -> Self {
+        Self { _share: share, ..self }
+    }
 }
 
 /// What bounds the requests between reading and replying.
 struct Budget {
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
+    max_requests: u32,
     max_bytes: u32,
 }
 
 impl Budget {
-    fn new(requests: u32, max_bytes: u32) -> Self {
+    fn new(max_requests: u32, max_bytes: u32) -> Self {
         let semaphore = |permits: u32| {
             let permits = usize::try_from(permits).unwrap_or(Semaphore::MAX_PERMITS);
             Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)))
         };
-        Self { requests: semaphore(requests), bytes: semaphore(max_bytes), max_bytes }
+        let (requests, bytes) = (semaphore(max_requests), semaphore(max_bytes));
+        Self { requests, bytes, max_requests, max_bytes }
+    }
+
+    /// Waits until nothing is in flight, and then for as long as `limit` says. Only while nothing is admitted.
+    async fn idle(&self, limit: Option<Duration>) {
+        match limit {
+            Some(limit) => {
+                // An error would mean that somebody closed it.
+                drop(self.requests.acquire_many(self.max_requests).await);
+                sleep(limit).await;
+            }
+            None => std::future::pending().await,
+        }
     }
 
     /// Waits for room. A request that alone is over the budget takes all of it. `None` never happens: nobody closes
@@ -74,7 +100,7 @@ impl Budget {
         let request = Arc::clone(&self.requests).acquire_owned().await.ok()?;
         let bytes = bytes.min(self.max_bytes);
         let bytes = Arc::clone(&self.bytes).acquire_many_owned(bytes).await.ok()?;
-        Some(Ticket { _request: request, _bytes: bytes })
+        Some(Ticket { _request: request, _bytes: bytes, _share: None })
     }
 }
 
@@ -84,6 +110,7 @@ struct Session {
     agreement: Agreement,
     attachment: Attachment,
     budget: Budget,
+    account: Arc<Account>,
     /// Requests that the device has not finished, or whose answer is not handed on.
     executing: Arc<Gauge>,
 }
@@ -106,8 +133,10 @@ where
     let Entered { agreement, attachment, input } = entered;
     let limits = &shared.limits;
     let headers = agreement.headers;
+    let account = shared.memory.account();
     let session = Arc::new(Session {
         shared: Arc::clone(shared),
+        account: Arc::clone(&account),
         agreement,
         attachment,
         budget: Budget::new(limits.in_flight_requests, limits.in_flight_bytes),
@@ -116,12 +145,17 @@ where
     // As many places as tickets: handing a reply on never waits.
     let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
     let (replies, outgoing) = mpsc::channel(places.min(Semaphore::MAX_PERMITS));
-    let mut writing = Abort(tokio::spawn(write_replies(writer, outgoing, headers)));
-    let mut intake = Intake::new(reader, input, Arc::clone(&shared.arriving));
+    let mut writing =
+        Abort(tokio::spawn(write_replies(writer, outgoing, headers, Arc::clone(&account))));
+    let mut intake = Intake::new(reader, input, Arc::clone(&shared.arriving), Arc::clone(&account));
     let end = tokio::select! {
         end = take_requests(&session, &mut intake, &replies) => end,
         () = session.finished() => End::Closed,
         () = replies.closed() => End::Gone,
+        () = account.evicted.raised() => {
+            tracing::warn!("a client does not read its replies while others wait for their memory");
+            End::Stalled
+        }
     };
     tracing::debug!(?end, export = session.agreement.facts.name, "no more requests");
     drop(replies);
@@ -131,7 +165,10 @@ where
     };
     let overdue = async {
         if end != End::Stalled {
-            session.finished().await;
+            tokio::select! {
+                () = session.finished() => {}
+                () = account.evicted.raised() => {}
+            }
         }
         sleep(limits.close_timeout).await;
     };
@@ -140,7 +177,7 @@ where
         () = overdue => return,
     };
     match (end, writer) {
-        (End::Closed | End::NoRequest, Ok(Ok(mut writer))) => {
+        (End::Closed | End::NoRequest | End::Idle, Ok(Ok(mut writer))) => {
             linger(intake.get_mut(), &mut writer, limits.close_timeout).await;
         }
         (End::Disconnected, Ok(Ok(mut writer))) => {
@@ -174,9 +211,15 @@ async fn take_requests<R: AsyncRead + Unpin>(
     replies: &mpsc::Sender<Outgoing>,
 ) -> End {
     loop {
-        let Ok(Some(request)) = next_request(intake, session.agreement.headers).await else {
-            return End::Gone;
+        let idle = session.attachment.export.idle_timeout;
+        let next = tokio::select! {
+            next = next_request(intake, session.agreement.headers) => next,
+            () = session.budget.idle(idle) => {
+                tracing::info!(export = session.agreement.facts.name, limit = ?idle, "a client was idle for too long");
+                return End::Idle;
+            }
         };
+        let Ok(Some(request)) = next else { return End::Gone };
         let Some(request) = request else {
             tracing::info!("a request does not begin with its magic number");
             return End::NoRequest;
@@ -282,17 +325,18 @@ async fn start<R: AsyncRead + Unpin>(
     let cost = cost(command, told, session.shared.limits.status_extents);
     let ticket = session.admit(cost).await?;
     let asked = Asked::from(request);
-    let payload = match command {
+    let (payload, share) = match command {
         Command::Write { range, durability } => {
             let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
             let first = intake.piece(range.start(), len).await?;
-            if (first.len() as u64) < range.len() {
+            if (first.0.len() as u64) < range.len() {
                 let write = LongWrite { asked, range, durability, ticket };
                 return write_in_pieces(session, intake, replies, write, first).await;
             }
             first
         }
-        _ => Bytes::new(),
+        _ if cost > 0 => (Bytes::new(), Some(session.account.take(cost.into()).await)),
+        _ => (Bytes::new(), None),
     };
     // From here to the hold nothing waits, so that a closing connection cannot miss this request.
     if session.is_closing() {
@@ -305,6 +349,9 @@ async fn start<R: AsyncRead + Unpin>(
         let contexts = contexts.as_ref().unwrap_or(&session.agreement.contexts);
         let answer = session.work(command, payload, contexts).await;
         session.count(&answer);
+        // What was written needs no memory any more, what was read does.
+        let share = share.filter(|_| !matches!(command, Command::Write { .. }));
+        let ticket = ticket.with(share);
         // An error means that the client is gone; the work is done all the same.
         let _ = replies.send(Outgoing { asked, answer, ticket }).await;
         drop(executing);
@@ -327,10 +374,10 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
     intake: &mut Intake<R>,
     replies: &mpsc::Sender<Outgoing>,
     write: LongWrite,
-    first: Bytes,
+    first: (Bytes, Option<Share>),
 ) -> io::Result<()> {
     let LongWrite { asked, range, durability, ticket } = write;
-    let (mut at, mut payload, mut pieces) = (range.start(), first, Vec::new());
+    let (mut at, (mut payload, mut share), mut pieces) = (range.start(), first, Vec::new());
     loop {
         let piece = ByteRange::between(at, at + payload.len() as u64);
         let left = u32::try_from(range.end() - piece.end()).unwrap_or(u32::MAX);
@@ -343,14 +390,14 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
         pieces.push(tokio::spawn(async move {
             let command = Command::Write { range: piece, durability: Durability::Deferred };
             let answer = worker.work(command, payload, &[]).await;
-            drop(executing);
+            drop((share, executing));
             answer
         }));
         if left == 0 {
             break;
         }
         at = piece.end();
-        payload = intake.piece(at, left).await?;
+        (payload, share) = intake.piece(at, left).await?;
     }
     let executing = session.executing.hold();
     let (session, replies) = (Arc::clone(session), replies.clone());

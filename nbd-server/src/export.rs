@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use block::BlockDevice;
 
@@ -12,7 +13,7 @@ use crate::admission::Admission;
 use crate::attendant::{Attendant, TurnedAway};
 use crate::extent_source::ExtentSource;
 use crate::gauge::{Gauge, Held};
-use crate::handshake::{ExportFacts, MetaContext};
+use crate::handshake::{ExportFacts, MetaContext, Unavailable};
 use crate::limits::Limits;
 use crate::peer::Peer;
 use crate::signal::Signal;
@@ -33,6 +34,8 @@ pub struct Export {
     withheld: u16,
     access: Access,
     attendant: Option<Arc<dyn Attendant>>,
+    max_connections: Option<usize>,
+    idle_timeout: Option<Duration>,
 }
 
 impl std::fmt::Debug for Export {
@@ -57,6 +60,8 @@ impl Export {
             withheld: 0,
             access: Access::default(),
             attendant: None,
+            max_connections: None,
+            idle_timeout: None,
         }
     }
 
@@ -141,6 +146,22 @@ impl Export {
         self
     }
 
+    /// How many connections it may have at once, in the place of [`Limits::connections_per_export`]; `usize::MAX` for any
+    /// number. Who asks for one more is answered `ERR_POLICY`, with the reason.
+    #[must_use]
+    pub fn max_connections(mut self, connections: usize) -> Self {
+        self.max_connections = Some(connections);
+        self
+    }
+
+    /// How long a client may have nothing in flight before its connection is closed, in the place of
+    /// [`Limits::idle_timeout`]; [`Duration::MAX`] for ever.
+    #[must_use]
+    pub fn idle_timeout(mut self, limit: Duration) -> Self {
+        self.idle_timeout = Some(limit);
+        self
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
@@ -163,6 +184,8 @@ impl Export {
             && self.preferred_bytes == other.preferred_bytes
             && self.rotational == other.rotational
             && self.withheld == other.withheld
+            && self.max_connections == other.max_connections
+            && self.idle_timeout == other.idle_timeout
             && match (&self.attendant, &other.attendant) {
                 (None, None) => true,
                 (Some(one), Some(another)) => Arc::ptr_eq(one, another),
@@ -293,6 +316,9 @@ pub(crate) struct Served {
     origin: Export,
     /// Connections that are to leave see this raised.
     pub(crate) closing: Signal,
+    /// How long a connection may be idle.
+    pub(crate) idle_timeout: Option<Duration>,
+    max_connections: usize,
     connections: Arc<Gauge>,
 }
 
@@ -376,6 +402,11 @@ impl Served {
             sources,
             access: export.access,
             tally: Tally::default(),
+            idle_timeout: origin.idle_timeout.or(limits.idle_timeout),
+            max_connections: origin
+                .max_connections
+                .or(limits.connections_per_export)
+                .unwrap_or(usize::MAX),
             origin,
             closing: Signal::default(),
             connections: Arc::default(),
@@ -383,14 +414,20 @@ impl Served {
     }
 
     /// Holds the export for one connection.
-    pub(crate) fn attach(self: &Arc<Self>, peer: &Peer) -> Attachment {
+    pub(crate) fn attach(self: &Arc<Self>, peer: &Peer) -> Result<Attachment, Unavailable> {
+        let held = self.connections.try_hold(self.max_connections).ok_or(Unavailable::Full)?;
         self.tally.connections.fetch_add(1, Ordering::Relaxed);
-        Attachment {
+        Ok(Attachment {
             export: Arc::clone(self),
             device: Arc::clone(&self.device),
             peer: peer.clone(),
-            _held: Arc::new(self.connections.hold()),
-        }
+            _held: Arc::new(held),
+        })
+    }
+
+    /// Whether one more connection is too many.
+    pub(crate) fn is_full(&self) -> bool {
+        self.connections() >= self.max_connections
     }
 
     pub(crate) fn is_default(&self) -> bool {

@@ -16,6 +16,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::limits::Limits;
+use crate::memory::{Account, RESERVE_BYTES, Share};
 
 /// What is read ahead for headers; at most this much of each piece of a payload is copied once more.
 const AHEAD_BYTES: usize = 16 << 10;
@@ -23,9 +24,6 @@ const AHEAD_BYTES: usize = 16 << 10;
 /// The longest piece in which a payload is taken: as much as most clients send in one request, and the largest cluster
 /// there is.
 const PIECE_BYTES: u32 = 2 << 20;
-
-/// The longest piece that a connection can always take, however much the others have begun and not completed.
-const RESERVED_PIECE_BYTES: u32 = 64 << 10;
 
 /// How long a payload waits for its share of the process-wide pool. Within it, all connections together are slowed
 /// down to the speed of the disks; beyond it somebody holds buffers without getting on, for instance a device that
@@ -63,12 +61,18 @@ pub(crate) struct Intake<R> {
     reader: R,
     ahead: BytesMut,
     arriving: Arc<Arriving>,
+    account: Arc<Account>,
 }
 
 impl<R: AsyncRead + Unpin> Intake<R> {
-    /// Reads `ahead`, left by the handshake, and then from `reader`.
-    pub(crate) fn new(reader: R, ahead: BytesMut, arriving: Arc<Arriving>) -> Self {
-        Self { reader, ahead, arriving }
+    /// Reads `ahead`, left by the handshake, and then from `reader`. Payloads are taken on `account`.
+    pub(crate) fn new(
+        reader: R,
+        ahead: BytesMut,
+        arriving: Arc<Arriving>,
+        account: Arc<Account>,
+    ) -> Self {
+        Self { reader, ahead, arriving, account }
     }
 
     /// The stream, without what was read ahead.
@@ -95,26 +99,29 @@ impl<R: AsyncRead + Unpin> Intake<R> {
     /// The next piece of a payload of which `left` bytes are missing, the first of them meant for the offset `at`.
     ///
     /// The piece is the whole of it, unless that is longer than [`PIECE_BYTES`] or memory is short; pieces are then cut
-    /// at multiples of their length on the device.
+    /// at multiples of their length on the device. The share is to be kept as long as the bytes are.
     ///
     /// # Errors
     /// `TimedOut` where nothing comes for as long as a payload may make no progress; otherwise those of the stream.
-    pub(crate) async fn piece(&mut self, at: u64, left: u32) -> io::Result<Bytes> {
+    pub(crate) async fn piece(&mut self, at: u64, left: u32) -> io::Result<(Bytes, Option<Share>)> {
         if left == 0 {
-            return Ok(Bytes::new());
+            return Ok((Bytes::new(), None));
         }
         if self.ahead.is_empty() {
             self.fill_more().await?;
         }
         let arriving = Arc::clone(&self.arriving);
         let wanted = piece_bytes(at, left, PIECE_BYTES);
-        // Held until the piece is complete; what is complete waits for the device only.
-        let (_share, len) = if wanted <= RESERVED_PIECE_BYTES {
-            (None, wanted)
-        } else if let Ok(share) = arriving.bytes.try_acquire_many(wanted) {
-            (Some(share), wanted)
+        // Those of payloads that have not arrived are held until the piece is complete.
+        let (_permit, share, len) = if wanted <= RESERVE_BYTES {
+            (None, self.account.take_piece(wanted.into()).await, wanted)
+        } else if let Ok(permit) = arriving.bytes.try_acquire_many(wanted)
+            && let Some(share) = self.account.try_take(wanted.into())
+        {
+            (Some(permit), share, wanted)
         } else {
-            (None, piece_bytes(at, left, RESERVED_PIECE_BYTES))
+            let len = piece_bytes(at, left, RESERVE_BYTES);
+            (None, self.account.take_piece(len.into()).await, len)
         };
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let mut buffer = buffer(len).await;
@@ -124,7 +131,7 @@ impl<R: AsyncRead + Unpin> Intake<R> {
             let read = arriving.progress(self.reader.read(rest)).await?;
             rest = rest.get_mut(read..).unwrap_or_default();
         }
-        Ok(buffer.freeze())
+        Ok((buffer.freeze(), Some(share)))
     }
 
     /// A payload of `len` bytes that is part of the question; the caller bounds it.

@@ -75,6 +75,7 @@ mod access;
 mod admission;
 mod attendant;
 pub mod block_status;
+mod census;
 #[cfg(feature = "client")]
 pub mod client;
 mod connection;
@@ -86,6 +87,7 @@ pub mod handshake;
 mod intake;
 mod limits;
 mod listener;
+mod memory;
 mod negotiate;
 mod outlet;
 pub mod partition;

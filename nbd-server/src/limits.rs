@@ -7,16 +7,26 @@ use crate::wire;
 
 /// What one server allows its clients. Construct by [`Limits::default`] and change fields.
 ///
-/// Memory for payloads is at most `connections * (in_flight_bytes + option_bytes)` in the worst case, of which payloads
-/// that have not arrived, whose clients may be stuck, hold at most `arriving_bytes` and 64 KiB for each connection; a
-/// client that is idle holds a few tens of KiB.
+/// Memory for what is in flight is at most `memory_bytes`, and 64 KiB for each connection, of which payloads that have
+/// not arrived hold at most `arriving_bytes`. A client in the handshake holds at most `option_bytes`, and one that is idle
+/// a few tens of KiB.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Limits {
     /// Connections at once over all listeners; one more is closed as soon as it is accepted. Default 1024.
     pub connections: usize,
+    /// Connections at once to each export that has no limit of its own
+    /// ([`Export::max_connections`](crate::Export::max_connections)); who asks for one more is answered `ERR_POLICY`, with
+    /// the reason. Default none.
+    pub connections_per_export: Option<usize>,
+    /// Connections at once of each client: from one address, of one user over Unix sockets, of one machine over vsock.
+    /// One more is closed as soon as it is accepted. Default none, because gateways have many clients behind one address.
+    pub connections_per_client: Option<usize>,
     /// From the first byte of the greeting until the export is chosen, TLS included. Default 30 s.
     pub handshake_timeout: Duration,
+    /// How long a client may have nothing in flight before its connection is closed, unless the export says otherwise
+    /// ([`Export::idle_timeout`](crate::Export::idle_timeout)). Default none: a disk may be unused for days.
+    pub idle_timeout: Option<Duration>,
     /// Options that one client may send before it chooses an export. Default 8192: `qemu-nbd --list` sends two for
     /// each export.
     pub options: u32,
@@ -33,6 +43,12 @@ pub struct Limits {
     /// it used up takes its payloads in pieces of at most 64 KiB, for which there is always memory. Default 128 MiB:
     /// half of the pool that devices and servers of a process share, so that stuck clients cannot exhaust that.
     pub arriving_bytes: u32,
+    /// Memory of all connections together, in bytes, for payloads that have arrived, and for replies until they are
+    /// written; at least `max_payload_bytes`. Default 1 GiB. A connection that holds some of it can take more only as long
+    /// as that leaves at least as much for others as it holds then. Requests that find too little wait, those of connections
+    /// that hold nothing first; one of at most 64 KiB never waits for another connection. Where one has waited for
+    /// `payload_timeout`, clients that did not read their replies meanwhile lose their connections.
+    pub memory_bytes: u64,
     /// How long a payload that has begun may make no progress before its connection is dropped. Default 30 s.
     pub payload_timeout: Duration,
     /// Extents in one reply to BLOCK_STATUS, for each context. Default 8192.
@@ -45,13 +61,17 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 1024,
+            connections_per_export: None,
+            connections_per_client: None,
             handshake_timeout: Duration::from_secs(30),
+            idle_timeout: None,
             options: 8192,
             option_bytes: 256 << 10,
             in_flight_requests: 128,
             in_flight_bytes: 64 << 20,
             max_payload_bytes: wire::MAX_PAYLOAD_BYTES,
             arriving_bytes: 128 << 20,
+            memory_bytes: 1 << 30,
             payload_timeout: Duration::from_secs(30),
             status_extents: block::MAX_EXTENTS,
             close_timeout: Duration::from_secs(2),
@@ -69,6 +89,7 @@ impl Limits {
         self.in_flight_bytes = self.in_flight_bytes.max(1);
         self.status_extents = self.status_extents.max(1);
         self.connections = self.connections.max(1);
+        self.memory_bytes = self.memory_bytes.max(self.max_payload_bytes.into());
         self
     }
 }

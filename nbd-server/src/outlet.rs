@@ -2,12 +2,14 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use crate::connection::Ticket;
+use crate::memory::Account;
 use crate::reply::{Answer, Asked, Encoder};
 use crate::wire::Headers;
 
@@ -30,6 +32,7 @@ pub(crate) async fn write_replies<W: AsyncWrite + Unpin>(
     mut writer: W,
     mut replies: mpsc::Receiver<Outgoing>,
     headers: Headers,
+    account: Arc<Account>,
 ) -> io::Result<W> {
     let mut encoder = Encoder::new(headers);
     let mut batch = Vec::with_capacity(BATCH);
@@ -40,7 +43,7 @@ pub(crate) async fn write_replies<W: AsyncWrite + Unpin>(
             tickets.push(ticket);
         }
         let mut queue = encoder.take();
-        write_all(&mut writer, &mut queue).await?;
+        write_all(&mut writer, &mut queue, &account).await?;
         encoder.reuse(queue);
         tickets.clear();
     }
@@ -52,6 +55,7 @@ pub(crate) async fn write_replies<W: AsyncWrite + Unpin>(
 async fn write_all<W: AsyncWrite + Unpin>(
     writer: &mut W,
     queue: &mut VecDeque<Bytes>,
+    account: &Account,
 ) -> io::Result<()> {
     while !queue.is_empty() {
         let mut slices = [IoSlice::new(&[]); SLICES];
@@ -60,7 +64,9 @@ async fn write_all<W: AsyncWrite + Unpin>(
             *slice = IoSlice::new(bytes);
             used += 1;
         }
+        account.writes();
         let mut written = writer.write_vectored(slices.get(..used).unwrap_or_default()).await?;
+        account.wrote(written);
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }

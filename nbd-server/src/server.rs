@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::access::Protection;
 use crate::admission::Admission;
+use crate::census::{Census, Counted};
 use crate::connection;
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
@@ -24,6 +25,7 @@ use crate::handshake::{ExportDirectory, ExportFacts, TlsMode, Unavailable};
 use crate::intake::Arriving;
 use crate::limits::Limits;
 use crate::listener;
+use crate::memory::Memory;
 use crate::negotiate::{Entered, Negotiation, Next};
 use crate::peer::Peer;
 use crate::replace::{Replaced, Retired, settle};
@@ -82,6 +84,7 @@ pub struct ShutdownReport {
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) arriving: Arc<Arriving>,
+    pub(crate) memory: Arc<Memory>,
     pub(crate) tls_mode: TlsMode,
     #[cfg(feature = "tls")]
     pub(crate) tls: RwLock<Option<ServerTls>>,
@@ -94,6 +97,7 @@ pub(crate) struct Shared {
     /// Whatever is still open is dropped.
     forced: Signal,
     connections: Arc<Gauge>,
+    census: Arc<Census>,
     listeners: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -148,6 +152,7 @@ impl Server {
         let tls_mode = TlsMode::Off;
         let shared = Shared {
             arriving: Arc::new(Arriving::new(&limits)),
+            memory: Arc::new(Memory::new(&limits)),
             limits,
             tls_mode,
             #[cfg(feature = "tls")]
@@ -158,6 +163,7 @@ impl Server {
             left: Signal::default(),
             forced: Signal::default(),
             connections: Arc::default(),
+            census: Arc::default(),
             listeners: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
@@ -234,13 +240,19 @@ impl Server {
             tracing::warn!(%peer, "a client that may not connect is refused");
             return;
         }
-        let Some(held) = self.shared.connections.try_hold(self.shared.limits.connections) else {
-            tracing::warn!(limit = self.shared.limits.connections, "too many connections");
+        let limits = &self.shared.limits;
+        let Some(held) = self.shared.connections.try_hold(limits.connections) else {
+            tracing::warn!(%peer, limit = limits.connections, "too many connections");
+            return;
+        };
+        let limit = limits.connections_per_client;
+        let Some(counted) = self.shared.census.admit(&peer, limit) else {
+            tracing::warn!(%peer, limit, "too many connections of one client");
             return;
         };
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
-            let _held: Held = held;
+            let _held: (Held, Counted) = (held, counted);
             tokio::select! {
                 () = serve(&shared, reader, writer, &peer) => {}
                 () = shared.forced.raised() => {}
@@ -370,6 +382,11 @@ impl Server {
     /// Connections that are open now, those in the handshake included.
     pub fn connections(&self) -> usize {
         self.shared.connections.count()
+    }
+
+    /// What all connections together hold of [`Limits::memory_bytes`] now, in bytes.
+    pub fn memory_in_use(&self) -> u64 {
+        self.shared.memory.held_bytes()
     }
 
     /// Stops: accepts nothing more, finishes and answers what is in flight, answers later requests with `ESHUTDOWN`,
@@ -559,11 +576,13 @@ impl ExportDirectory for Visitor {
     }
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        self.find(name, |served| served.facts.clone())
+        self.find(name, |served| {
+            if served.is_full() { Err(Unavailable::Full) } else { Ok(served.facts.clone()) }
+        })?
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        let attachment = self.find(name, |served| served.attach(&self.peer))?;
+        let attachment = self.find(name, |served| served.attach(&self.peer))??;
         let facts = attachment.export.facts.clone();
         self.entered = Some(attachment);
         Ok(facts)

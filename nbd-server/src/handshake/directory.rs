@@ -104,6 +104,8 @@ pub enum Unavailable {
     Unknown,
     /// This client may not use it.
     Forbidden,
+    /// It has as many connections as it may have.
+    Full,
     /// The server is stopping.
     ShuttingDown,
     /// Not without TLS; or there is none of that name, which is nobody's business without TLS.
@@ -116,6 +118,9 @@ impl Unavailable {
         match self {
             Self::Unknown => (wire::reply::ERR_UNKNOWN, "there is no export of that name"),
             Self::Forbidden => (wire::reply::ERR_POLICY, "the client may not use the export"),
+            Self::Full => {
+                (wire::reply::ERR_POLICY, "the export has as many connections as it may have")
+            }
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
             Self::TlsRequired => {
                 (wire::reply::ERR_TLS_REQD, "without TLS, there is no export of that name")

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use block::{BlockDevice, ByteRange, RawDevice};
+use futures_util::future::join_all;
 use nbd_server::wire::transmission_flag;
 use nbd_server::{Export, Removal, Replaced, Server, Window, WriteThrough, partition};
 use tokio::task::JoinSet;
@@ -20,7 +21,7 @@ use super::images::{ImageKey, Opened, Opening};
 use super::options::{AllowReferences, ExportSpec, Writes};
 use super::overlay::Overlay;
 
-/// How long an image may take to close.
+/// How long an image may take to close that nothing shows any more.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// An export that is asked for, and where.
@@ -136,7 +137,7 @@ impl Catalogue {
             let Some(device) = self.images.get(&key).map(|shown| shown.opened.device()) else {
                 continue;
             };
-            match close(key.path(), &*device).await {
+            match close(key.path(), &*device, CLOSE_TIMEOUT).await {
                 Ok(()) => tracing::info!(image = %key.path().display(), "closed an image"),
                 Err(error) => tracing::error!("{error}"),
             }
@@ -144,15 +145,13 @@ impl Catalogue {
         }
     }
 
-    /// Closes every image, each whatever becomes of the others; what went wrong.
-    pub(super) async fn end(self) -> Vec<String> {
-        let mut failures = Vec::new();
-        for (key, shown) in self.images {
-            if let Err(error) = close(key.path(), &*shown.opened.device()).await {
-                failures.push(error.to_string());
-            }
-        }
-        failures
+    /// Closes every image, each whatever becomes of the others, and all of them within `limit`; what went wrong.
+    pub(super) async fn end(self, limit: Duration) -> Vec<String> {
+        let closed = self.images.into_iter().map(|(key, shown)| async move {
+            close(key.path(), &*shown.opened.device(), limit).await.err()
+        });
+        let failures = join_all(closed).await.into_iter().flatten();
+        failures.map(|error| error.to_string()).collect()
     }
 
     /// Opens what is not open yet, and makes the exports. Nobody sees them so far.
@@ -246,6 +245,12 @@ fn shape(spec: &ExportSpec, device: Arc<dyn BlockDevice>, overlay: Option<Arc<Ov
     if let Some(bytes) = spec.preferred_bytes {
         export = export.preferred_bytes(bytes);
     }
+    if let Some(connections) = spec.max_connections {
+        export = export.max_connections(connections);
+    }
+    if let Some(limit) = spec.idle_timeout {
+        export = export.idle_timeout(limit);
+    }
     match Doorkeeper::new(spec, overlay) {
         Some(doorkeeper) => export.attendant(doorkeeper),
         None => export,
@@ -321,8 +326,8 @@ async fn part(
     Ok(device)
 }
 
-async fn close(path: &Path, device: &dyn BlockDevice) -> anyhow::Result<()> {
-    match timeout(CLOSE_TIMEOUT, device.close()).await {
+async fn close(path: &Path, device: &dyn BlockDevice, limit: Duration) -> anyhow::Result<()> {
+    match timeout(limit, device.close()).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => bail!("cannot close {}: {error}", path.display()),
         Err(_) => bail!("closing {} took too long", path.display()),

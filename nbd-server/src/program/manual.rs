@@ -23,7 +23,8 @@ exports that stay are not opened again. Open connections stay with an export tha
 those to one that is gone. Addresses, limits, user and group change with the next start.";
 
 const STOPPING: &str = "Answers what is in flight, closes the connections, flushes and closes the images, and ends with \
-0. Takes 20 seconds at most for clients, and as much again for images.";
+0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal ends at once, \
+with 1.";
 
 /// Prints the manual.
 pub(super) fn print() -> anyhow::Result<()> {

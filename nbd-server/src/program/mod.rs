@@ -7,6 +7,7 @@ mod config;
 mod depth;
 mod identity;
 mod images;
+mod limits;
 mod manual;
 mod options;
 mod overlay;
@@ -19,7 +20,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use nbd_server::{Limits, ListeningSocket, Removal, Server, ServerConfig, SocketFileOptions};
+use nbd_server::{ListeningSocket, Removal, Server, ServerConfig, SocketFileOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use catalogue::Catalogue;
@@ -32,9 +33,6 @@ use reload::Reloading;
 type NewTls = nbd_server::tls::ServerTls;
 #[cfg(not(feature = "tls"))]
 type NewTls = std::convert::Infallible;
-
-/// How long connections may take to end, and devices to flush, after a signal.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 
 /// Does what the options say. An error is everything that kept an image from being served or from ending clean.
 pub(crate) fn run(options: Options) -> anyhow::Result<()> {
@@ -58,7 +56,11 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
         ([], Some(generic)) if !identity::has_sockets() => &generic.listen,
         (said, _) => said,
     };
-    let server_config = ServerConfig::with_limits(limits(&options, config.as_ref()));
+    let mut limits = options.limits.clone();
+    if let Some(generic) = generic {
+        limits = limits.or(&generic.limits);
+    }
+    let server_config = ServerConfig::with_limits(limits.of_server());
     #[cfg(feature = "tls")]
     let server_config = match options.tls.find(config.as_ref())? {
         Some((mode, tls)) => server_config.tls(mode, tls),
@@ -78,24 +80,11 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
         runtime.worker_threads(threads);
     }
     let runtime = runtime.enable_all().build()?;
-    let done = runtime.block_on(serve(options, reloading, config, server_config, sockets));
+    let grace = limits.shutdown_grace();
+    let done = runtime.block_on(serve(options, reloading, config, server_config, sockets, grace));
     // What hangs in a device is not waited for.
     runtime.shutdown_background();
     done
-}
-
-fn limits(options: &Options, config: Option<&Config>) -> Limits {
-    let generic = config.map(|config| &config.generic);
-    let mut limits = Limits::default();
-    let connections = options.max_connections.map(|number| number.get());
-    if let Some(connections) = connections.or(generic.and_then(|generic| generic.connections)) {
-        limits.connections = connections;
-    }
-    let seconds = options.handshake_timeout.map(|seconds| seconds.get());
-    if let Some(seconds) = seconds.or(generic.and_then(|generic| generic.handshake_secs)) {
-        limits.handshake_timeout = Duration::from_secs(seconds.into());
-    }
-    limits
 }
 
 fn socket_options(options: &Options, config: Option<&Config>) -> SocketFileOptions {
@@ -114,6 +103,7 @@ async fn serve(
     config: Option<Config>,
     server_config: ServerConfig,
     sockets: Vec<ListeningSocket>,
+    grace: Duration,
 ) -> anyhow::Result<()> {
     // Before anything is opened, so that a signal during the start leaves images clean, too.
     let mut stop = Stop::new()?;
@@ -144,7 +134,7 @@ async fn serve(
         }
     }
     let ended = tokio::select! {
-        ended = end(&server, catalogue) => ended,
+        ended = end(&server, catalogue, grace) => ended,
         () = stop.again() => bail!("stopped by a second signal; images may need a check"),
     };
     started.and(ended)
@@ -171,14 +161,14 @@ async fn start(
 }
 
 /// Lets clients go, flushes, and closes every image, each whatever becomes of the others.
-async fn end(server: &Server, catalogue: Catalogue) -> anyhow::Result<()> {
-    let report = server.shutdown(SHUTDOWN_GRACE).await;
+async fn end(server: &Server, catalogue: Catalogue, grace: Duration) -> anyhow::Result<()> {
+    let report = server.shutdown(grace).await;
     let mut failures = Vec::new();
     for (name, error) in report.unflushed {
         let why = error.map_or("it took too long".to_owned(), |error| error.to_string());
         failures.push(format!("cannot flush {name:?}: {why}"));
     }
-    failures.extend(catalogue.end().await);
+    failures.extend(catalogue.end(grace).await);
     if failures.is_empty() { Ok(()) } else { bail!(failures.join("; ")) }
 }
 

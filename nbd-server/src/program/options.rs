@@ -1,7 +1,6 @@
 //! The command line: its options and the small languages of `--listen` and `--export`. Nothing is opened here.
 
 use std::fmt;
-use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -23,7 +22,7 @@ pub(crate) struct Options {
     pub(crate) listen: Vec<Listen>,
 
     /// What to serve:
-    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
+    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,max-connections=N][,idle-timeout=SECONDS][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
     /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
     /// layer of the chain that holds each part of the disk as qemu:allocation-depth. The passphrase of an
@@ -58,18 +57,14 @@ pub(crate) struct Options {
     #[arg(long, value_name = "CLIENT", value_parser = identity::client)]
     pub(crate) deny: Vec<ClientRule>,
 
-    /// Connections at once over all listeners [default: 1024]
-    #[arg(long, value_name = "N")]
-    pub(crate) max_connections: Option<NonZeroUsize>,
+    /// Limits.
+    #[command(flatten)]
+    pub(crate) limits: super::limits::LimitOptions,
 
     /// TLS.
     #[cfg(feature = "tls")]
     #[command(flatten)]
     pub(crate) tls: super::tls::TlsOptions,
-
-    /// How long a client may take to choose an export [default: 30]
-    #[arg(long, value_name = "SECONDS")]
-    pub(crate) handshake_timeout: Option<NonZeroU32>,
 
     /// The mode of Unix sockets [default: what the umask leaves]
     #[arg(long, value_name = "OCTAL", value_parser = mode)]
@@ -145,6 +140,24 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds.ok_or_else(|| "it is a number of seconds, like 20 or 0.5".to_owned())
+}
+
+/// A number of connections, 0 for any.
+pub(crate) fn most(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Ok(usize::MAX),
+        Ok(number) => Ok(number),
+        Err(_) => Err("it is a number, 0 for no limit".to_owned()),
+    }
+}
+
+/// How long a client may be idle, 0 for ever.
+pub(crate) fn idle(text: &str) -> Result<Duration, String> {
+    match text.parse::<u32>() {
+        Ok(0) => Ok(Duration::MAX),
+        Ok(number) => Ok(Duration::from_secs(number.into())),
+        Err(_) => Err("it is a number of seconds, 0 for no limit".to_owned()),
+    }
 }
 
 /// The mode of a socket.
@@ -299,6 +312,10 @@ pub(crate) struct ExportSpec {
     pub(crate) description: Option<String>,
     /// Whether clients without TLS are kept out.
     pub(crate) tls_only: bool,
+    /// How many connections it may have; `usize::MAX` for any number.
+    pub(crate) max_connections: Option<usize>,
+    /// How long a connection may be idle; [`Duration::MAX`] for ever.
+    pub(crate) idle_timeout: Option<Duration>,
     /// The names in certificates of clients that may have it; where there is none, everybody.
     pub(crate) clients: Vec<ClientName>,
     pub(crate) is_default: bool,
@@ -362,6 +379,10 @@ impl ExportSpec {
                 let number = text.parse().map_err(|_| with("it is a number from 1 on".to_owned()));
                 self.partition = Some(number?);
             }
+            Some(("max-connections", text)) => {
+                self.max_connections = Some(most(text).map_err(with)?)
+            }
+            Some(("idle-timeout", text)) => self.idle_timeout = Some(idle(text).map_err(with)?),
             Some(("client", name)) => {
                 let name = name.parse().map_err(|error: ClientNameError| error.to_string());
                 self.clients.push(name?);
@@ -501,6 +522,12 @@ mod tests {
         assert!("a=b,allocation-depth".parse::<ExportSpec>().unwrap().allocation_depth);
         let spec: ExportSpec = "a=b,passphrase-file=x,passphrase-file=y,,z".parse().unwrap();
         assert_eq!(spec.passphrase_files, [PathBuf::from("x"), "y,z".into()]);
+        let spec: ExportSpec = "a=b,max-connections=3,idle-timeout=60".parse().unwrap();
+        let limits = (spec.max_connections, spec.idle_timeout);
+        assert_eq!(limits, (Some(3), Some(Duration::from_secs(60))));
+        let spec: ExportSpec = "a=b,max-connections=0,idle-timeout=0".parse().unwrap();
+        let limits = (spec.max_connections, spec.idle_timeout);
+        assert_eq!(limits, (Some(usize::MAX), Some(Duration::MAX)));
         for text in [
             "",
             "a",
@@ -524,6 +551,8 @@ mod tests {
             "a=b,size=16E",
             "a=b,size=8388608T",
             "a=b,offset=-1",
+            "a=b,max-connections=x",
+            "a=b,idle-timeout=-1",
         ] {
             assert!(text.parse::<ExportSpec>().is_err(), "{text}");
         }

@@ -9,6 +9,7 @@ mod depth;
 mod encrypted;
 #[cfg(feature = "client")]
 mod kills;
+mod limits;
 #[cfg(feature = "client")]
 mod meet;
 mod parts;

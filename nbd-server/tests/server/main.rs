@@ -5,6 +5,7 @@
 mod certificates;
 mod device;
 mod lifecycle;
+mod limits;
 #[cfg(feature = "client")]
 mod own_client;
 mod peers;

@@ -44,7 +44,6 @@ impl Raw {
     }
 
     /// A client of which the server knows who it is.
-    #[cfg(feature = "client")]
     pub(crate) fn of(server: &Server, peer: nbd_server::Peer) -> Self {
         let (ours, theirs) = tokio::io::duplex(64 << 10);
         server.serve_stream_of(theirs, peer);

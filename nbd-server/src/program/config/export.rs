@@ -11,7 +11,7 @@ use super::generic;
 use super::ini::Section;
 use super::keys::{EXPORT, Keys, Log};
 use crate::program::identity;
-use crate::program::options::{ExportSpec, Format, Writes};
+use crate::program::options::{self, ExportSpec, Format, Writes};
 
 /// Reads the section; `None` where it does not say what to serve.
 pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option<ExportSpec> {
@@ -42,6 +42,7 @@ pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option
     };
     image(&mut keys, &mut spec);
     tls(&mut keys, &mut spec);
+    limits(&mut keys, &mut spec);
     writes(&mut keys, &mut spec);
     spec.admission = admission(&mut keys);
     path?;
@@ -63,14 +64,6 @@ fn refuse(keys: &mut Keys<'_>) {
     #[cfg(not(feature = "tls"))]
     for key in ["force_tls", "tlsonly", "client"] {
         keys.refuse(key, "this program was built without TLS");
-    }
-    for (key, why) in [
-        ("maxconnections", "connections are limited for the whole server only, by max_connections"),
-        ("timeout", "idle connections are not closed"),
-    ] {
-        if keys.value::<u32>(key, "it is a number") != Some(0) {
-            keys.refuse(key, why);
-        }
     }
 }
 
@@ -147,6 +140,22 @@ fn tls(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
         match entry.value.trim_end().parse::<ClientName>() {
             Ok(name) => spec.clients.push(name),
             Err(_) => keys.wrong("client", entry, "it is cn:NAME or dns:NAME"),
+        }
+    }
+}
+
+/// How many may use it, and for how long they may be idle.
+fn limits(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
+    if let Some(entry) = keys.entry("maxconnections") {
+        match options::most(entry.value.trim_end()) {
+            Ok(connections) => spec.max_connections = Some(connections),
+            Err(wants) => keys.wrong("maxconnections", entry, &wants),
+        }
+    }
+    if let Some(entry) = keys.entry("timeout") {
+        match options::idle(entry.value.trim_end()) {
+            Ok(limit) => spec.idle_timeout = Some(limit),
+            Err(wants) => keys.wrong("timeout", entry, &wants),
         }
     }
 }

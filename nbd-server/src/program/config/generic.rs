@@ -1,11 +1,14 @@
 //! The section [generic]. Exports have their own file beside this one.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use nbd_server::{Admission, ClientRule, Removal};
 
 use super::keys::Keys;
 use crate::program::identity;
+use crate::program::limits::LimitOptions;
 use crate::program::options::{AllowReferences, Listen, Owner};
 
 /// The port that IANA gave to NBD.
@@ -23,8 +26,7 @@ pub(crate) struct Generic {
     pub(crate) listing: bool,
     pub(crate) admission: Admission,
     pub(crate) references: Option<AllowReferences>,
-    pub(crate) connections: Option<usize>,
-    pub(crate) handshake_secs: Option<u32>,
+    pub(crate) limits: LimitOptions,
     pub(crate) threads: Option<usize>,
     pub(crate) removal: Removal,
     #[cfg(feature = "tls")]
@@ -64,9 +66,8 @@ pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
         listing: keys.flag("allowlist").unwrap_or(false),
         admission: admission(keys, Admission::default()),
         references: references(keys),
-        connections: at_least_one(keys, "max_connections"),
-        handshake_secs: at_least_one(keys, "handshake_timeout"),
-        threads: at_least_one(keys, "max_threads"),
+        limits: limits(keys),
+        threads: number(keys, "max_threads").map(NonZeroUsize::get),
         removal: removal(keys),
         #[cfg(feature = "tls")]
         tls: super::tls::read(keys),
@@ -83,19 +84,29 @@ fn refuse(keys: &mut Keys<'_>) {
 }
 
 /// A number from 1 on.
-fn at_least_one<T: std::str::FromStr + PartialOrd + From<u8>>(
-    keys: &mut Keys<'_>,
-    name: &'static str,
-) -> Option<T> {
-    let wants = "it is a number from 1 on";
-    let number: T = keys.value(name, wants)?;
-    if number < T::from(1) {
-        if let Some(entry) = keys.entry(name) {
-            keys.wrong(name, entry, wants);
-        }
+fn number<T: FromStr>(keys: &mut Keys<'_>, name: &'static str) -> Option<T> {
+    keys.value(name, "it is a number from 1 on")
+}
+
+/// A number from 1 on, or 0 for what there is without it.
+fn unless_zero<T: FromStr>(keys: &mut Keys<'_>, name: &'static str) -> Option<T> {
+    if keys.entry(name).is_some_and(|entry| entry.value.trim_end() == "0") {
         return None;
     }
-    Some(number)
+    keys.value(name, "it is a number, 0 for no limit")
+}
+
+fn limits(keys: &mut Keys<'_>) -> LimitOptions {
+    LimitOptions {
+        connections: number(keys, "max_connections"),
+        connections_per_export: unless_zero(keys, "maxconnections"),
+        connections_per_client: unless_zero(keys, "max_connections_per_client"),
+        handshake_secs: number(keys, "handshake_timeout"),
+        idle_secs: unless_zero(keys, "timeout"),
+        payload_secs: number(keys, "payload_timeout"),
+        memory_bytes: keys.bytes("memory_limit"),
+        shutdown_secs: number(keys, "shutdown_timeout"),
+    }
 }
 
 fn mode(keys: &mut Keys<'_>) -> Option<u32> {

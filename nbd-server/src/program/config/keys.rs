@@ -53,9 +53,35 @@ pub(crate) const GENERIC: &[Key] = &[
     key("allow_references", "DIR|any", "Where backing files may lie, as --allow-references"),
     key("max_connections", "N", "Connections at once, as --max-connections"),
     key(
+        "maxconnections",
+        "N",
+        "Connections at once to each export that does not say so itself; 0 for any number, which is the default",
+    ),
+    key(
+        "max_connections_per_client",
+        "N",
+        "Connections at once of each client, as --max-connections-per-client; 0 for any number",
+    ),
+    key(
         "handshake_timeout",
         "SECONDS",
         "How long a client may take to choose an export, as --handshake-timeout",
+    ),
+    key(
+        "timeout",
+        "SECONDS",
+        "How long a client may ask for nothing, as --idle-timeout; 0 for ever, which is the default",
+    ),
+    key(
+        "payload_timeout",
+        "SECONDS",
+        "How long the data of a write may make no progress, as --payload-timeout",
+    ),
+    key("memory_limit", "BYTES", "Memory for what is in flight, as --memory-limit"),
+    key(
+        "shutdown_timeout",
+        "SECONDS",
+        "How long clients may take to end after SIGTERM, as --shutdown-timeout",
     ),
     key("max_threads", "N", "How many threads serve connections [default: one for each processor]"),
     key(
@@ -190,8 +216,16 @@ pub(crate) const EXPORT: &[Key] = &[
     key("port", "PORT", "No effect, as listenaddr"),
     key("transactionlog", "FILE", "No effect: requests are told by RUST_LOG=nbd_server=debug"),
     key("datalog", "true|false", "No effect, as transactionlog"),
-    key("maxconnections", "N", "Refused, unless 0: connections are limited for the whole server"),
-    key("timeout", "SECONDS", "Refused, unless 0: idle connections are kept"),
+    key(
+        "maxconnections",
+        "N",
+        "Connections at once to this export; 0 for any number [default: as in [generic]]",
+    ),
+    key(
+        "timeout",
+        "SECONDS",
+        "How long a client may ask for nothing before its connection is closed; 0 for ever [default: as in [generic]]",
+    ),
     key(
         "force_tls",
         "true|false",

@@ -146,18 +146,26 @@ fn included_files_are_read_in_the_order_of_their_names() {
 fn our_own_keys_are_read() {
     let config = config(
         "[generic]\nlisten = unix:/s\nlisten = vsock:any:10809\nunixsock_mode = 0660\nunixsock_owner = root:root\n\
-         handshake_timeout = 7\nmax_connections = 9\nmax_threads = 2\nremoval = cut\nallow = 10.0.0.0/8, uid:root\n\
+         handshake_timeout = 7\nmax_connections = 9\nmax_threads = 2\nremoval = cut\n\
+         maxconnections = 3\nmax_connections_per_client = 4\ntimeout = 60\npayload_timeout = 8\nmemory_limit = 64M\n\
+         shutdown_timeout = 5\nallow = 10.0.0.0/8, uid:root\n\
          deny = 10.0.0.1\nallow_references = any\n\
          [a]\nexportname = /a\nformat = qcow2\ndescription = one, two\ndefault = true\nbitmap = x\nbitmap = y\n\
          blocksize = 64K\nsync = true\ntrim = false\nflush = false\nallow_references = sub\nprerun = true\n\
          [b]\nexportname = /b\noffset = 1M\nsize = 2M\nreadonly = true\ndeny = unix\n\
+         maxconnections = 2\ntimeout = 0\n\
          [c]\nexportname = /c\npartition = 2\n[d]\nexportname = /d\nsnapshot = s\nformat = qcow2\npassphrase_file = /key\n",
     );
     let generic = &config.generic;
     let vsock = Listen::Vsock { cid: None, port: 10809 };
     assert_eq!(generic.listen, [Listen::Unix("/s".into()), vsock]);
     assert_eq!((generic.socket_mode, generic.threads), (Some(0o660), Some(2)));
-    assert_eq!((generic.handshake_secs, generic.connections), (Some(7), Some(9)));
+    let limits = generic.limits.of_server();
+    let seconds = std::time::Duration::from_secs;
+    assert_eq!((limits.handshake_timeout, limits.connections), (seconds(7), 9));
+    assert_eq!((limits.connections_per_export, limits.connections_per_client), (Some(3), Some(4)));
+    assert_eq!((limits.idle_timeout, limits.payload_timeout), (Some(seconds(60)), seconds(8)));
+    assert_eq!((limits.memory_bytes, generic.limits.shutdown_grace()), (64 << 20, seconds(5)));
     assert_eq!(generic.removal, Removal::Cut);
     assert!(generic.admission.permits(&Peer::Unix { uid: 0 }));
     assert!(!generic.admission.permits(&Peer::Tcp("10.0.0.1:5".parse().unwrap())));
@@ -169,6 +177,7 @@ fn our_own_keys_are_read() {
     assert!(a.is_default && a.durable && a.before.as_deref() == Some("true"));
     assert_eq!(a.withheld, flag::SEND_TRIM | flag::SEND_FLUSH);
     assert_eq!((b.1.offset, b.1.size, b.1.makes_bytes), (1 << 20, Some(2 << 20), None));
+    assert_eq!((b.1.max_connections, b.1.idle_timeout), (Some(2), Some(std::time::Duration::MAX)));
     assert!(!b.1.admission.permits(&Peer::Unix { uid: 0 }));
     assert_eq!((c.1.partition, d.1.snapshot.as_deref()), (Some(2), Some("s")));
 }
@@ -199,7 +208,10 @@ fn what_cannot_be_is_refused_with_file_and_line() {
             "config:4: the section [a] is at config:2 already",
         ),
         (&format!("{export}multifile = true\n"), "config:4: multifile: "),
-        (&format!("{export}maxconnections = 3\n"), "config:4: maxconnections: "),
+        (&format!("{export}maxconnections = -3\n"), "config:4: maxconnections = \"-3\""),
+        (&format!("{export}timeout = soon\n"), "config:4: timeout = \"soon\""),
+        ("[generic]\ntimeout = soon\n", "config:2: timeout = \"soon\""),
+        ("[generic]\nmemory_limit = much\n", "config:2: memory_limit = \"much\""),
         (&format!("{export}virtstyle = moon\n"), "config:4: virtstyle = \"moon\""),
         (&format!("{export}bitmap = x\n"), "config:2: [a]: a raw image has neither"),
         (&format!("{export}temporary = true\n"), "config:2: [a]: a temporary disk"),

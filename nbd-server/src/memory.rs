@@ -1,0 +1,377 @@
+//! The memory of a server for what its connections have in flight: bounded, and shared so that nobody can take it all.
+//! What is held, and when it is let go of, is known to the connections.
+//!
+//! A connection that holds something may take more only as long as at least as much is left for others as it holds then.
+//! So however greedy some are, one that holds nothing finds something; where that is too little, it is served before
+//! those that hold some. Besides, each connection has a reserve that nobody else can take. Only clients that do not read
+//! their replies hold memory for ever: where somebody has waited for it in vain for long enough, they lose their
+//! connections.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::sleep;
+
+use crate::limits::Limits;
+use crate::signal::Signal;
+
+/// What each connection can hold besides, in bytes, one request or piece at a time.
+pub(crate) const RESERVE_BYTES: u32 = 64 << 10;
+
+/// A client that reads less than this of its replies, in bytes, while somebody waits for memory in vain, is stuck.
+const STUCK_BYTES: u64 = 256 << 10;
+
+/// The memory of a server.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    limit: u64,
+    /// How long somebody waits before those that are stuck have to go.
+    patience: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    free: u64,
+    waiting: VecDeque<Waiter>,
+    accounts: HashMap<u64, Weak<Account>>,
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    account: Weak<Account>,
+    bytes: u64,
+    granted: oneshot::Sender<Share>,
+}
+
+/// What one connection holds.
+#[derive(Debug)]
+pub(crate) struct Account {
+    id: u64,
+    memory: Arc<Memory>,
+    /// Changed under the lock of `memory` alone.
+    held: AtomicU64,
+    reserve: Arc<Semaphore>,
+    /// Bytes of replies that the client has taken.
+    written: AtomicU64,
+    /// Whether it has yet to take some.
+    writing: AtomicBool,
+    /// Raised where the connection has to go.
+    pub(crate) evicted: Signal,
+}
+
+/// Memory that is held until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Share {
+    account: Arc<Account>,
+    bytes: u64,
+    _reserve: Option<OwnedSemaphorePermit>,
+}
+
+impl Memory {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let state = State { free: limits.memory_bytes, ..State::default() };
+        Self {
+            limit: limits.memory_bytes,
+            patience: limits.payload_timeout,
+            state: Mutex::new(state),
+        }
+    }
+
+    /// How much is held, in bytes, reserves not included.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.limit - self.state.lock().free
+    }
+
+    /// For one more connection.
+    pub(crate) fn account(self: &Arc<Self>) -> Arc<Account> {
+        let mut state = self.state.lock();
+        let id = state.next;
+        state.next += 1;
+        let account = Arc::new(Account {
+            id,
+            memory: Arc::clone(self),
+            held: AtomicU64::new(0),
+            reserve: Arc::new(Semaphore::new(1)),
+            written: AtomicU64::new(0),
+            writing: AtomicBool::new(false),
+            evicted: Signal::default(),
+        });
+        state.accounts.insert(id, Arc::downgrade(&account));
+        account
+    }
+
+    /// The connections that wait for their clients to read, with what these have read so far.
+    fn writing(&self) -> HashMap<u64, u64> {
+        let accounts: Vec<_> = self.state.lock().accounts.values().cloned().collect();
+        let held = accounts.iter().filter_map(Weak::upgrade);
+        let stuck = held.filter(|account| {
+            account.held.load(Ordering::Relaxed) > 0 && account.writing.load(Ordering::Relaxed)
+        });
+        stuck.map(|account| (account.id, account.written.load(Ordering::Relaxed))).collect()
+    }
+
+    /// Ends the connections that have been waiting for their clients since `before`.
+    fn evict(&self, before: &HashMap<u64, u64>) {
+        for (id, written) in self.writing() {
+            let stuck =
+                before.get(&id).is_some_and(|then| written.saturating_sub(*then) < STUCK_BYTES);
+            let account = self.state.lock().accounts.get(&id).and_then(Weak::upgrade);
+            if let Some(account) = account.filter(|_| stuck) {
+                account.evicted.raise();
+            }
+        }
+    }
+}
+
+impl State {
+    /// Whether a connection that holds so much may take so much more.
+    fn permits(&self, held: u64, bytes: u64) -> bool {
+        let Some(left) = self.free.checked_sub(bytes) else { return false };
+        held == 0 || held + bytes <= left
+    }
+
+    /// Takes it. The lock is held around this and [`State::permits`].
+    fn grant(&mut self, account: &Arc<Account>, bytes: u64) -> Share {
+        self.free -= bytes;
+        account.held.fetch_add(bytes, Ordering::Relaxed);
+        Share { account: Arc::clone(account), bytes, _reserve: None }
+    }
+
+    /// Hands out what came back, in the order of asking. Whoever holds nothing is not overtaken.
+    fn settle(&mut self) -> Leftovers {
+        let mut leftovers = Leftovers::default();
+        let mut kept = VecDeque::with_capacity(self.waiting.len());
+        let mut first_waits = false;
+        while let Some(waiter) = self.waiting.pop_front() {
+            if waiter.granted.is_closed() {
+                continue;
+            }
+            let Some(account) = waiter.account.upgrade() else { continue };
+            let held = account.held.load(Ordering::Relaxed);
+            if !first_waits && self.permits(held, waiter.bytes) {
+                let share = self.grant(&account, waiter.bytes);
+                leftovers.unclaimed.extend(waiter.granted.send(share).err());
+            } else {
+                first_waits |= held == 0;
+                kept.push_back(waiter);
+            }
+            leftovers.accounts.push(account);
+        }
+        self.waiting = kept;
+        leftovers
+    }
+}
+
+/// What takes the lock when it is dropped, and so must outlive it.
+#[derive(Default)]
+struct Leftovers {
+    /// Of those who gave up waiting meanwhile.
+    unclaimed: Vec<Share>,
+    accounts: Vec<Arc<Account>>,
+}
+
+impl Account {
+    /// Takes memory at once, where nobody waits for it and enough is left for others.
+    pub(crate) fn try_take(self: &Arc<Self>, bytes: u64) -> Option<Share> {
+        let mut state = self.memory.state.lock();
+        let held = self.held.load(Ordering::Relaxed);
+        let may = state.waiting.is_empty() && state.permits(held, bytes);
+        may.then(|| state.grant(self, bytes))
+    }
+
+    /// Takes memory for a piece of at most [`RESERVE_BYTES`]; waits for nobody else, at most for an earlier such piece
+    /// of this connection.
+    pub(crate) async fn take_piece(self: &Arc<Self>, bytes: u64) -> Share {
+        match self.try_take(bytes) {
+            Some(share) => share,
+            None => self.reserved().await,
+        }
+    }
+
+    /// Takes memory for a request, and waits for it where it must.
+    pub(crate) async fn take(self: &Arc<Self>, bytes: u64) -> Share {
+        let bytes = bytes.min(self.memory.limit);
+        if let Some(share) = self.try_take(bytes) {
+            return share;
+        }
+        let (granted, mut share) = oneshot::channel();
+        let leftovers = {
+            let mut state = self.memory.state.lock();
+            let account = Arc::downgrade(self);
+            state.waiting.push_back(Waiter { account, bytes, granted });
+            state.settle()
+        };
+        drop(leftovers);
+        loop {
+            let before = self.memory.writing();
+            tokio::select! {
+                biased;
+                granted = &mut share => return match granted {
+                    Ok(share) => share,
+                    // Never: who waits is not forgotten.
+                    Err(_) => self.reserved().await,
+                },
+                share = self.reserved(), if bytes <= RESERVE_BYTES.into() => return share,
+                () = sleep(self.memory.patience) => self.memory.evict(&before),
+            }
+        }
+    }
+
+    async fn reserved(self: &Arc<Self>) -> Share {
+        // Nobody closes the semaphore.
+        let reserve = Arc::clone(&self.reserve).acquire_owned().await.ok();
+        Share { account: Arc::clone(self), bytes: 0, _reserve: reserve }
+    }
+
+    /// Replies are on their way, and the client has yet to take them.
+    pub(crate) fn writes(&self) {
+        self.writing.store(true, Ordering::Relaxed);
+    }
+
+    /// The client took some.
+    pub(crate) fn wrote(&self, bytes: usize) {
+        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.writing.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.memory.state.lock().accounts.remove(&self.id);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if self.bytes == 0 {
+            return;
+        }
+        let leftovers = {
+            let mut state = self.account.memory.state.lock();
+            state.free += self.bytes;
+            self.account.held.fetch_sub(self.bytes, Ordering::Relaxed);
+            state.settle()
+        };
+        drop(leftovers);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    const MIB: u64 = 1 << 20;
+
+    fn memory(mib: u64) -> Arc<Memory> {
+        let limits = Limits {
+            memory_bytes: mib * MIB,
+            payload_timeout: Duration::from_secs(30),
+            ..Limits::default()
+        };
+        Arc::new(Memory::new(&limits))
+    }
+
+    #[test]
+    fn a_greedy_connection_leaves_as_much_as_it_takes() {
+        let memory = memory(64);
+        let greedy: Vec<_> = (0..4).map(|_| memory.account()).collect();
+        let mut shares = Vec::new();
+        for account in &greedy {
+            while let Some(share) = account.try_take(MIB) {
+                shares.push(share);
+            }
+        }
+        // 32, and of the rest 16, 8, 4.
+        let held: Vec<_> = greedy.iter().map(|one| one.held.load(Ordering::Relaxed)).collect();
+        assert_eq!(held, [32 * MIB, 16 * MIB, 8 * MIB, 4 * MIB]);
+        assert_eq!(memory.held_bytes(), 60 * MIB);
+        assert!(memory.account().try_take(4 * MIB).is_some(), "somebody new finds something");
+        drop(shares);
+        assert_eq!(memory.held_bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn who_holds_nothing_is_served_before_those_that_hold_some() {
+        let memory = memory(8);
+        let (greedy, first, second) = (memory.account(), memory.account(), memory.account());
+        let (one, other) = (greedy.take(4 * MIB).await, first.take(2 * MIB).await);
+        let mut more = Box::pin(greedy.take(2 * MIB));
+        let mut fresh = Box::pin(second.take(4 * MIB));
+        assert!(more.as_mut().now_or_never().is_none() && fresh.as_mut().now_or_never().is_none());
+        assert!(first.try_take(MIB).is_none(), "nobody overtakes those who wait");
+        drop(other);
+        // What is free now is enough for whoever holds nothing, not for more.
+        let fresh = fresh.now_or_never().unwrap();
+        assert!(more.as_mut().now_or_never().is_none());
+        drop(fresh);
+        drop(one);
+        let more = more.now_or_never().unwrap();
+        assert_eq!(memory.held_bytes(), 2 * MIB);
+        drop(more);
+    }
+
+    #[tokio::test]
+    async fn one_who_gives_up_waiting_is_forgotten_and_gives_back_what_it_was_given() {
+        let memory = memory(4);
+        let (holder, waiter, other) = (memory.account(), memory.account(), memory.account());
+        let held = holder.take(4 * MIB).await;
+        let mut given_up = Box::pin(waiter.take(4 * MIB));
+        assert!(given_up.as_mut().now_or_never().is_none());
+        drop(held);
+        drop(given_up);
+        assert_eq!(memory.held_bytes(), 0);
+        let held = holder.take(4 * MIB).await;
+        let mut given_up = Box::pin(waiter.take(MIB));
+        assert!(given_up.as_mut().now_or_never().is_none());
+        drop(given_up);
+        drop(waiter);
+        drop(held);
+        assert!(other.take(4 * MIB).now_or_never().is_some());
+        assert_eq!(memory.state.lock().accounts.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn there_is_always_a_reserve_for_one_small_request_of_each_connection() {
+        let memory = memory(4);
+        let (holder, small) = (memory.account(), memory.account());
+        let _held = holder.take(4 * MIB).await;
+        let first = small.take(RESERVE_BYTES.into()).now_or_never().unwrap();
+        assert!(small.take(512).now_or_never().is_none(), "one at a time");
+        assert!(memory.account().take_piece(512).now_or_never().is_some());
+        drop(first);
+        assert!(small.take(512).now_or_never().is_some());
+        assert_eq!(memory.held_bytes(), 4 * MIB);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_read_has_to_go_once_somebody_waited_long_enough() {
+        let memory = memory(4);
+        let [stuck, slow, busy] = [(); 3].map(|()| memory.account());
+        let held = [stuck.take(2 * MIB).await, slow.take(MIB).await, busy.take(MIB).await];
+        stuck.writes();
+        slow.writes();
+        let waiter = memory.account();
+        let mut waiting = Box::pin(waiter.take(2 * MIB));
+        tokio::select! {
+            _ = &mut waiting => panic!("there is none"),
+            () = sleep(Duration::from_secs(29)) => {}
+        }
+        assert!(!stuck.evicted.is_raised());
+        slow.wrote(300 << 10);
+        slow.writes();
+        tokio::select! {
+            _ = &mut waiting => panic!("there is none"),
+            () = stuck.evicted.raised() => {}
+        }
+        assert!(!slow.evicted.is_raised() && !busy.evicted.is_raised());
+        drop(held);
+        assert!(waiting.now_or_never().is_some());
+    }
+}

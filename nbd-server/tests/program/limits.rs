@@ -1,0 +1,101 @@
+//! The limits that the command line and files set, each reached by somebody who is told as much as can be.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use super::{Running, image, run};
+
+/// A client that has read the greeting, if there was one, and answered it.
+fn greeted(dir: &Path) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(dir.join("socket")).unwrap();
+    let mut greeting = [0; 18];
+    stream.read_exact(&mut greeting).ok()?;
+    assert_eq!(&greeting, b"NBDMAGICIHAVEOPT\0\x03");
+    stream.write_all(&[0, 0, 0, 3]).unwrap();
+    Some(stream)
+}
+
+/// Asks for an export by GO; the type of the last reply, and its text.
+fn go(stream: &mut UnixStream, export: &str) -> (u32, String) {
+    let mut option = b"IHAVEOPT\0\0\0\x07".to_vec();
+    option.extend(u32::try_from(export.len() + 6).unwrap().to_be_bytes());
+    option.extend(u32::try_from(export.len()).unwrap().to_be_bytes());
+    option.extend(export.as_bytes());
+    option.extend([0, 0]);
+    stream.write_all(&option).unwrap();
+    loop {
+        let mut header = [0; 20];
+        stream.read_exact(&mut header).unwrap();
+        let kind = u32::from_be_bytes(header[12..16].try_into().unwrap());
+        let mut data = vec![0; u32::from_be_bytes(header[16..].try_into().unwrap()) as usize];
+        stream.read_exact(&mut data).unwrap();
+        if kind == 1 || kind >> 31 == 1 {
+            return (kind, String::from_utf8(data).unwrap());
+        }
+    }
+}
+
+const ACK: (u32, String) = (1, String::new());
+
+#[test]
+fn the_command_line_limits_connections_of_a_client_and_to_an_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let arguments = [
+        "--listen=unix:socket",
+        "--export=one=disk.img,format=raw,read-only,max-connections=1",
+        "--export=two=disk.img,format=raw,read-only",
+        "--max-connections-per-client=3",
+        "--max-connections-per-export=1",
+        "--memory-limit=32M",
+        "--payload-timeout=5",
+    ];
+    let mut server = Running::start(dir, &arguments);
+    server.address();
+    let mut clients = [(); 3].map(|()| greeted(dir).unwrap());
+    assert!(greeted(dir).is_none(), "the fourth connection of this user");
+    let [one, two, late] = &mut clients;
+    assert_eq!(go(one, "one"), ACK);
+    assert_eq!(go(two, "two"), ACK);
+    for export in ["one", "two"] {
+        let (kind, text) = go(late, export);
+        assert_eq!((kind, text.contains("as many connections")), (1 << 31 | 2, true), "{text}");
+    }
+    drop(clients);
+    assert!(server.stop());
+}
+
+#[test]
+fn a_configuration_limits_connections_and_idle_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let export = "exportname = disk.img\nreadonly = true\n";
+    let generic = "[generic]\nunixsock = socket\nmaxconnections = 1\nmax_connections_per_client = 2\ntimeout = 1\n";
+    let text = format!("{generic}[one]\n{export}[two]\n{export}maxconnections = 2\ntimeout = 0\n");
+    std::fs::write(dir.join("config"), text).unwrap();
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let (mut first, mut second) = (greeted(dir).unwrap(), greeted(dir).unwrap());
+    assert!(greeted(dir).is_none(), "the third connection of this user");
+    assert_eq!(go(&mut first, "one"), ACK);
+    assert_eq!(go(&mut second, "one").0, 1 << 31 | 2);
+    assert_eq!(go(&mut second, "two"), ACK);
+    let mut rest = Vec::new();
+    first.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty(), "closed without a word");
+    assert!(server.log_until("idle for too long").concat().contains("one"));
+    // The other one may be idle for ever. A FLUSH is answered.
+    let mut flush = vec![0x25, 0x60, 0x95, 0x13, 0, 0, 0, 3];
+    flush.extend([7; 8]);
+    flush.extend([0; 12]);
+    second.write_all(&flush).unwrap();
+    let mut reply = [0; 16];
+    second.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4..], [0, 0, 0, 0, 7, 7, 7, 7, 7, 7, 7, 7]);
+    drop((first, second));
+    run(dir, "nbdinfo", &["nbd+unix:///two?socket=socket"]);
+    assert!(server.stop());
+}

@@ -1,0 +1,215 @@
+//! The limits of a server, each reached by somebody: what they get for an answer, and that others go on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd_server::wire::{self, command, command_flag, option};
+use nbd_server::{Export, Limits, Peer, Server, ServerConfig};
+use tokio::time::{Instant, advance, sleep};
+
+use crate::device::{Call, TestDevice};
+use crate::raw::{Raw, go};
+
+const SIZE: u64 = 64 << 20;
+const MIB: u32 = 1 << 20;
+
+fn with_limits(change: impl FnOnce(&mut Limits)) -> (Server, Arc<TestDevice>) {
+    let mut limits = Limits::default();
+    change(&mut limits);
+    let device = TestDevice::new(SIZE);
+    let server = Server::new(ServerConfig::with_limits(limits));
+    server.add_export(Export::new("disk", Arc::clone(&device) as _)).unwrap();
+    (server, device)
+}
+
+/// What a client is told that wants one connection too many to an export, by each option that could give it one.
+async fn is_full(server: &Server, export: &str) {
+    let mut raw = Raw::new(server);
+    raw.greet(3).await;
+    for option in [option::INFO, option::GO] {
+        let replies = raw.option(option, &go(export)).await;
+        let [(kind, text)] = &replies[..] else { panic!("{replies:?}") };
+        assert_eq!(*kind, wire::reply::ERR_POLICY);
+        assert_eq!(text, b"the export has as many connections as it may have");
+    }
+    raw.send_option(option::EXPORT_NAME, export.as_bytes()).await;
+    assert!(raw.rest().await.is_empty());
+}
+
+#[tokio::test]
+async fn an_export_has_as_many_connections_as_it_may_have_and_places_come_back() {
+    let (server, device) = with_limits(|limits| limits.connections_per_export = Some(2));
+    let export = |name: &str| Export::new(name, Arc::clone(&device) as _);
+    server.add_export(export("one").max_connections(1)).unwrap();
+    server.add_export(export("any").max_connections(usize::MAX)).unwrap();
+    let enter = |name: &'static str| {
+        let server = server.clone();
+        async move {
+            let mut raw = Raw::new(&server);
+            raw.greet(3).await;
+            raw.go(name).await;
+            raw
+        }
+    };
+    let mut held = Vec::new();
+    for name in ["disk", "disk", "one", "any", "any", "any"] {
+        held.push(enter(name).await);
+    }
+    is_full(&server, "disk").await;
+    is_full(&server, "one").await;
+    // One that was refused takes another export instead, and its connection.
+    let mut raw = Raw::new(&server);
+    raw.greet(3).await;
+    assert_eq!(raw.option(option::GO, &go("one")).await[0].0, wire::reply::ERR_POLICY);
+    raw.go("any").await;
+    drop(held);
+    while server.connections() > 1 {
+        tokio::task::yield_now().await;
+    }
+    enter("one").await;
+    drop((enter("disk").await, enter("disk").await));
+}
+
+#[tokio::test]
+async fn a_client_has_as_many_connections_as_it_may_have_and_others_have_theirs() {
+    let (server, _) = with_limits(|limits| limits.connections_per_client = Some(2));
+    let tcp = |port: u16| Peer::Tcp(([10, 0, 0, 1], port).into());
+    let mut first = Raw::of(&server, tcp(1));
+    first.enter(true).await;
+    let mut half_open = Raw::of(&server, tcp(2));
+    assert_eq!(half_open.take(18).await.len(), 18);
+    // Not even a greeting.
+    assert!(Raw::of(&server, tcp(3)).rest().await.is_empty());
+    for other in [Peer::Tcp(([10, 0, 0, 2], 1).into()), Peer::Unix { uid: 7 }, Peer::Unknown] {
+        Raw::of(&server, other).enter(true).await;
+    }
+    drop(half_open);
+    loop {
+        let mut again = Raw::of(&server, tcp(4));
+        use tokio::io::AsyncReadExt;
+        if again.stream.read_exact(&mut [0; 18]).await.is_ok() {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
+    first.request(command::FLUSH, 0, 1, 0, 0).await;
+    assert_eq!(first.reply().await.error, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_idle_for_too_long_is_closed_and_a_busy_one_is_not() {
+    let limit = Duration::from_secs(60);
+    let (server, device) = with_limits(|limits| limits.idle_timeout = Some(limit));
+    let export = Export::new("patient", Arc::clone(&device) as _).idle_timeout(Duration::MAX);
+    server.add_export(export).unwrap();
+    let mut patient = Raw::new(&server);
+    patient.greet(3).await;
+    patient.go("patient").await;
+    // One in the middle of a header, one whose request takes long, one that asks now and then, one that does nothing.
+    let mut halfway = Raw::entered(&server).await;
+    halfway.send(&[0; 5]).await;
+    let mut waits = Raw::entered(&server).await;
+    device.hold(|call| matches!(call, Call::Flush));
+    waits.request(command::FLUSH, 0, 7, 0, 0).await;
+    device.held(1).await;
+    let mut asks = Raw::entered(&server).await;
+    let mut idle = Raw::entered(&server).await;
+    let begun = Instant::now();
+    for _ in 0..10 {
+        sleep(limit / 2).await;
+        asks.request(command::READ, command_flag::DF, 1, 0, 512).await;
+        assert_eq!(asks.reply().await.error, 0);
+    }
+    assert!(begun.elapsed() > 4 * limit);
+    assert!(idle.rest().await.is_empty() && halfway.rest().await.is_empty());
+    device.release();
+    assert_eq!(waits.reply().await.cookie, 7);
+    let answered = Instant::now();
+    assert!(waits.rest().await.is_empty());
+    assert!(answered.elapsed() >= limit, "its time begins with the answer");
+    patient.request(command::FLUSH, 0, 1, 0, 0).await;
+    assert_eq!(patient.reply().await.error, 0);
+}
+
+/// A client with a request in flight whose reply it does not read, of one MiB times `count`.
+async fn deaf(server: &Server, count: u64) -> Raw {
+    let mut raw = Raw::with_buffer(server, 4096);
+    raw.enter(true).await;
+    for cookie in 0..count {
+        raw.request(command::READ, command_flag::DF, cookie, 0, MIB).await;
+    }
+    raw
+}
+
+async fn settle() {
+    for _ in 0..2000 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_is_bounded_over_all_clients_and_nobody_takes_all_of_it() {
+    let (server, device) = with_limits(|limits| limits.memory_bytes = 64 << 20);
+    let mut greedy = Vec::new();
+    for _ in 0..4 {
+        greedy.push(deaf(&server, 64).await);
+    }
+    settle().await;
+    // The first leaves a half, the next a half of that, and so on.
+    let reads = device.log().len();
+    assert!(reads <= 32 + 16 + 8 + 4, "{reads} MiB are in flight");
+    assert!(reads >= 32, "{reads} MiB are in flight");
+    assert_eq!(server.memory_in_use(), reads as u64 * u64::from(MIB));
+    // A modest client does not notice.
+    let begun = Instant::now();
+    let mut modest = Raw::entered(&server).await;
+    for cookie in 0..100 {
+        modest.request(command::READ, command_flag::DF, cookie, 0, MIB).await;
+        assert_eq!(modest.reply().await.content[0].1.len(), 8 + (1 << 20));
+        modest.request(command::WRITE, 0, cookie, 0, MIB).await;
+        modest.send(&vec![1; 1 << 20]).await;
+        assert_eq!(modest.reply().await.error, 0);
+    }
+    assert_eq!(begun.elapsed(), Duration::ZERO, "it waited for a timer");
+    assert_eq!(server.connections(), 5, "and nobody had to go");
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_that_do_not_read_lose_their_connections_where_others_wait_for_their_memory() {
+    let (server, _) = with_limits(|limits| limits.memory_bytes = 32 << 20);
+    let mut stuck = Vec::new();
+    for _ in 0..32 {
+        let mut raw = Raw::with_buffer(&server, 4096);
+        raw.enter(true).await;
+        raw.request(command::READ, command_flag::DF, 1, 0, MIB).await;
+        stuck.push(raw);
+    }
+    settle().await;
+    advance(Duration::from_secs(3600)).await;
+    settle().await;
+    assert_eq!(server.connections(), 32, "while nobody wants it, they may keep it");
+    let mut wants = Raw::entered(&server).await;
+    // What is small goes on at once.
+    let begun = Instant::now();
+    wants.request(command::READ, command_flag::DF, 1, 0, 512).await;
+    assert_eq!(wants.reply().await.error, 0);
+    wants.request(command::WRITE, 0, 2, 0, MIB).await;
+    wants.send(&vec![1; 1 << 20]).await;
+    assert_eq!(wants.reply().await.error, 0);
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    wants.request(command::READ, command_flag::DF, 3, 0, 2 * MIB).await;
+    assert_eq!(wants.reply().await.content[0].1.len(), 8 + (2 << 20));
+    assert!(begun.elapsed() >= Limits::default().payload_timeout);
+    settle().await;
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(server.connections(), 1);
+}
+
+#[tokio::test]
+async fn one_connection_too_many_in_all_gets_not_even_a_greeting() {
+    let (server, _) = with_limits(|limits| limits.connections = 2);
+    let mut held = [Raw::entered(&server).await, Raw::entered(&server).await];
+    assert!(Raw::new(&server).rest().await.is_empty());
+    held[0].request(command::FLUSH, 0, 1, 0, 0).await;
+    assert_eq!(held[0].reply().await.error, 0);
+}

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use block::BlockDevice;
+use block::{BlockDevice, DeviceError};
 
 use crate::peer::Peer;
 
@@ -24,6 +24,15 @@ pub trait Attendant: Send + Sync {
     /// # Errors
     /// Why the client is turned away: its connection is closed.
     async fn arrived(&self, peer: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway>;
+
+    /// The writer of an export that is sealed on disconnect is done, and the device is flushed; nobody else gets in until
+    /// this is done. By default nothing is to be done.
+    ///
+    /// # Errors
+    /// What keeps the export from being sealed: it stays as it is.
+    async fn sealed(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// A client that was let in has left. Not told where the whole server is stopped by force.
     async fn left(&self, peer: &Peer);

@@ -124,8 +124,14 @@ impl<T> Drop for Abort<T> {
     }
 }
 
-/// Serves requests until the client leaves, or the export does.
-pub(crate) async fn transmit<R, W>(shared: &Arc<Shared>, entered: Entered, reader: R, writer: W)
+/// Serves requests until the client leaves, or the export does. Whether the client said that it leaves, and everything
+/// was done that it had asked for.
+pub(crate) async fn transmit<R, W>(
+    shared: &Arc<Shared>,
+    entered: Entered,
+    reader: R,
+    writer: W,
+) -> bool
 where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
@@ -174,7 +180,7 @@ where
     };
     let writer = tokio::select! {
         written = finish => written,
-        () = overdue => return,
+        () = overdue => return false,
     };
     match (end, writer) {
         (End::Closed | End::NoRequest | End::Idle, Ok(Ok(mut writer))) => {
@@ -187,6 +193,7 @@ where
         }
         _ => {}
     }
+    end == End::Disconnected
 }
 
 /// Says that no more will be sent, then reads what the client still sends, for a while: closing a TCP socket with

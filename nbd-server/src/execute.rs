@@ -24,6 +24,12 @@ pub(crate) async fn execute(
     let add = |counter: &std::sync::atomic::AtomicU64, range: ByteRange| {
         counter.fetch_add(range.len(), Ordering::Relaxed);
     };
+    if !matches!(
+        command,
+        Command::Read { .. } | Command::Cache { .. } | Command::BlockStatus { .. }
+    ) {
+        attachment.used();
+    }
     let done = match command {
         Command::Read { range, whole } => match device.read(range).await {
             Ok(segments) if segments.len() == range.len() => {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use block::BlockDevice;
 
-use crate::access::{Access, ClientName};
+use crate::access::{Access, ClientName, Protection};
 use crate::admission::Admission;
 use crate::attendant::{Attendant, TurnedAway};
 use crate::extent_source::ExtentSource;
@@ -18,6 +18,7 @@ use crate::limits::Limits;
 use crate::peer::Peer;
 use crate::signal::Signal;
 use crate::wire::MAX_STRING_BYTES;
+use crate::writers::{Lease, LeaseHold, Writer, Writers};
 
 /// A device to be served under a name.
 #[derive(Clone)]
@@ -36,6 +37,8 @@ pub struct Export {
     attendant: Option<Arc<dyn Attendant>>,
     max_connections: Option<usize>,
     idle_timeout: Option<Duration>,
+    writers: Writers,
+    seals: bool,
 }
 
 impl std::fmt::Debug for Export {
@@ -62,6 +65,8 @@ impl Export {
             attendant: None,
             max_connections: None,
             idle_timeout: None,
+            writers: Writers::default(),
+            seals: false,
         }
     }
 
@@ -162,6 +167,23 @@ impl Export {
         self
     }
 
+    /// Who may have it at once, where it can be written.
+    #[must_use]
+    pub fn writers(mut self, writers: Writers) -> Self {
+        self.writers = writers;
+        self
+    }
+
+    /// Seals it once its writer is done: when the last connection of a client that changed or flushed anything has ended by
+    /// `DISC`, and none of its others was lost, the device is flushed, [`Attendant::sealed`] is told, and the export is read-only from then on, until it
+    /// is removed. A writer that was lost can come back. Allows for one client at a time, where [`Export::writers`] says
+    /// nothing narrower.
+    #[must_use]
+    pub fn seal_on_disconnect(mut self, seals: bool) -> Self {
+        self.seals = seals;
+        self
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
@@ -186,6 +208,8 @@ impl Export {
             && self.withheld == other.withheld
             && self.max_connections == other.max_connections
             && self.idle_timeout == other.idle_timeout
+            && self.writers == other.writers
+            && self.seals == other.seals
             && match (&self.attendant, &other.attendant) {
                 (None, None) => true,
                 (Some(one), Some(another)) => Arc::ptr_eq(one, another),
@@ -250,6 +274,8 @@ pub struct ExportStatus {
     pub size_bytes: u64,
     /// Whether every change is refused.
     pub read_only: bool,
+    /// Whether that is because its writer is done.
+    pub is_sealed: bool,
     /// Whether it is the default export.
     pub is_default: bool,
     /// Connections that hold it now.
@@ -319,6 +345,8 @@ pub(crate) struct Served {
     /// How long a connection may be idle.
     pub(crate) idle_timeout: Option<Duration>,
     max_connections: usize,
+    /// Shared with what took its place, or whose place it took.
+    lease: Arc<Lease>,
     connections: Arc<Gauge>,
 }
 
@@ -337,6 +365,8 @@ pub(crate) struct Attachment {
     pub(crate) device: Arc<dyn BlockDevice>,
     /// Whose connection it is.
     pub(crate) peer: Peer,
+    /// Its part in the right to write.
+    lease: Option<Arc<LeaseHold>>,
     _held: Arc<Held>,
 }
 
@@ -359,6 +389,43 @@ impl Attachment {
 
     pub(crate) fn attendant(&self) -> Option<Arc<dyn Attendant>> {
         self.export.origin.attendant.clone()
+    }
+
+    /// The client changes or flushes something.
+    pub(crate) fn used(&self) {
+        if let Some(lease) = &self.lease {
+            lease.used();
+        }
+    }
+
+    /// What the client may know of the export: whoever has no part in the right to write may only read.
+    pub(crate) fn facts(&self) -> ExportFacts {
+        ExportFacts { read_only: self.lease.is_none(), ..self.export.facts.clone() }
+    }
+
+    /// The connection has ended, by a word of the client or not: seals the export where that makes its writer done.
+    pub(crate) async fn leave(&self, by_word: bool) {
+        let Some(sealing) = self.lease.as_ref().and_then(|lease| lease.leave(by_word)) else {
+            return;
+        };
+        if !self.export.origin.seals {
+            return;
+        }
+        let sealed = async {
+            self.export.device.flush().await?;
+            match self.attendant() {
+                Some(attendant) => attendant.sealed().await,
+                None => Ok(()),
+            }
+        };
+        let export = &self.export.facts.name;
+        match sealed.await {
+            Ok(()) => {
+                sealing.seal();
+                tracing::info!(export, "its writer is done: sealed");
+            }
+            Err(error) => tracing::error!(export, %error, "cannot be sealed"),
+        }
     }
 }
 
@@ -407,6 +474,7 @@ impl Served {
                 .max_connections
                 .or(limits.connections_per_export)
                 .unwrap_or(usize::MAX),
+            lease: Arc::default(),
             origin,
             closing: Signal::default(),
             connections: Arc::default(),
@@ -414,20 +482,68 @@ impl Served {
     }
 
     /// Holds the export for one connection.
-    pub(crate) fn attach(self: &Arc<Self>, peer: &Peer) -> Result<Attachment, Unavailable> {
+    pub(crate) fn attach(
+        self: &Arc<Self>,
+        peer: &Peer,
+        protection: &Protection,
+    ) -> Result<Attachment, Unavailable> {
         let held = self.connections.try_hold(self.max_connections).ok_or(Unavailable::Full)?;
+        let lease = if self.is_read_only() {
+            None
+        } else {
+            let taken = self.lease.take(self.writers(), Writer::new(peer, protection));
+            // Looked at again, because it may have been sealed in between.
+            let taken = taken.ok_or(Unavailable::Leased)?;
+            (!self.is_sealed()).then(|| Arc::new(taken))
+        };
         self.tally.connections.fetch_add(1, Ordering::Relaxed);
         Ok(Attachment {
             export: Arc::clone(self),
             device: Arc::clone(&self.device),
             peer: peer.clone(),
+            lease,
             _held: Arc::new(held),
         })
     }
 
-    /// Whether one more connection is too many.
-    pub(crate) fn is_full(&self) -> bool {
-        self.connections() >= self.max_connections
+    /// Whether a client would be let in now.
+    pub(crate) fn judge(&self, peer: &Peer, protection: &Protection) -> Result<(), Unavailable> {
+        let writer = Writer::new(peer, protection);
+        if self.connections() >= self.max_connections {
+            Err(Unavailable::Full)
+        } else if !self.is_read_only() && !self.lease.admits(self.writers(), &writer) {
+            Err(Unavailable::Leased)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn writers(&self) -> Writers {
+        match self.origin.writers {
+            Writers::Any if self.origin.seals => Writers::OneClient,
+            writers => writers,
+        }
+    }
+
+    /// Whether every change is refused to those who come now.
+    fn is_read_only(&self) -> bool {
+        self.facts.read_only || self.is_sealed()
+    }
+
+    fn is_sealed(&self) -> bool {
+        self.origin.seals && self.lease.is_sealed()
+    }
+
+    /// What a client that comes now may know of it.
+    pub(crate) fn facts_now(&self) -> ExportFacts {
+        ExportFacts { read_only: self.is_read_only(), ..self.facts.clone() }
+    }
+
+    /// Takes the place of another that shows the same device: its writer stays the only one.
+    pub(crate) fn succeed(&mut self, other: &Self) {
+        if Arc::ptr_eq(&self.device, &other.device) {
+            self.lease = Arc::clone(&other.lease);
+        }
     }
 
     pub(crate) fn is_default(&self) -> bool {
@@ -459,7 +575,8 @@ impl Served {
             name: self.facts.name.clone(),
             description: self.facts.description.clone(),
             size_bytes: self.facts.size_bytes,
-            read_only: self.facts.read_only,
+            read_only: self.is_read_only(),
+            is_sealed: self.is_sealed(),
             is_default,
             connections: self.connections.count(),
             counters: self.tally.snapshot(),

@@ -104,6 +104,7 @@ mod socket;
 pub mod tls;
 mod window;
 pub mod wire;
+mod writers;
 
 pub use access::{ClientName, ClientNameError};
 pub use admission::{Admission, ClientRule, ClientRuleError};
@@ -117,3 +118,4 @@ pub use replace::{Replaced, Retired};
 pub use server::{Server, ServerConfig, ShutdownReport};
 pub use socket::{ListeningSocket, SocketFileOptions};
 pub use window::{Window, WriteThrough};
+pub use writers::Writers;

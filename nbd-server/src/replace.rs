@@ -132,6 +132,10 @@ pub(crate) fn settle(old: &BTreeMap<String, Arc<Served>>, next: &mut Table) -> R
                 replaced.kept.push(name.clone());
             }
             Some(known) => {
+                // Nobody else has it yet.
+                if let Some(served) = Arc::get_mut(served) {
+                    served.succeed(known);
+                }
                 replaced.changed.push(name.clone());
                 replaced.retired.push(Retired { served: Arc::clone(known) });
             }

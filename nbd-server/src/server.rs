@@ -494,7 +494,9 @@ where
     let arrived = timeout(shared.limits.handshake_timeout, entered.attachment.arrive()).await;
     let why = match arrived {
         Ok(Ok(())) => {
-            connection::transmit(shared, entered, reader, writer).await;
+            let attachment = entered.attachment.clone();
+            let by_word = connection::transmit(shared, entered, reader, writer).await;
+            attachment.leave(by_word).await;
             if let Some(attendant) = attendant {
                 attendant.left(&peer).await;
             }
@@ -576,14 +578,14 @@ impl ExportDirectory for Visitor {
     }
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        self.find(name, |served| {
-            if served.is_full() { Err(Unavailable::Full) } else { Ok(served.facts.clone()) }
-        })?
+        let (peer, protection) = (&self.peer, &self.protection);
+        self.find(name, |served| served.judge(peer, protection).map(|()| served.facts_now()))?
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        let attachment = self.find(name, |served| served.attach(&self.peer))??;
-        let facts = attachment.export.facts.clone();
+        let attached = self.find(name, |served| served.attach(&self.peer, &self.protection))?;
+        let attachment = attached?;
+        let facts = attachment.facts();
         self.entered = Some(attachment);
         Ok(facts)
     }

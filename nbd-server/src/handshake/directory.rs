@@ -106,6 +106,8 @@ pub enum Unavailable {
     Forbidden,
     /// It has as many connections as it may have.
     Full,
+    /// It may have one writer, and has another.
+    Leased,
     /// The server is stopping.
     ShuttingDown,
     /// Not without TLS; or there is none of that name, which is nobody's business without TLS.
@@ -121,6 +123,7 @@ impl Unavailable {
             Self::Full => {
                 (wire::reply::ERR_POLICY, "the export has as many connections as it may have")
             }
+            Self::Leased => (wire::reply::ERR_POLICY, "another client is writing to the export"),
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
             Self::TlsRequired => {
                 (wire::reply::ERR_TLS_REQD, "without TLS, there is no export of that name")

@@ -5,12 +5,13 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use block::BlockDevice;
+use block::{BlockDevice, DeviceError};
 use nbd_server::{Attendant, Peer, TurnedAway};
 use tokio::process::Command;
 
 use super::options::ExportSpec;
 use super::overlay::Overlay;
+use super::sealable::Sealable;
 
 /// The attendant of one export.
 pub(super) struct Doorkeeper {
@@ -20,17 +21,23 @@ pub(super) struct Doorkeeper {
     after: Option<String>,
     /// What each client gets a fresh one of.
     overlay: Option<Arc<Overlay>>,
+    /// What is sealed when its writer is done.
+    sealable: Option<Arc<Sealable>>,
 }
 
 impl Doorkeeper {
     /// `None` where nothing is to be done.
-    pub(super) fn new(spec: &ExportSpec, overlay: Option<Arc<Overlay>>) -> Option<Arc<Self>> {
+    pub(super) fn new(
+        spec: &ExportSpec,
+        overlay: Option<Arc<Overlay>>,
+        sealable: Option<Arc<Sealable>>,
+    ) -> Option<Arc<Self>> {
         let (before, after) = (spec.before.clone(), spec.after.clone());
-        if before.is_none() && after.is_none() && overlay.is_none() {
+        if before.is_none() && after.is_none() && overlay.is_none() && sealable.is_none() {
             return None;
         }
         let (name, path) = (spec.name.clone(), spec.path.clone());
-        Some(Arc::new(Self { name, path, before, after, overlay }))
+        Some(Arc::new(Self { name, path, before, after, overlay, sealable }))
     }
 
     /// Runs a command to its end; whether it went well.
@@ -61,6 +68,13 @@ impl Attendant for Doorkeeper {
             self.run(command, peer).await?;
         }
         Ok(self.overlay.as_ref().map(|overlay| overlay.fresh() as Arc<dyn BlockDevice>))
+    }
+
+    async fn sealed(&self) -> Result<(), DeviceError> {
+        match &self.sealable {
+            Some(sealable) => sealable.seal().await,
+            None => Ok(()),
+        }
     }
 
     async fn left(&self, peer: &Peer) {

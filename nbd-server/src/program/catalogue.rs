@@ -20,6 +20,7 @@ use super::config::Place;
 use super::images::{ImageKey, Opened, Opening};
 use super::options::{AllowReferences, ExportSpec, Writes};
 use super::overlay::Overlay;
+use super::sealable::Sealable;
 
 /// How long an image may take to close that nothing shows any more.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -43,6 +44,8 @@ struct Placed {
 /// An image that is open.
 struct Shown {
     opened: Opened,
+    /// The same, where an export seals it.
+    sealable: Option<Arc<Sealable>>,
     writable: bool,
     /// Exports that are in the table no more and may have connections.
     retired: usize,
@@ -55,6 +58,16 @@ pub(super) struct Catalogue {
     images: HashMap<ImageKey, Shown>,
     placed: BTreeMap<String, Placed>,
     leaving: JoinSet<ImageKey>,
+}
+
+impl Shown {
+    /// What exports show, and what is closed at the end.
+    fn device(&self) -> Arc<dyn BlockDevice> {
+        match &self.sealable {
+            Some(sealable) => Arc::clone(sealable) as _,
+            None => self.opened.device(),
+        }
+    }
 }
 
 impl Catalogue {
@@ -134,7 +147,7 @@ impl Catalogue {
         let idle: Vec<ImageKey> = self.images.iter().filter_map(is_idle).collect();
         for key in idle {
             // Still in the map while it is being closed, so that `end` would wait for it.
-            let Some(device) = self.images.get(&key).map(|shown| shown.opened.device()) else {
+            let Some(device) = self.images.get(&key).map(Shown::device) else {
                 continue;
             };
             match close(key.path(), &*device, CLOSE_TIMEOUT).await {
@@ -148,7 +161,7 @@ impl Catalogue {
     /// Closes every image, each whatever becomes of the others, and all of them within `limit`; what went wrong.
     pub(super) async fn end(self, limit: Duration) -> Vec<String> {
         let closed = self.images.into_iter().map(|(key, shown)| async move {
-            close(key.path(), &*shown.opened.device(), limit).await.err()
+            close(key.path(), &*shown.device(), limit).await.err()
         });
         let failures = join_all(closed).await.into_iter().flatten();
         failures.map(|error| error.to_string()).collect()
@@ -174,7 +187,14 @@ impl Catalogue {
                     let writes = |(other, of): (&Wanted, &Option<ImageKey>)| {
                         of == key && is_written(&other.spec)
                     };
-                    let writable = wanted.iter().zip(&keys).any(writes);
+                    let writers = wanted.iter().zip(&keys).filter(|one| writes(*one)).count();
+                    if one.spec.seals && writers > 1 {
+                        bail!(
+                            "{}: another export writes to the image that it is to seal",
+                            blame(one)
+                        );
+                    }
+                    let writable = writers > 0;
                     self.export(&one.spec, key.as_ref(), writable)
                         .await
                         .with_context(|| blame(one))?
@@ -197,7 +217,7 @@ impl Catalogue {
     ) -> anyhow::Result<Export> {
         let Some(key) = key else {
             let disk = Overlay::empty(spec.size.unwrap_or(0), folder_of(&spec.path));
-            return Ok(shape(spec, disk.clone(), Some(disk)));
+            return Ok(shape(spec, disk.clone(), Some(disk), None));
         };
         match self.images.get(key) {
             Some(shown) if shown.writable || !writable => {}
@@ -206,20 +226,29 @@ impl Catalogue {
                  reload, and add them again"
             ),
             None => {
-                let opened = Opened::open(key, writable, self.how.unlock_time).await?;
-                self.images.insert(key.clone(), Shown { opened, writable, retired: 0 });
+                let unlock_time = self.how.unlock_time;
+                let opened = Opened::open(key, writable, unlock_time).await?;
+                let sealable = spec.seals.then(|| Sealable::new(key, unlock_time, opened.device()));
+                let shown = Shown { opened, sealable, writable, retired: 0 };
+                self.images.insert(key.clone(), shown);
             }
         }
         let shown = self.images.get(key).context("the image is gone")?;
         let sources = shown.opened.sources(spec).await?;
-        let device = part(shown.opened.device(), spec).await?;
+        if spec.seals && shown.sealable.is_none() {
+            bail!(
+                "the image is open already, and not so that it can be sealed: remove its exports, reload, and add them"
+            );
+        }
+        let sealable = shown.sealable.clone().filter(|_| spec.seals);
+        let device = part(shown.device(), spec).await?;
         let mut export = match &spec.writes {
             Writes::Apart { folder } if !spec.read_only => {
                 let folder = folder.as_deref().unwrap_or_else(|| folder_of(&spec.path));
                 let disk = Overlay::over(device, folder);
-                shape(spec, disk.clone(), Some(disk))
+                shape(spec, disk.clone(), Some(disk), None)
             }
-            _ => shape(spec, device, None),
+            _ => shape(spec, device, None, sealable),
         };
         if !spec.clients.is_empty() {
             export = export.clients(spec.clients.iter().cloned());
@@ -232,7 +261,12 @@ impl Catalogue {
 }
 
 /// The export of a device; clients work on fresh copies of `overlay` where there is one.
-fn shape(spec: &ExportSpec, device: Arc<dyn BlockDevice>, overlay: Option<Arc<Overlay>>) -> Export {
+fn shape(
+    spec: &ExportSpec,
+    device: Arc<dyn BlockDevice>,
+    overlay: Option<Arc<Overlay>>,
+    sealable: Option<Arc<Sealable>>,
+) -> Export {
     let alone = if overlay.is_some() { transmission_flag::CAN_MULTI_CONN } else { 0 };
     let mut export = Export::new(&spec.name, device)
         .description(spec.description.clone().unwrap_or_default())
@@ -240,6 +274,8 @@ fn shape(spec: &ExportSpec, device: Arc<dyn BlockDevice>, overlay: Option<Arc<Ov
         .default_export(spec.is_default)
         .admission(spec.admission.clone())
         .tls_only(spec.tls_only)
+        .writers(spec.writers)
+        .seal_on_disconnect(spec.seals)
         .rotational(spec.rotational)
         .withhold(spec.withheld | alone);
     if let Some(bytes) = spec.preferred_bytes {
@@ -251,7 +287,7 @@ fn shape(spec: &ExportSpec, device: Arc<dyn BlockDevice>, overlay: Option<Arc<Ov
     if let Some(limit) = spec.idle_timeout {
         export = export.idle_timeout(limit);
     }
-    match Doorkeeper::new(spec, overlay) {
+    match Doorkeeper::new(spec, overlay, sealable) {
         Some(doorkeeper) => export.attendant(doorkeeper),
         None => export,
     }

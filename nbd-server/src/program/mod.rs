@@ -12,6 +12,7 @@ mod manual;
 mod options;
 mod overlay;
 mod reload;
+mod sealable;
 mod sockets;
 #[cfg(feature = "tls")]
 mod tls;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use clap::error::ErrorKind;
 use clap_complete::Shell;
-use nbd_server::{Admission, ClientName, ClientNameError, ClientRule};
+use nbd_server::{Admission, ClientName, ClientNameError, ClientRule, Writers};
 
 use super::identity;
 
@@ -22,12 +22,13 @@ pub(crate) struct Options {
     pub(crate) listen: Vec<Listen>,
 
     /// What to serve:
-    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,max-connections=N][,idle-timeout=SECONDS][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
+    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,max-connections=N][,idle-timeout=SECONDS][,writers=any|client|connection][,seal][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
     /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
     /// layer of the chain that holds each part of the disk as qemu:allocation-depth. The passphrase of an
     /// encrypted image, and of those below it, is what the file holds without its last newline.
-    /// With tls-only, clients need TLS; where clients are named, a certificate with such a common or DNS name. A comma is
+    /// One client at a time may have it with writers=client; with seal, the image is closed and read-only once that client
+    /// has disconnected. With tls-only, clients need TLS; where clients are named, a certificate with such a common or DNS name. A comma is
     /// written twice
     #[arg(long = "export", value_name = "NAME=PATH[,...]")]
     pub(crate) exports: Vec<ExportSpec>,
@@ -148,6 +149,16 @@ pub(crate) fn most(text: &str) -> Result<usize, String> {
         Ok(0) => Ok(usize::MAX),
         Ok(number) => Ok(number),
         Err(_) => Err("it is a number, 0 for no limit".to_owned()),
+    }
+}
+
+/// Who may have an export at once.
+pub(crate) fn writers(text: &str) -> Result<Writers, String> {
+    match text {
+        "any" => Ok(Writers::Any),
+        "client" => Ok(Writers::OneClient),
+        "connection" => Ok(Writers::OneConnection),
+        _ => Err("it is any, client or connection".to_owned()),
     }
 }
 
@@ -312,6 +323,10 @@ pub(crate) struct ExportSpec {
     pub(crate) description: Option<String>,
     /// Whether clients without TLS are kept out.
     pub(crate) tls_only: bool,
+    /// Who may have it at once, where it is written.
+    pub(crate) writers: Writers,
+    /// Whether it is read-only once its writer is done.
+    pub(crate) seals: bool,
     /// How many connections it may have; `usize::MAX` for any number.
     pub(crate) max_connections: Option<usize>,
     /// How long a connection may be idle; [`Duration::MAX`] for ever.
@@ -383,11 +398,13 @@ impl ExportSpec {
                 self.max_connections = Some(most(text).map_err(with)?)
             }
             Some(("idle-timeout", text)) => self.idle_timeout = Some(idle(text).map_err(with)?),
+            Some(("writers", text)) => self.writers = writers(text).map_err(with)?,
             Some(("client", name)) => {
                 let name = name.parse().map_err(|error: ClientNameError| error.to_string());
                 self.clients.push(name?);
             }
             None if field == "read-only" => self.read_only = true,
+            None if field == "seal" => self.seals = true,
             None if field == "tls-only" => self.tls_only = true,
             None if field == "allocation-depth" => self.allocation_depth = true,
             _ => return Err(format!("{field:?} is not known for an export")),
@@ -410,6 +427,10 @@ impl ExportSpec {
             "bitmaps tell of the present disk, not of a snapshot"
         } else if told && (is_part || self.writes != Writes::Image) {
             "bitmaps and layers tell of the whole image as it is written"
+        } else if self.seals && (self.read_only || self.snapshot.is_some()) {
+            "what is read-only has no writer whose end could seal it"
+        } else if self.seals && (told || self.writes != Writes::Image) {
+            "what is sealed is the image alone: neither bitmaps and layers, nor copies of clients"
         } else if self.partition == Some(0) {
             "partitions are counted from 1 on"
         } else if self.partition.is_some() && (self.offset != 0 || self.size.is_some()) {
@@ -525,6 +546,8 @@ mod tests {
         let spec: ExportSpec = "a=b,max-connections=3,idle-timeout=60".parse().unwrap();
         let limits = (spec.max_connections, spec.idle_timeout);
         assert_eq!(limits, (Some(3), Some(Duration::from_secs(60))));
+        let spec: ExportSpec = "a=b,writers=connection,seal".parse().unwrap();
+        assert_eq!((spec.writers, spec.seals), (Writers::OneConnection, true));
         let spec: ExportSpec = "a=b,max-connections=0,idle-timeout=0".parse().unwrap();
         let limits = (spec.max_connections, spec.idle_timeout);
         assert_eq!(limits, (Some(usize::MAX), Some(Duration::MAX)));
@@ -552,6 +575,10 @@ mod tests {
             "a=b,size=8388608T",
             "a=b,offset=-1",
             "a=b,max-connections=x",
+            "a=b,writers=two",
+            "a=b,seal,read-only",
+            "a=b,seal,bitmap=x",
+            "a=b,seal=1",
             "a=b,idle-timeout=-1",
         ] {
             assert!(text.parse::<ExportSpec>().is_err(), "{text}");

@@ -14,6 +14,7 @@ mod limits;
 mod meet;
 mod parts;
 mod reach;
+mod seal;
 #[cfg(feature = "client")]
 mod storm;
 #[cfg(all(feature = "client", feature = "tls"))]

@@ -16,3 +16,4 @@ mod stalled;
 #[cfg(all(feature = "client", feature = "tls"))]
 mod tls;
 mod transmission;
+mod writers;

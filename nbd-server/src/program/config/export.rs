@@ -144,8 +144,15 @@ fn tls(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     }
 }
 
-/// How many may use it, and for how long they may be idle.
+/// How many may use it, and for how long they may be idle; who may write, and until when.
 fn limits(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
+    spec.seals = keys.flag("seal").unwrap_or(false);
+    if let Some(entry) = keys.entry("writers") {
+        match options::writers(entry.value.trim_end()) {
+            Ok(writers) => spec.writers = writers,
+            Err(wants) => keys.wrong("writers", entry, &wants),
+        }
+    }
     if let Some(entry) = keys.entry("maxconnections") {
         match options::most(entry.value.trim_end()) {
             Ok(connections) => spec.max_connections = Some(connections),

@@ -217,6 +217,18 @@ pub(crate) const EXPORT: &[Key] = &[
     key("transactionlog", "FILE", "No effect: requests are told by RUST_LOG=nbd_server=debug"),
     key("datalog", "true|false", "No effect, as transactionlog"),
     key(
+        "writers",
+        "any|client|connection",
+        "Who may have it at once, where it can be written: everybody, the connections of one client, or one connection; \
+         others are refused with that reason [default: any]",
+    ),
+    key(
+        "seal",
+        "true|false",
+        "Once its client has disconnected, and lost no connection, close the image and serve it read-only until the export \
+         is removed. One client at a time may have it, then",
+    ),
+    key(
         "maxconnections",
         "N",
         "Connections at once to this export; 0 for any number [default: as in [generic]]",

@@ -154,7 +154,7 @@ fn our_own_keys_are_read() {
          blocksize = 64K\nsync = true\ntrim = false\nflush = false\nallow_references = sub\nprerun = true\n\
          [b]\nexportname = /b\noffset = 1M\nsize = 2M\nreadonly = true\ndeny = unix\n\
          maxconnections = 2\ntimeout = 0\n\
-         [c]\nexportname = /c\npartition = 2\n[d]\nexportname = /d\nsnapshot = s\nformat = qcow2\npassphrase_file = /key\n",
+         [c]\nexportname = /c\npartition = 2\nwriters = client\nseal = true\n[d]\nexportname = /d\nsnapshot = s\nformat = qcow2\npassphrase_file = /key\n",
     );
     let generic = &config.generic;
     let vsock = Listen::Vsock { cid: None, port: 10809 };
@@ -179,6 +179,7 @@ fn our_own_keys_are_read() {
     assert_eq!((b.1.offset, b.1.size, b.1.makes_bytes), (1 << 20, Some(2 << 20), None));
     assert_eq!((b.1.max_connections, b.1.idle_timeout), (Some(2), Some(std::time::Duration::MAX)));
     assert!(!b.1.admission.permits(&Peer::Unix { uid: 0 }));
+    assert_eq!((c.1.writers, c.1.seals), (nbd_server::Writers::OneClient, true));
     assert_eq!((c.1.partition, d.1.snapshot.as_deref()), (Some(2), Some("s")));
 }
 
@@ -209,6 +210,8 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         ),
         (&format!("{export}multifile = true\n"), "config:4: multifile: "),
         (&format!("{export}maxconnections = -3\n"), "config:4: maxconnections = \"-3\""),
+        (&format!("{export}writers = two\n"), "config:4: writers = \"two\""),
+        (&format!("{export}seal = true\nreadonly = true\n"), "config:2: [a]: what is read-only"),
         (&format!("{export}timeout = soon\n"), "config:4: timeout = \"soon\""),
         ("[generic]\ntimeout = soon\n", "config:2: timeout = \"soon\""),
         ("[generic]\nmemory_limit = much\n", "config:2: memory_limit = \"much\""),

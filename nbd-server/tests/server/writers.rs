@@ -1,0 +1,224 @@
+//! One writer at a time, and exports that are sealed when theirs is done.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use block::{BlockDevice, DeviceError};
+use nbd_server::wire::{self, command, error, option, transmission_flag};
+use nbd_server::{Attendant, Export, Peer, Removal, Server, ServerConfig, TurnedAway, Writers};
+use parking_lot::Mutex;
+
+use crate::device::{Call, TestDevice};
+use crate::raw::{Entered, Raw, go};
+
+const SIZE: u64 = 1 << 20;
+
+fn server(shape: impl FnOnce(Export) -> Export) -> (Server, Arc<TestDevice>) {
+    let device = TestDevice::new(SIZE);
+    let server = Server::new(ServerConfig::default());
+    server.add_export(shape(Export::new("disk", Arc::clone(&device) as _))).unwrap();
+    (server, device)
+}
+
+/// A client of a user, in the handshake.
+async fn user(server: &Server, uid: u32) -> Raw {
+    let mut raw = Raw::of(server, Peer::Unix { uid });
+    raw.greet(3).await;
+    raw
+}
+
+async fn enter(server: &Server, uid: u32) -> (Raw, Entered) {
+    let mut raw = user(server, uid).await;
+    let entered = raw.go("disk").await;
+    (raw, entered)
+}
+
+async fn is_refused(server: &Server, uid: u32) {
+    let mut raw = user(server, uid).await;
+    for option in [option::INFO, option::GO] {
+        let replies = raw.option(option, &go("disk")).await;
+        let [(kind, text)] = &replies[..] else { panic!("{replies:?}") };
+        assert_eq!(*kind, wire::reply::ERR_POLICY);
+        assert_eq!(text, b"another client is writing to the export");
+    }
+}
+
+/// Leaves by DISC, and waits until the server has noticed.
+async fn disconnect(server: &Server, mut raw: Raw) {
+    let before = server.exports()[0].connections;
+    raw.request(command::DISC, 0, 0, 0, 0).await;
+    assert!(raw.rest().await.is_empty());
+    while server.exports()[0].connections == before {
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn flush(raw: &mut Raw) {
+    raw.request(command::FLUSH, 0, 9, 0, 0).await;
+    assert_eq!(raw.reply().await.error, 0);
+}
+
+fn is_read_only(entered: Entered) -> bool {
+    entered.flags & transmission_flag::READ_ONLY != 0
+}
+
+#[tokio::test]
+async fn a_second_writer_is_refused_with_a_text_and_gets_in_when_the_first_has_left() {
+    let (server, device) = server(|export| export.writers(Writers::OneClient));
+    server.add_export(Export::new("view", Arc::clone(&device) as _).read_only(true)).unwrap();
+    let (first, entered) = enter(&server, 1).await;
+    assert!(!is_read_only(entered));
+    let (second, _) = enter(&server, 1).await;
+    is_refused(&server, 2).await;
+    let mut reader = user(&server, 2).await;
+    reader.go("view").await;
+    disconnect(&server, first).await;
+    is_refused(&server, 2).await;
+    drop(second);
+    while server.exports()[0].connections > 0 {
+        tokio::task::yield_now().await;
+    }
+    let (mut other, entered) = enter(&server, 2).await;
+    assert!(!is_read_only(entered), "nothing is sealed that was not to be");
+    other.request(command::WRITE, 0, 1, 0, 3).await;
+    other.send(b"abc").await;
+    assert_eq!(other.reply().await.error, 0);
+    is_refused(&server, 1).await;
+}
+
+#[tokio::test]
+async fn a_read_only_export_has_no_writer() {
+    let (server, _) = server(|export| export.read_only(true).writers(Writers::OneConnection));
+    let _both = (enter(&server, 1).await, enter(&server, 2).await);
+}
+
+#[tokio::test]
+async fn one_connection_is_not_shared_even_with_the_same_client() {
+    let (server, _) = server(|export| export.writers(Writers::OneConnection));
+    let (first, _) = enter(&server, 1).await;
+    is_refused(&server, 1).await;
+    disconnect(&server, first).await;
+    enter(&server, 1).await;
+}
+
+/// Remembers what it was told, and can refuse.
+#[derive(Default)]
+struct Witness {
+    device: Mutex<Option<Arc<TestDevice>>>,
+    sealed: Mutex<Vec<Option<Call>>>,
+    refuses: Mutex<bool>,
+}
+
+#[async_trait]
+impl Attendant for Witness {
+    async fn arrived(&self, _: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway> {
+        Ok(None)
+    }
+
+    async fn sealed(&self) -> Result<(), DeviceError> {
+        let last = self.device.lock().as_ref().and_then(|device| device.log().last().copied());
+        self.sealed.lock().push(last);
+        if *self.refuses.lock() { Err(DeviceError::NotSupported { what: "it" }) } else { Ok(()) }
+    }
+
+    async fn left(&self, _: &Peer) {}
+}
+
+#[tokio::test]
+async fn an_export_is_flushed_and_read_only_once_its_writer_is_done() {
+    let witness = Arc::new(Witness::default());
+    let (server, device) =
+        server(|export| export.seal_on_disconnect(true).attendant(Arc::clone(&witness) as _));
+    *witness.device.lock() = Some(Arc::clone(&device));
+    let (mut first, _) = enter(&server, 1).await;
+    let (second, _) = enter(&server, 1).await;
+    is_refused(&server, 2).await;
+    first.request(command::WRITE, 0, 1, 0, 3).await;
+    first.send(b"abc").await;
+    assert_eq!(first.reply().await.error, 0);
+    disconnect(&server, first).await;
+    assert!(witness.sealed.lock().is_empty() && !server.exports()[0].is_sealed);
+    disconnect(&server, second).await;
+    assert_eq!(*witness.sealed.lock(), [Some(Call::Flush)], "told once, behind the flush");
+    let status = server.exports().remove(0);
+    assert!(status.is_sealed && status.read_only);
+    for uid in [1, 2] {
+        let (mut reader, entered) = enter(&server, uid).await;
+        assert!(is_read_only(entered));
+        reader.request(command::WRITE, 0, 1, 0, 3).await;
+        reader.send(b"xyz").await;
+        assert_eq!(reader.reply().await.error, error::EPERM);
+        disconnect(&server, reader).await;
+    }
+    assert_eq!(device.bytes()[..3], *b"abc");
+    assert_eq!(witness.sealed.lock().len(), 1);
+}
+
+#[tokio::test]
+async fn a_writer_that_was_lost_can_come_back_and_end_what_it_began() {
+    let (server, device) = server(|export| export.seal_on_disconnect(true));
+    let (mut first, _) = enter(&server, 1).await;
+    let (lost, _) = enter(&server, 1).await;
+    flush(&mut first).await;
+    drop(lost);
+    while server.exports()[0].connections > 1 {
+        tokio::task::yield_now().await;
+    }
+    disconnect(&server, first).await;
+    assert!(!server.exports()[0].is_sealed);
+    let (looks, entered) = enter(&server, 2).await;
+    assert!(!is_read_only(entered));
+    disconnect(&server, looks).await;
+    assert!(!server.exports()[0].is_sealed, "whoever only looks around ends nothing");
+    assert_eq!(device.log(), [Call::Flush]);
+    let (mut again, _) = enter(&server, 1).await;
+    flush(&mut again).await;
+    disconnect(&server, again).await;
+    assert!(server.exports()[0].is_sealed);
+}
+
+#[tokio::test]
+async fn what_cannot_be_made_durable_is_not_sealed() {
+    let witness = Arc::new(Witness::default());
+    let (server, device) =
+        server(|export| export.seal_on_disconnect(true).attendant(Arc::clone(&witness) as _));
+    *witness.refuses.lock() = true;
+    let (mut raw, _) = enter(&server, 1).await;
+    flush(&mut raw).await;
+    disconnect(&server, raw).await;
+    assert_eq!(witness.sealed.lock().len(), 1);
+    let (mut raw, entered) = enter(&server, 2).await;
+    assert!(!is_read_only(entered));
+    flush(&mut raw).await;
+    device.fail(std::io::ErrorKind::Other);
+    disconnect(&server, raw).await;
+    assert_eq!(witness.sealed.lock().len(), 1, "not told where the flush failed");
+    assert!(!server.exports()[0].is_sealed);
+}
+
+#[tokio::test]
+async fn an_export_that_changes_keeps_its_writer_and_its_seal() {
+    let (server, device) = server(|export| export.writers(Writers::OneClient));
+    let shape = |text: &str| {
+        let export = Export::new("disk", Arc::clone(&device) as _).description(text);
+        export.seal_on_disconnect(true)
+    };
+    let (old, _) = enter(&server, 1).await;
+    let replaced = server.replace_exports([shape("new")], Removal::Drain).unwrap();
+    assert_eq!(replaced.changed, ["disk"]);
+    is_refused(&server, 2).await;
+    let (mut new, _) = enter(&server, 1).await;
+    flush(&mut new).await;
+    drop(old);
+    replaced.retired[0].unused().await;
+    disconnect(&server, new).await;
+    assert!(!server.exports()[0].is_sealed, "a connection to the old one was lost");
+    let (mut again, _) = enter(&server, 2).await;
+    flush(&mut again).await;
+    disconnect(&server, again).await;
+    server.replace_exports([shape("newer")], Removal::Drain).unwrap();
+    assert!(server.exports()[0].is_sealed);
+    server.replace_exports([], Removal::Drain).unwrap();
+    server.replace_exports([shape("newer")], Removal::Drain).unwrap();
+    assert!(!server.exports()[0].is_sealed, "one that was removed and added is a new one");
+}

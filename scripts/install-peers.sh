@@ -3,13 +3,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# One line a program: the command that must exist, and the Debian package that has it.
+# One line a program: the command that must exist, and the Debian package that has it. The reference nbd-server has the
+# name of ours.
 peers="
 cc gcc
 debugfs e2fsprogs
 fio fio
 mkfs.ext4 e2fsprogs
 mkfs.xfs xfsprogs
+/usr/bin/nbd-server nbd-server
 nbdcopy libnbd-bin
 nbdinfo libnbd-bin
 nbdkit nbdkit
@@ -18,6 +20,7 @@ python3 python3
 qemu-img qemu-utils
 qemu-io qemu-utils
 qemu-nbd qemu-utils
+qemu-storage-daemon qemu-utils
 "
 
 # Readers of QCOW2 in Python, with all that they need; they get an environment of their own beside what cargo builds.

@@ -21,10 +21,10 @@ use super::options::ClientOptions;
 use super::reply::{Answer, Assembly, Failure, Wants};
 use super::security::Security;
 use super::stream::{Counters, Halves};
-use crate::wire::{Headers, Request, command, command_flag};
+use crate::wire::{Headers, Request, command, command_flag, error};
 
 /// One request as the device hands it over.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Call {
     /// [`crate::wire::command`].
     pub(super) command: u16,
@@ -36,8 +36,13 @@ pub(super) struct Call {
     pub(super) payload: Bytes,
     /// What a BLOCK_STATUS asks about, by the places of the contexts in what was negotiated.
     pub(super) contexts: Vec<usize>,
-    /// Where the bytes of a READ go.
-    pub(super) destination: Destination,
+}
+
+impl Call {
+    /// A request without payload.
+    pub(super) fn new(command: u16, flags: u16, range: ByteRange) -> Self {
+        Self { command, flags, range, payload: Bytes::new(), contexts: Vec::new() }
+    }
 }
 
 /// A request and its payload on the way to the socket.
@@ -187,9 +192,10 @@ impl Connection {
         }
     }
 
-    /// The free places in the window; none on a dead connection.
+    /// The free places in the window; none on a connection that is dead or takes its leave.
     pub(super) fn free_slots(&self) -> Option<usize> {
-        self.shared.lost.borrow().is_none().then(|| self.slots.available_permits())
+        let is_open = self.shared.lost.borrow().is_none() && self.frames.lock().is_some();
+        is_open.then(|| self.slots.available_permits())
     }
 
     /// Why it is dead, if it is.
@@ -197,22 +203,30 @@ impl Connection {
         self.shared.lost.borrow().clone()
     }
 
-    /// Sends a request and waits for its reply.
+    /// Sends a request and waits for its reply; what a READ brings goes to `destination`.
     ///
     /// A dropped future leaves the stream in order: before the request is queued nothing was sent, afterwards the
     /// reply is received all the same.
-    pub(super) async fn call(&self, call: Call) -> Result<Answer, ClientError> {
+    pub(super) async fn call(
+        &self,
+        call: Call,
+        destination: Destination,
+    ) -> Result<Answer, ClientError> {
         let slot = tokio::select! {
             biased;
             cause = self.shared.death() => return Err(self.gone(cause)),
             slot = Arc::clone(&self.slots).acquire_owned() => slot.map_err(|_| ClientError::Closed)?,
         };
         let (command, range) = (call.command, call.range);
-        let reply = self.submit(call, slot)?;
+        let reply = self.submit(call, destination, slot)?;
         match reply.await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(failure)) => {
                 let Failure { error, text } = failure;
+                if error == error::ESHUTDOWN {
+                    // The client is to leave then ("Terminating the transmission phase").
+                    self.frames.lock().take();
+                }
                 Err(ClientError::Server { command, range, error, text })
             }
             // Whoever drops a request unanswered has a reason, and tells it.
@@ -228,6 +242,7 @@ impl Connection {
     fn submit(
         &self,
         call: Call,
+        destination: Destination,
         slot: OwnedSemaphorePermit,
     ) -> Result<oneshot::Receiver<Result<Answer, Failure>>, ClientError> {
         let extended = self.shared.headers == Headers::Extended;
@@ -255,7 +270,7 @@ impl Connection {
         table.next_cookie = cookie.wrapping_add(1);
         let request = InFlight {
             assembly: Assembly::new(call.range, wants, self.shared.headers),
-            destination: call.destination,
+            destination,
             answer,
             since: Instant::now(),
             _slot: slot,

@@ -2,7 +2,7 @@
 //! accepts and spells what it lacks by what it has; knows nothing of sockets.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use block::{
@@ -15,12 +15,12 @@ use futures_util::future::join_all;
 
 use super::address::Address;
 use super::connection::{self, Call, Connection};
-use super::error::{ClientError, LostCause};
+use super::error::ClientError;
 use super::export::{ExportInfo, ExportListing, StatusExtent};
-use super::memory::{Destination, client_pool};
+use super::links::{Links, Target};
+use super::memory::Destination;
 use super::options::ClientOptions;
 use super::reply::Answer;
-use super::stream::Counters;
 use super::uri::NbdUri;
 use crate::wire::{Headers, allocation, command, command_flag, error, transmission_flag};
 
@@ -38,15 +38,11 @@ const ZEROS_BYTES: u32 = 1 << 20;
 /// An NBD export, opened.
 ///
 /// Requests of any length may be in flight at once. They are spread over the connections, and a connection that dies
-/// fails what it has in flight; the others go on. Without FLUSH on the server's side [`BlockDevice::flush`] succeeds
+/// fails what it has in flight; the others go on. With [`ClientOptions::reconnect`] it is replaced instead, and what it
+/// had in flight is sent again. Without FLUSH on the server's side [`BlockDevice::flush`] succeeds
 /// at once: such a server promises that what it has answered is durable.
 pub struct NbdDevice {
-    export: ExportInfo,
-    connections: Vec<Connection>,
-    /// Where the search for a free connection begins.
-    turn: AtomicUsize,
-    options: ClientOptions,
-    counters: Arc<Counters>,
+    links: Arc<Links>,
     closed: AtomicBool,
 }
 
@@ -73,13 +69,17 @@ impl NbdDevice {
         for (index, opened) in (1..).zip(join_all(opening).await) {
             match opened {
                 Ok((connection, negotiated)) => {
-                    agree(index, &info, &negotiated.export)?;
+                    if let Some(what) = info.difference(&negotiated.export) {
+                        return Err(ClientError::Inconsistent { index, what });
+                    }
                     connections.push(connection);
                 }
                 Err(error) => tracing::warn!(%error, %address, "one NBD connection fewer"),
             }
         }
-        Ok(Arc::new(Self::new(info, connections, options, counters)))
+        let target = Target { address: address.clone(), export: export.to_owned() };
+        let links = Links::new(info, connections, options, counters, Some(target));
+        Ok(Arc::new(Self::new(links)))
     }
 
     /// Connects to the export that a URI names, as it says: by TLS where the URI demands it or the options do.
@@ -90,34 +90,28 @@ impl NbdDevice {
         Self::connect(&uri.address, &uri.export, uri.options(options)?).await
     }
 
-    pub(super) fn new(
-        export: ExportInfo,
-        connections: Vec<Connection>,
-        options: ClientOptions,
-        counters: Arc<Counters>,
-    ) -> Self {
-        let (turn, closed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Self { export, connections, turn, options, counters, closed }
+    pub(super) fn new(links: Arc<Links>) -> Self {
+        Self { links, closed: AtomicBool::new(false) }
     }
 
     /// What was negotiated.
     pub fn export(&self) -> &ExportInfo {
-        &self.export
+        self.links.export()
     }
 
     /// The names of the meta contexts that [`NbdDevice::block_status`] answers.
     pub fn contexts(&self) -> &[String] {
-        &self.export.contexts
+        &self.export().contexts
     }
 
     /// The number of connections that were opened.
     pub fn connections(&self) -> usize {
-        self.connections.len()
+        self.links.len()
     }
 
     /// Everything on the sockets so far, headers and negotiation too: sent and received, in bytes.
     pub fn wire_bytes(&self) -> (u64, u64) {
-        self.counters.get()
+        self.links.wire_bytes()
     }
 
     /// The exports of the server at `address`.
@@ -167,7 +161,7 @@ impl NbdDevice {
     ) -> Result<Vec<Vec<StatusExtent>>, ClientError> {
         self.limits().check_read(range)?;
         let place = |context: &&str| {
-            let found = self.export.contexts.iter().position(|known| known == *context);
+            let found = self.export().contexts.iter().position(|known| known == *context);
             found.ok_or_else(|| ClientError::NoContext { context: (*context).to_owned() })
         };
         let contexts = contexts.iter().map(place).collect::<Result<Vec<usize>, _>>()?;
@@ -176,7 +170,7 @@ impl NbdDevice {
         }
         let wide = self.widen(range);
         let end = wide.end().min(wide.start().saturating_add(self.effect_bytes()));
-        let mut call = simple(command::BLOCK_STATUS, 0, ByteRange::between(wide.start(), end));
+        let mut call = Call::new(command::BLOCK_STATUS, 0, ByteRange::between(wide.start(), end));
         call.contexts = contexts;
         let mut all = match self.call(call).await? {
             Answer::Status(all) => all,
@@ -194,42 +188,18 @@ impl NbdDevice {
 
     /// Waits for what is in flight, then disconnects; later requests fail with [`ClientError::Closed`]. Does not flush.
     pub async fn disconnect(&self) {
-        join_all(self.connections.iter().map(Connection::disconnect)).await;
-    }
-
-    /// The live connection with the most room.
-    fn pick(&self) -> Result<&Connection, ClientError> {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.connections.len().max(1);
-        let (before, from) = self.connections.split_at_checked(turn).unwrap_or((&[], &[]));
-        let mut best: Option<(usize, &Connection)> = None;
-        for connection in from.iter().chain(before) {
-            if let Some(free) = connection.free_slots()
-                && best.is_none_or(|(most, _)| free > most)
-            {
-                best = Some((free, connection));
-            }
-        }
-        match best {
-            Some((_, connection)) => Ok(connection),
-            // All are dead: the first one says what of.
-            None => self.connections.first().ok_or(ClientError::Closed),
-        }
-    }
-
-    /// Sends one request.
-    async fn call(&self, call: Call) -> Result<Answer, ClientError> {
-        self.pick()?.call(call).await
+        self.links.disconnect().await;
     }
 
     /// The whole blocks around `range`, as far as the export goes.
     fn widen(&self, range: ByteRange) -> ByteRange {
-        let wide = range.widen(u64::from(self.export.block_sizes.minimum));
-        ByteRange::between(wide.start(), wide.end().min(self.export.size_bytes.max(range.end())))
+        let wide = range.widen(u64::from(self.export().block_sizes.minimum));
+        ByteRange::between(wide.start(), wide.end().min(self.export().size_bytes.max(range.end())))
     }
 
     /// The longest request without a payload, in bytes of the export, that its header can hold: a power of two.
     fn effect_bytes(&self) -> u64 {
-        match self.export.headers {
+        match self.export().headers {
             Headers::Extended => MAX_EXTENDED_BYTES,
             Headers::Structured | Headers::Simple => MAX_COMPACT_BYTES,
         }
@@ -237,22 +207,29 @@ impl NbdDevice {
 
     /// The longest payload in bytes: a power of two.
     fn payload_bytes(&self) -> u64 {
-        let sizes = self.export.block_sizes;
-        let most = self.options.max_payload_bytes.min(sizes.maximum).max(sizes.minimum).max(1);
+        let sizes = self.export().block_sizes;
+        let most =
+            self.links.options().max_payload_bytes.min(sizes.maximum).max(sizes.minimum).max(1);
         1 << most.ilog2()
     }
 
     /// How many pieces of one request may be in flight.
     fn window(&self) -> usize {
-        self.connections.len() * self.options.in_flight.clamp(1, ClientOptions::MAX_IN_FLIGHT)
+        let in_flight = self.links.options().in_flight;
+        self.links.len() * in_flight.clamp(1, ClientOptions::MAX_IN_FLIGHT)
     }
 
     fn pool(&self) -> &Arc<BufferPool> {
-        self.options.pool.as_ref().unwrap_or_else(|| client_pool())
+        self.links.pool()
+    }
+
+    /// Sends one request whose reply has no content of a read.
+    async fn call(&self, call: Call) -> Result<Answer, ClientError> {
+        self.links.call(call, Destination::none()).await
     }
 
     fn check_aligned(&self, range: ByteRange) -> Result<(), ClientError> {
-        let minimum = self.export.block_sizes.minimum;
+        let minimum = self.export().block_sizes.minimum;
         if range.is_aligned(u64::from(minimum)) {
             return Ok(());
         }
@@ -262,7 +239,7 @@ impl NbdDevice {
     /// The flag for `durability`, where the server has one.
     fn durability_flag(&self, durability: Durability) -> u16 {
         match durability {
-            Durability::Durable if self.export.has(transmission_flag::SEND_FUA) => {
+            Durability::Durable if self.export().has(transmission_flag::SEND_FUA) => {
                 command_flag::FUA
             }
             Durability::Durable | Durability::Deferred => 0,
@@ -272,7 +249,7 @@ impl NbdDevice {
     /// After a change: what FUA would have done, where the server lacks it.
     async fn settle(&self, durability: Durability) -> Result<(), ClientError> {
         match durability {
-            Durability::Durable if !self.export.has(transmission_flag::SEND_FUA) => {
+            Durability::Durable if !self.export().has(transmission_flag::SEND_FUA) => {
                 self.flush_all().await
             }
             Durability::Durable | Durability::Deferred => Ok(()),
@@ -288,12 +265,11 @@ impl NbdDevice {
             *memory = Some(Destination::wait(self.pool(), buffer_len(*piece)?).await);
         }
         let read = |(piece, memory): (ByteRange, Option<Destination>)| async move {
-            let mut call = simple(command::READ, 0, piece);
-            call.destination = match memory {
+            let memory = match memory {
                 Some(memory) => memory,
                 None => Destination::now(self.pool(), buffer_len(piece)?),
             };
-            match self.call(call).await? {
+            match self.links.call(Call::new(command::READ, 0, piece), memory).await? {
                 Answer::Data(segments) => Ok(segments),
                 Answer::Success | Answer::Status(_) => Ok(Segments::default()),
             }
@@ -322,7 +298,7 @@ impl NbdDevice {
             })
             .collect();
         let write = |(piece, payload): (ByteRange, Bytes)| {
-            let mut call = simple(command::WRITE, flags, piece);
+            let mut call = Call::new(command::WRITE, flags, piece);
             call.payload = payload;
             self.call(call)
         };
@@ -337,11 +313,11 @@ impl NbdDevice {
         durability: Durability,
     ) -> Result<(), ClientError> {
         self.check_aligned(range)?;
-        if mode.fast_only && !self.export.has(transmission_flag::SEND_FAST_ZERO) {
+        if mode.fast_only && !self.export().has(transmission_flag::SEND_FAST_ZERO) {
             return Err(ClientError::NotSupported { what: "fast zeroes" });
         }
         let mut flags = self.durability_flag(durability);
-        if !self.export.has(transmission_flag::SEND_WRITE_ZEROES) {
+        if !self.export().has(transmission_flag::SEND_WRITE_ZEROES) {
             self.write_zeros(range, flags).await?;
             return self.settle(durability).await;
         }
@@ -351,7 +327,7 @@ impl NbdDevice {
         let mut rest = range;
         if self.tries_fast_zeroes(range, mode) {
             let first = range.pieces(self.effect_bytes()).next().unwrap_or(range);
-            let call = simple(command::WRITE_ZEROES, flags | command_flag::FAST_ZERO, first);
+            let call = Call::new(command::WRITE_ZEROES, flags | command_flag::FAST_ZERO, first);
             match self.call(call).await {
                 // The first piece decides for all: a refusal after it would come when something has changed.
                 Ok(_) => rest = ByteRange::between(first.end(), range.end()),
@@ -359,24 +335,24 @@ impl NbdDevice {
                 Err(failed) => return Err(failed),
             }
         }
-        let zero = |piece| self.call(simple(command::WRITE_ZEROES, flags, piece));
+        let zero = |piece| self.call(Call::new(command::WRITE_ZEROES, flags, piece));
         self.each(rest.pieces(MAX_ZEROES_BYTES).collect(), zero).await?;
         self.settle(durability).await
     }
 
     /// Whether zeros are to be fast or not at all: where the caller says so, and where one long request may save many.
     fn tries_fast_zeroes(&self, range: ByteRange, mode: ZeroMode) -> bool {
-        let is_one = self.export.headers == Headers::Extended && range.len() > MAX_ZEROES_BYTES;
-        mode.fast_only || is_one && self.export.has(transmission_flag::SEND_FAST_ZERO)
+        let is_one = self.export().headers == Headers::Extended && range.len() > MAX_ZEROES_BYTES;
+        mode.fast_only || is_one && self.export().has(transmission_flag::SEND_FAST_ZERO)
     }
 
     /// Zeros by WRITE, for servers without WRITE_ZEROES.
     async fn write_zeros(&self, range: ByteRange, flags: u16) -> Result<(), ClientError> {
         let most = u64::from(ZEROS_BYTES).min(self.payload_bytes());
-        let most = most.max(u64::from(self.export.block_sizes.minimum));
+        let most = most.max(u64::from(self.export().block_sizes.minimum));
         let zeros = Bytes::from(vec![0; usize::try_from(most).unwrap_or_default()]);
         let write = |piece: ByteRange| {
-            let mut call = simple(command::WRITE, flags, piece);
+            let mut call = Call::new(command::WRITE, flags, piece);
             let len = usize::try_from(piece.len()).unwrap_or_default();
             call.payload = zeros.slice(..len.min(zeros.len()));
             self.call(call)
@@ -393,26 +369,26 @@ impl NbdDevice {
         range: ByteRange,
         durability: Durability,
     ) -> Result<(), ClientError> {
-        if !self.export.has(transmission_flag::SEND_TRIM) {
+        if !self.export().has(transmission_flag::SEND_TRIM) {
             return Ok(());
         }
         // A hint loses nothing where its edges are left out.
-        let minimum = u64::from(self.export.block_sizes.minimum);
+        let minimum = u64::from(self.export().block_sizes.minimum);
         let start = range.start().next_multiple_of(minimum);
         let inner = ByteRange::between(start, range.end() - range.end() % minimum);
         let flags = self.durability_flag(durability);
-        let trim = |piece| self.call(simple(command::TRIM, flags, piece));
+        let trim = |piece| self.call(Call::new(command::TRIM, flags, piece));
         self.each(inner.pieces(self.effect_bytes()).collect(), trim).await?;
         self.settle(durability).await
     }
 
     /// One FLUSH is enough: with several connections the server has promised that it covers all of them.
     async fn flush_all(&self) -> Result<(), ClientError> {
-        if self.export.is_read_only() || !self.export.has(transmission_flag::SEND_FLUSH) {
+        if self.export().is_read_only() || !self.export().has(transmission_flag::SEND_FLUSH) {
             return Ok(());
         }
         let nothing = ByteRange::between(0, 0);
-        self.call(simple(command::FLUSH, 0, nothing)).await.map(|_| ())
+        self.call(Call::new(command::FLUSH, 0, nothing)).await.map(|_| ())
     }
 
     /// Runs `call` on every piece, as many at once as there is room for, and returns the answers in order. After a
@@ -451,11 +427,11 @@ impl NbdDevice {
 impl BlockDevice for NbdDevice {
     fn limits(&self) -> Limits {
         Limits {
-            size_bytes: self.export.size_bytes,
-            read_only: self.export.is_read_only(),
-            preferred_bytes: self.export.block_sizes.preferred.max(512),
-            can_discard: self.export.has(transmission_flag::SEND_TRIM),
-            fast_zeroes: self.export.has(transmission_flag::SEND_WRITE_ZEROES),
+            size_bytes: self.export().size_bytes,
+            read_only: self.export().is_read_only(),
+            preferred_bytes: self.export().block_sizes.preferred.max(512),
+            can_discard: self.export().has(transmission_flag::SEND_TRIM),
+            fast_zeroes: self.export().has(transmission_flag::SEND_WRITE_ZEROES),
         }
     }
 
@@ -514,7 +490,7 @@ impl BlockDevice for NbdDevice {
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        if !self.export.contexts.iter().any(|context| context == ALLOCATION) {
+        if !self.export().contexts.iter().any(|context| context == ALLOCATION) {
             return Ok(vec![Extent { range, allocated: true, zero: false }]);
         }
         Ok(allocated(&self.block_status(ALLOCATION, range).await?))
@@ -533,46 +509,26 @@ impl BlockDevice for NbdDevice {
     }
 }
 
-impl std::fmt::Debug for NbdDevice {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let lost: Vec<Arc<LostCause>> =
-            self.connections.iter().filter_map(Connection::lost).collect();
-        f.debug_struct("NbdDevice")
-            .field("export", &self.export)
-            .field("connections", &self.connections.len())
-            .field("lost", &lost)
-            .finish_non_exhaustive()
+impl Drop for NbdDevice {
+    fn drop(&mut self) {
+        self.links.close();
     }
 }
 
-/// A request without payload and without memory for one.
-fn simple(command: u16, flags: u16, range: ByteRange) -> Call {
-    let (payload, contexts, destination) = (Bytes::new(), Vec::new(), Destination::none());
-    Call { command, flags, range, payload, contexts, destination }
+impl std::fmt::Debug for NbdDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NbdDevice")
+            .field("export", self.export())
+            .field("connections", &self.links.len())
+            .field("lost", &self.links.lost())
+            .finish_non_exhaustive()
+    }
 }
 
 /// The length of the buffer for a piece.
 fn buffer_len(piece: ByteRange) -> Result<usize, ClientError> {
     let too_long = ClientError::NotSupported { what: "reads of this length" };
     usize::try_from(piece.len()).map_err(|_| too_long)
-}
-
-/// Whether a further connection sees what the first one sees.
-fn agree(index: usize, first: &ExportInfo, other: &ExportInfo) -> Result<(), ClientError> {
-    let what = if first.size_bytes != other.size_bytes {
-        "size"
-    } else if first.flags != other.flags {
-        "set of flags"
-    } else if first.block_sizes != other.block_sizes {
-        "block size"
-    } else if first.contexts != other.contexts {
-        "set of meta contexts"
-    } else if first.headers != other.headers {
-        "kind of headers"
-    } else {
-        return Ok(());
-    };
-    Err(ClientError::Inconsistent { index, what })
 }
 
 /// Of segments that begin at `start`, those bytes that lie in `range`.

@@ -119,6 +119,24 @@ pub enum ClientError {
     /// The connection died with the request in flight, or before.
     #[error("the connection is lost: {0}")]
     Lost(Arc<LostCause>),
+    /// The export is another one since the server came back.
+    #[error("the server came back with another {what}")]
+    Changed {
+        /// What differs.
+        what: &'static str,
+    },
+    /// The server had answered a change, lost it with its life, and refuses it now.
+    #[error("a change of {range} that the server had answered cannot be made again: {source}")]
+    NotRestored {
+        /// The bytes that are not what they should be.
+        range: ByteRange,
+        /// What it failed at.
+        source: Box<ClientError>,
+    },
+    /// All connections broke, and none came about within the time that [`super::Reconnect`] allows; or none will ever
+    /// do, because of [`ClientError::Changed`] or [`ClientError::NotRestored`].
+    #[error("the connection could not be restored: {0}")]
+    Gone(Arc<ClientError>),
     /// The device was disconnected by its owner.
     #[error("the client is disconnected")]
     Closed,

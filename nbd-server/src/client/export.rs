@@ -54,6 +54,18 @@ impl ExportInfo {
         self.flags & flag == flag
     }
 
+    /// What another connection sees differently, if anything.
+    pub(super) fn difference(&self, other: &Self) -> Option<&'static str> {
+        let differences = [
+            (self.size_bytes != other.size_bytes, "size"),
+            (self.flags != other.flags, "set of flags"),
+            (self.block_sizes != other.block_sizes, "block size"),
+            (self.contexts != other.contexts, "set of meta contexts"),
+            (self.headers != other.headers, "kind of headers"),
+        ];
+        differences.into_iter().find_map(|(is_different, what)| is_different.then_some(what))
+    }
+
     /// Whether a BLOCK_STATUS may choose among the contexts.
     pub(super) fn filters_status(&self) -> bool {
         self.headers == Headers::Extended && self.has(transmission_flag::BLOCK_STATUS_PAYLOAD)

@@ -11,6 +11,7 @@ use super::connection::Connection;
 use super::device::NbdDevice;
 use super::export::{BlockSizes, ExportInfo};
 use super::handshake::{Context, Negotiated};
+use super::links::Links;
 use super::options::ClientOptions;
 use super::stream::{Counters, Halves};
 use crate::wire::{
@@ -93,8 +94,8 @@ pub(super) fn device_that(
         Connection::start(halves, negotiated, &options)
     });
     let all = all.collect();
-    let device = NbdDevice::new(negotiated.export.clone(), all, options, Arc::default());
-    (device, log)
+    let links = Links::new(negotiated.export.clone(), all, options, Arc::default(), None);
+    (NbdDevice::new(links), log)
 }
 
 struct Fake {

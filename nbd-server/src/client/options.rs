@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use block::BufferPool;
 
+use super::reconnect::Reconnect;
 use crate::wire::Headers;
 
 /// How a client connects and how much it keeps in flight.
@@ -25,6 +26,8 @@ pub struct ClientOptions {
     pub tls: Option<crate::tls::ClientTls>,
     /// The longest payload of one request, in bytes; the server's own maximum applies as well.
     pub max_payload_bytes: u32,
+    /// Whether a connection that broke is replaced and what it owed sent again; without it, its requests fail.
+    pub reconnect: Option<Reconnect>,
     /// How long the socket may take to connect.
     pub connect_timeout: Duration,
     /// How long the negotiation may take, TLS included.
@@ -57,6 +60,7 @@ impl Default for ClientOptions {
             #[cfg(feature = "tls")]
             tls: None,
             max_payload_bytes: crate::wire::MAX_PAYLOAD_BYTES,
+            reconnect: None,
             connect_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Some(Duration::from_secs(300)),

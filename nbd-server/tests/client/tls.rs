@@ -6,12 +6,13 @@ use nbd_server::client::{Address, ClientError, ClientOptions, NbdDevice, NbdUri}
 use nbd_server::wire::{option, reply};
 
 use crate::certificates::{Authority, Subject};
+use crate::foreign::disk;
 use crate::peer::{Peer, scratch};
 
 /// The URI of a peer's socket.
-fn uri(peer: &Peer, query: &str) -> NbdUri {
+fn uri(peer: &Peer, export: &str, query: &str) -> NbdUri {
     let Address::Unix(socket) = peer.address() else { panic!("not a Unix socket") };
-    format!("nbds+unix:///?socket={}{query}", socket.display()).parse().unwrap()
+    format!("nbds+unix:///{export}?socket={}{query}", socket.display()).parse().unwrap()
 }
 
 async fn writes_and_reads(uri: &NbdUri) {
@@ -24,10 +25,16 @@ async fn writes_and_reads(uri: &NbdUri) {
 }
 
 /// What every server with a certificate for this host, which demands one of clients, does with ours.
-async fn is_trusted_and_trusts(peer: &Peer, authority: &Authority, certificates: &str) {
-    writes_and_reads(&uri(peer, &format!("&tls-certificates={certificates}"))).await;
-    let open =
-        async |query: &str| NbdDevice::open(&uri(peer, query), ClientOptions::default()).await;
+async fn is_trusted_and_trusts(
+    peer: &Peer,
+    export: &str,
+    authority: &Authority,
+    certificates: &str,
+) {
+    writes_and_reads(&uri(peer, export, &format!("&tls-certificates={certificates}"))).await;
+    let open = async |query: &str| {
+        NbdDevice::open(&uri(peer, export, query), ClientOptions::default()).await
+    };
 
     let other = Authority::new();
     let distrustful = other.directory();
@@ -49,7 +56,7 @@ async fn is_trusted_and_trusts(peer: &Peer, authority: &Authority, certificates:
             | ClientError::HandshakeClosed { .. })
     );
     assert!(kept_out, "{failed:?}");
-    let plain = NbdDevice::connect(&peer.address(), "", ClientOptions::default()).await;
+    let plain = NbdDevice::connect(&peer.address(), export, ClientOptions::default()).await;
     let demanded = matches!(plain, Err(ClientError::Refused { reply: reply::ERR_TLS_REQD, .. }));
     assert!(demanded, "{plain:?}");
 }
@@ -65,7 +72,7 @@ async fn qemus_server_is_spoken_to_over_tls() {
     let object = format!("tls-creds-x509,id=tls,endpoint=server,verify-peer=on,dir={path}");
     let arguments = ["--object", &object, "--tls-creds", "tls", "--format=raw", "disk"];
     let peer = Peer::qemu_nbd(dir, &arguments);
-    is_trusted_and_trusts(&peer, &authority, &path).await;
+    is_trusted_and_trusts(&peer, "", &authority, &path).await;
 }
 
 #[tokio::test]
@@ -76,7 +83,36 @@ async fn nbdkit_is_spoken_to_over_tls() {
     let certificates = format!("--tls-certificates={path}");
     let arguments = ["--tls=require", &certificates, "--tls-verify-peer", "memory", "4M"];
     let peer = Peer::nbdkit(&arguments);
-    is_trusted_and_trusts(&peer, &authority, &path).await;
+    is_trusted_and_trusts(&peer, "", &authority, &path).await;
+}
+
+#[tokio::test]
+async fn qemu_storage_daemon_is_spoken_to_over_tls() {
+    let authority = Authority::new();
+    let directory = authority.both_sides();
+    let path = directory.path().display().to_string();
+    let object =
+        format!("--object=tls-creds-x509,id=tls,endpoint=server,verify-peer=on,dir={path}");
+    let arguments = [
+        &object,
+        "--blockdev=driver=file,node-name=image,filename=disk",
+        "--export=type=nbd,id=e,node-name=image,name=disk,writable=on",
+    ];
+    let peer = Peer::qemu_storage_daemon(disk("raw"), ",tls-creds=tls", &arguments);
+    is_trusted_and_trusts(&peer, "disk", &authority, &path).await;
+}
+
+#[tokio::test]
+async fn the_reference_server_is_spoken_to_over_tls() {
+    let authority = Authority::new();
+    let directory = authority.both_sides();
+    let path = directory.path().display().to_string();
+    let generic = format!(
+        "certfile = {path}/server-cert.pem\nkeyfile = {path}/server-key.pem\n\
+         cacertfile = {path}/ca-cert.pem\nforce_tls = true"
+    );
+    let peer = Peer::reference(disk("raw"), &generic, "flush = true\nfua = true");
+    is_trusted_and_trusts(&peer, "disk", &authority, &path).await;
 }
 
 #[tokio::test]
@@ -86,7 +122,7 @@ async fn a_server_without_tls_is_not_spoken_to_by_a_uri_that_demands_it() {
     let query = format!("&tls-certificates={}", directory.path().display());
     for arguments in [&["--tls=off", "memory", "1M"][..], &["--mask-handshake=0", "memory", "1M"]] {
         let peer = Peer::nbdkit(arguments);
-        let failed = NbdDevice::open(&uri(&peer, &query), ClientOptions::default()).await;
+        let failed = NbdDevice::open(&uri(&peer, "", &query), ClientOptions::default()).await;
         let refused = matches!(
             failed,
             Err(ClientError::Refused { option: option::STARTTLS, .. }

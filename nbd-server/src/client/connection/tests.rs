@@ -17,14 +17,13 @@ fn connection(options: &ClientOptions) -> (Arc<Connection>, DuplexStream) {
     (Arc::new(Connection::start(halves, &negotiated(0, Headers::Structured), options)), server)
 }
 
-async fn read_call(start: u64, len: usize) -> Call {
+fn read_call(start: u64, len: usize) -> Call {
     Call {
         command: command::READ,
         flags: 0,
         range: ByteRange::new(start, len as u64).unwrap(),
         payload: Bytes::new(),
         contexts: Vec::new(),
-        destination: Destination::wait(client_pool(), len).await,
     }
 }
 
@@ -35,8 +34,18 @@ fn write_call(start: u64, payload: &'static [u8]) -> Call {
         range: ByteRange::new(start, payload.len() as u64).unwrap(),
         payload: Bytes::from_static(payload),
         contexts: Vec::new(),
-        destination: Destination::none(),
     }
+}
+
+async fn ask(connection: &Connection, call: Call) -> Result<Answer, ClientError> {
+    let memory = match call.command {
+        command::READ => {
+            let len = usize::try_from(call.range.len()).unwrap();
+            Destination::wait(client_pool(), len).await
+        }
+        _ => Destination::none(),
+    };
+    connection.call(call, memory).await
 }
 
 async fn request(server: &mut DuplexStream) -> Request {
@@ -71,13 +80,13 @@ fn protocol(error: &ClientError) -> ReplyFault {
 #[tokio::test]
 async fn replies_find_their_requests_in_any_order() {
     let (connection, mut server) = connection(&ClientOptions::default());
-    let (first, second) = (read_call(0, 4).await, read_call(8, 4).await);
+    let (first, second) = (read_call(0, 4), read_call(8, 4));
     let serve = async {
         let (a, b) = (request(&mut server).await, request(&mut server).await);
         server.write_all(&data(b.cookie, b.offset, b"late")).await.unwrap();
         server.write_all(&data(a.cookie, a.offset, b"soon")).await.unwrap();
     };
-    let (a, b, ()) = tokio::join!(connection.call(first), connection.call(second), serve);
+    let (a, b, ()) = tokio::join!(ask(&connection, first), ask(&connection, second), serve);
     let bytes = |bytes: &'static [u8]| {
         Answer::Data(Segments(vec![Segment::Data(Bytes::from_static(bytes))]))
     };
@@ -88,10 +97,10 @@ async fn replies_find_their_requests_in_any_order() {
 async fn a_caller_that_goes_away_leaves_the_stream_in_order() {
     let (connection, mut server) =
         connection(&ClientOptions { in_flight: 2, ..Default::default() });
-    let call = read_call(0, 4).await;
+    let call = read_call(0, 4);
     let gone = {
         let connection = Arc::clone(&connection);
-        tokio::spawn(async move { connection.call(call).await })
+        tokio::spawn(async move { ask(&connection, call).await })
     };
     let first = request(&mut server).await;
     gone.abort();
@@ -104,7 +113,7 @@ async fn a_caller_that_goes_away_leaves_the_stream_in_order() {
         server.write_all(&data(first.cookie, 0, b"dead")).await.unwrap();
         server.write_all(&simple(0, second.cookie)).await.unwrap();
     };
-    let (answer, ()) = tokio::join!(connection.call(call), serve);
+    let (answer, ()) = tokio::join!(ask(&connection, call), serve);
     assert_eq!(answer.unwrap(), Answer::Success);
     assert_eq!(connection.free_slots(), Some(2));
 }
@@ -129,7 +138,7 @@ async fn the_window_bounds_what_is_in_flight() {
         server.read_exact(&mut [0; 1]).await.unwrap();
         server.write_all(&simple(0, second.cookie)).await.unwrap();
     };
-    let (a, b) = (connection.call(write_call(0, b"a")), connection.call(write_call(1, b"b")));
+    let (a, b) = (ask(&connection, write_call(0, b"a")), ask(&connection, write_call(1, b"b")));
     let (a, b, ()) = tokio::join!(a, b, serve);
     assert!(a.is_ok() && b.is_ok() && second_may_come.into_inner());
 }
@@ -142,7 +151,7 @@ async fn an_error_reply_fails_its_request_only() {
         server.read_exact(&mut [0; 1]).await.unwrap();
         server.write_all(&simple(28, first.cookie)).await.unwrap();
     };
-    let (answer, ()) = tokio::join!(connection.call(write_call(7, b"a")), serve);
+    let (answer, ()) = tokio::join!(ask(&connection, write_call(7, b"a")), serve);
     let error = answer.unwrap_err();
     assert_eq!(error.kind(), block::ErrorKind::NoSpace);
     assert_eq!(error.to_string(), "the server failed WRITE of 1 bytes at offset 7: ENOSPC");
@@ -152,7 +161,7 @@ async fn an_error_reply_fails_its_request_only() {
 #[tokio::test]
 async fn a_server_that_hangs_up_fails_all_that_is_in_flight_and_all_that_comes() {
     let (connection, mut server) = connection(&ClientOptions::default());
-    let (first, second) = (read_call(0, 4).await, read_call(4, 4).await);
+    let (first, second) = (read_call(0, 4), read_call(4, 4));
     let serve = async {
         let first = request(&mut server).await;
         request(&mut server).await;
@@ -160,8 +169,8 @@ async fn a_server_that_hangs_up_fails_all_that_is_in_flight_and_all_that_comes()
         server.write_all(&data(first.cookie, 0, b"abcd")[..30]).await.unwrap();
         drop(server);
     };
-    let (a, b, ()) = tokio::join!(connection.call(first), connection.call(second), serve);
-    for answer in [a, b, connection.call(write_call(0, b"x")).await] {
+    let (a, b, ()) = tokio::join!(ask(&connection, first), ask(&connection, second), serve);
+    for answer in [a, b, ask(&connection, write_call(0, b"x")).await] {
         let Err(ClientError::Lost(cause)) = &answer else { panic!("{answer:?}") };
         assert!(matches!(**cause, LostCause::Closed), "{cause}");
         let error = block::DeviceError::from(answer.unwrap_err());
@@ -173,13 +182,13 @@ async fn a_server_that_hangs_up_fails_all_that_is_in_flight_and_all_that_comes()
 #[tokio::test]
 async fn a_reply_to_nothing_kills_the_connection() {
     let (connection, mut server) = connection(&ClientOptions::default());
-    let call = read_call(0, 4).await;
+    let call = read_call(0, 4);
     let serve = async {
         let first = request(&mut server).await;
         server.write_all(&simple(0, first.cookie + 1)).await.unwrap();
         first.cookie
     };
-    let (answer, cookie) = tokio::join!(connection.call(call), serve);
+    let (answer, cookie) = tokio::join!(ask(&connection, call), serve);
     let unknown = ReplyFault::UnknownCookie { cookie: cookie + 1 };
     assert_eq!(protocol(&answer.unwrap_err()), unknown);
 }
@@ -187,7 +196,7 @@ async fn a_reply_to_nothing_kills_the_connection() {
 #[tokio::test]
 async fn a_second_answer_kills_the_connection() {
     let (connection, mut server) = connection(&ClientOptions::default());
-    let (first, second) = (read_call(0, 4).await, read_call(4, 4).await);
+    let (first, second) = (read_call(0, 4), read_call(4, 4));
     let serve = async {
         let first = request(&mut server).await;
         request(&mut server).await;
@@ -195,7 +204,7 @@ async fn a_second_answer_kills_the_connection() {
         server.write_all(&[&reply[..], &reply].concat()).await.unwrap();
         first.cookie
     };
-    let (a, b, cookie) = tokio::join!(connection.call(first), connection.call(second), serve);
+    let (a, b, cookie) = tokio::join!(ask(&connection, first), ask(&connection, second), serve);
     assert!(a.is_ok());
     assert_eq!(protocol(&b.unwrap_err()), ReplyFault::UnknownCookie { cookie });
 }
@@ -204,7 +213,7 @@ async fn a_second_answer_kills_the_connection() {
 async fn a_server_that_owes_a_reply_and_is_silent_counts_as_dead() {
     let stall_timeout = Some(Duration::from_secs(7));
     let (connection, _server) = connection(&ClientOptions { stall_timeout, ..Default::default() });
-    let error = connection.call(write_call(0, b"x")).await.unwrap_err();
+    let error = ask(&connection, write_call(0, b"x")).await.unwrap_err();
     let ClientError::Lost(cause) = &error else { panic!("{error}") };
     assert!(matches!(**cause, LostCause::Stalled(_)), "{cause}");
 }
@@ -214,12 +223,12 @@ async fn a_server_that_falls_silent_amid_a_reply_counts_as_dead() {
     let stall_timeout = Some(Duration::from_secs(7));
     let (connection, mut server) =
         connection(&ClientOptions { stall_timeout, ..Default::default() });
-    let call = read_call(0, 4).await;
+    let call = read_call(0, 4);
     let serve = async {
         let first = request(&mut server).await;
         server.write_all(&data(first.cookie, 0, b"abcd")[..29]).await.unwrap();
     };
-    let (answer, ()) = tokio::join!(connection.call(call), serve);
+    let (answer, ()) = tokio::join!(ask(&connection, call), serve);
     let Err(ClientError::Lost(cause)) = &answer else { panic!("{answer:?}") };
     assert!(matches!(**cause, LostCause::Stalled(_)), "{cause}");
 }
@@ -235,14 +244,14 @@ async fn a_server_that_owes_nothing_may_be_silent_for_ever() {
         server.read_exact(&mut [0; 1]).await.unwrap();
         server.write_all(&simple(0, first.cookie)).await.unwrap();
     };
-    let (answer, ()) = tokio::join!(connection.call(write_call(0, b"x")), serve);
+    let (answer, ()) = tokio::join!(ask(&connection, write_call(0, b"x")), serve);
     assert_eq!(answer.unwrap(), Answer::Success);
 }
 
 #[tokio::test]
 async fn disconnecting_waits_for_what_is_in_flight_and_says_so() {
     let (connection, mut server) = connection(&ClientOptions::default());
-    let call = connection.call(write_call(0, b"x"));
+    let call = ask(&connection, write_call(0, b"x"));
     let serve = async {
         let first = request(&mut server).await;
         server.read_exact(&mut [0; 1]).await.unwrap();
@@ -260,7 +269,7 @@ async fn disconnecting_waits_for_what_is_in_flight_and_says_so() {
     };
     let (answer, (), ()) = tokio::join!(call, disconnect, serve);
     assert_eq!(answer.unwrap(), Answer::Success);
-    let later = connection.call(write_call(0, b"x")).await;
+    let later = ask(&connection, write_call(0, b"x")).await;
     assert!(matches!(later, Err(ClientError::Closed)), "{later:?}");
 }
 
@@ -308,14 +317,14 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
             let (connection, mut server) = connection(&ClientOptions::default());
-            let calls = [read_call(0, 8).await, read_call(4, 8).await];
-            let [a, b] = calls.map(|call| connection.call(call));
+            let calls = [read_call(0, 8), read_call(4, 8)];
+            let [a, b] = calls.map(|call| ask(&connection, call));
             let serve = async {
                 // The client may have hung up already.
                 let _ = server.write_all(&replies.concat()).await;
                 drop(server);
             };
-            let all = async { tokio::join!(a, b, connection.call(write_call(0, b"x")), serve) };
+            let all = async { tokio::join!(a, b, ask(&connection, write_call(0, b"x")), serve) };
             let ended = tokio::time::timeout(Duration::from_secs(10), all).await;
             prop_assert!(ended.is_ok(), "a request hangs");
             Ok(())

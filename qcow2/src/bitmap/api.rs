@@ -223,7 +223,7 @@ impl Image {
         self.inner
             .change_bitmaps(target, true, |list, found| {
                 let bitmap = usable(list, found)?;
-                let mut merged = bitmap.map.clone();
+                let mut merged = bitmap.map.second().ok_or(BitmapError::Memory)?;
                 merged.merge(&map);
                 if merged.is_over_limit() {
                     return Err(BitmapError::Memory);
@@ -259,7 +259,8 @@ impl Image {
     }
 
     async fn bitmap_content(&self, name: &str) -> Result<DirtyMap, Error> {
-        self.look_at_bitmap(name, DirtyMap::clone).await
+        let content = self.look_at_bitmap(name, DirtyMap::second).await?;
+        content.ok_or_else(|| self.inner.bitmap_error(name, BitmapError::Memory))
     }
 
     async fn look_at_bitmap<T>(

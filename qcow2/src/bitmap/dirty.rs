@@ -9,12 +9,12 @@ use block::ByteRange;
 
 use crate::units::index;
 
-/// The most memory that the bitmaps of all open images of this process take, in bytes: all bits of a disk of 64 TiB
-/// with the usual granularity, eight times over.
+/// The most memory that the bitmaps of all open images of this process take, in bytes: all bits of two disks of 64 TiB
+/// with the usual granularity, even where every other bit is set. (Long runs of equal bits take next to nothing.)
 ///
 /// A bitmap that would pass it when a change is recorded becomes inconsistent, as it says in the file already while
 /// changes are recorded; reading, merging and resizing are refused.
-pub const MAX_BITMAP_MEMORY_BYTES: u64 = 1 << 30;
+pub const MAX_BITMAP_MEMORY_BYTES: u64 = 1 << 28;
 
 /// What a chunk takes beside its bits, about, in bytes.
 const CHUNK_OVERHEAD_BYTES: u64 = 64;
@@ -120,6 +120,13 @@ impl DirtyMap {
         Self::within(self.charge.budget, self.size_bytes, self.granularity_bits)
     }
 
+    /// A second one like it, where there is memory for both.
+    pub(crate) fn second(&self) -> Option<Self> {
+        let budget = self.charge.budget;
+        let used_bytes = budget.used_bytes.load(Ordering::Relaxed);
+        (used_bytes.saturating_add(self.charge.bytes) <= budget.limit_bytes).then(|| self.clone())
+    }
+
     /// Whether all maps together take more memory than they may: then this one has to go.
     pub(crate) fn is_over_limit(&self) -> bool {
         let budget = self.charge.budget;
@@ -186,55 +193,69 @@ impl DirtyMap {
 
     /// Makes everything dirty that is so in `other`.
     pub(crate) fn merge(&mut self, other: &Self) {
+        if self.granularity_bits == other.granularity_bits {
+            for (number, chunk) in &other.chunks {
+                self.unite(*number, chunk.words());
+            }
+            return;
+        }
+        let bits = other.granularity_bits;
         let mut at = 0;
         while let Some(run) = other.next_run(at) {
-            at = run.end;
-            if self.granularity_bits == other.granularity_bits {
-                self.set_bits(run);
-            } else {
-                let bits = other.granularity_bits;
-                self.set(ByteRange::between(run.start << bits, run.end << bits));
-            }
+            self.set(ByteRange::between(run.start << bits, run.end << bits));
+            // What else lies in the part that was just set adds nothing.
+            let end = (run.end << bits).checked_next_multiple_of(1 << self.granularity_bits);
+            at = end.unwrap_or(u64::MAX) >> bits;
         }
     }
 
-    /// Sets the bits that are set in `bytes`, of which the first is that of bit `first`.
+    /// Sets the bits that are set in `bytes`, of which the first is that of bit `first`, a multiple of 64.
     pub(crate) fn absorb(&mut self, first: u64, bytes: &[u8]) {
-        let mut run: Option<Range<u64>> = None;
-        for (byte, at) in bytes.iter().zip((first..).step_by(8)) {
-            if *byte == 0 {
-                continue;
+        let (mut number, mut slot) = (first / CHUNK_BITS, index(first % CHUNK_BITS / 64));
+        let mut words = bytes.chunks(8).map(little_endian).peekable();
+        while words.peek().is_some() {
+            let mut part = Box::new([0; CHUNK_WORDS]);
+            for (place, word) in part.iter_mut().skip(slot).zip(&mut words) {
+                *place = word;
             }
-            if *byte == u8::MAX
-                && let Some(open) = run.as_mut().filter(|open| open.end == at)
-            {
-                open.end = at + 8;
-                continue;
-            }
-            for bit in (at..at + 8).filter(|bit| byte >> (bit - at) & 1 == 1) {
-                match &mut run {
-                    Some(open) if open.end == bit => open.end = bit + 1,
-                    _ => {
-                        if let Some(done) = run.replace(bit..bit + 1) {
-                            self.set_bits(done);
-                        }
+            self.unite(number, part);
+            (number, slot) = (number + 1, 0);
+        }
+    }
+
+    /// Sets in `bytes`, of which the first is that of bit `first`, a multiple of 64, every bit that is set here.
+    pub(crate) fn pack(&self, first: u64, bytes: &mut [u8]) {
+        let mut rest = bytes;
+        let mut at = first;
+        while !rest.is_empty() {
+            let slot = index(at % CHUNK_BITS / 64);
+            let len = ((CHUNK_WORDS - slot) * 8).min(rest.len());
+            let (part, behind) = rest.split_at_mut(len);
+            if let Some(chunk) = self.chunks.get(&(at / CHUNK_BITS)) {
+                for (place, word) in part.chunks_mut(8).zip(chunk.words().iter().skip(slot)) {
+                    for (byte, bits) in place.iter_mut().zip(word.to_le_bytes()) {
+                        *byte |= bits;
                     }
                 }
             }
-        }
-        if let Some(done) = run {
-            self.set_bits(done);
+            rest = behind;
+            at += len as u64 * 8;
         }
     }
 
-    /// Sets in `bytes`, of which the first is that of bit `first`, every bit that is set here.
-    pub(crate) fn pack(&self, first: u64, bytes: &mut [u8]) {
-        let end = first + bytes.len() as u64 * 8;
-        let mut at = first;
-        while let Some(run) = self.next_run(at).filter(|run| run.start < end) {
-            at = run.end;
-            fill(bytes, run.start - first..run.end.min(end) - first);
+    /// Adds the bits of `words` to those of a chunk, as far as there are such.
+    fn unite(&mut self, number: u64, mut words: Box<[u64; CHUNK_WORDS]>) {
+        let len = self.bits().saturating_sub(number.saturating_mul(CHUNK_BITS));
+        if len < CHUNK_BITS {
+            clear_from(&mut words, index(len));
         }
+        if words.iter().all(|word| *word == 0) {
+            return;
+        }
+        let before = self.chunks.get(&number).map_or(0, Chunk::memory_bytes);
+        let chunk = self.chunks.entry(number).or_insert(Chunk::Few(Vec::new()));
+        chunk.unite(words);
+        self.charge.change(before, chunk.memory_bytes());
     }
 
     /// The first run of set bits that ends behind `from`, without what lies before `from`.
@@ -263,11 +284,8 @@ impl DirtyMap {
     /// The same for a disk of another size: what is behind its end is cut off, what is new is not dirty.
     pub(crate) fn resized(&self, size_bytes: u64) -> Self {
         let mut map = Self::within(self.charge.budget, size_bytes, self.granularity_bits);
-        let end = map.bits();
-        let mut at = 0;
-        while let Some(run) = self.next_run(at).filter(|run| run.start < end) {
-            at = run.end;
-            map.set_bits(run);
+        for (number, chunk) in &self.chunks {
+            map.unite(*number, chunk.words());
         }
         map
     }
@@ -321,6 +339,37 @@ impl Chunk {
         self.next_set(bit) == Some(bit)
     }
 
+    fn words(&self) -> Box<[u64; CHUNK_WORDS]> {
+        match self {
+            Self::Full => Box::new([u64::MAX; CHUNK_WORDS]),
+            Self::Bits { words, .. } => words.clone(),
+            Self::Few(few) => {
+                let mut words = Box::new([0; CHUNK_WORDS]);
+                for bit in few {
+                    set_words(&mut words, one(usize::from(*bit)));
+                }
+                words
+            }
+        }
+    }
+
+    /// Adds the bits of `words`.
+    fn unite(&mut self, mut words: Box<[u64; CHUNK_WORDS]>) {
+        for (word, own) in words.iter_mut().zip(self.words().iter()) {
+            *word |= own;
+        }
+        let set = words.iter().map(|word| word.count_ones()).sum();
+        *self = match u64::from(set) {
+            CHUNK_BITS => Self::Full,
+            few if few <= FEW as u64 => {
+                let next = |from: usize| first_one(&words, from, 0);
+                let bits = std::iter::successors(next(0), |bit| next(bit + 1));
+                Self::Few(bits.filter_map(|bit| u16::try_from(bit).ok()).collect())
+            }
+            _ => Self::Bits { set, words },
+        };
+    }
+
     /// Sets bits, of which there is at least one.
     fn set(&mut self, bits: Range<usize>) {
         if let Self::Few(few) = self {
@@ -330,9 +379,8 @@ impl Chunk {
                 few.splice(from..to, bits.filter_map(|bit| u16::try_from(bit).ok()));
                 return;
             }
-            let mut words = Box::new([0; CHUNK_WORDS]);
-            let set = few.iter().map(|bit| set_words(&mut words, one(usize::from(*bit)))).sum();
-            *self = Self::Bits { set, words };
+            let set = u32::try_from(few.len()).unwrap_or(u32::MAX);
+            *self = Self::Bits { set, words: self.words() };
         }
         if let Self::Bits { set, words } = self {
             *set += set_words(words, bits);
@@ -401,24 +449,17 @@ fn first_one(words: &[u64; CHUNK_WORDS], from: usize, flip: u64) -> Option<usize
     })
 }
 
-/// Sets bits of `bytes` by number.
-fn fill(bytes: &mut [u8], bits: Range<u64>) {
-    let (start, end) = (index(bits.start), index(bits.end));
-    let mut at = start;
-    while at < end {
-        if at % 8 == 0 && end - at >= 8 {
-            let whole = at / 8..end / 8;
-            at = whole.end * 8;
-            if let Some(place) = bytes.get_mut(whole) {
-                place.fill(u8::MAX);
-            }
-            continue;
-        }
-        if let Some(byte) = bytes.get_mut(at / 8) {
-            *byte |= 1 << (at % 8);
-        }
-        at += 1;
+/// Clears bit number `bit` and all behind it.
+fn clear_from(words: &mut [u64; CHUNK_WORDS], bit: usize) {
+    for (word, at) in words.iter_mut().zip((0..).step_by(64)) {
+        let kept = bit.saturating_sub(at).min(64);
+        *word &= u64::MAX.checked_shr(u32::try_from(64 - kept).unwrap_or(64)).unwrap_or(0);
     }
+}
+
+/// Up to eight bytes as a word of which the first byte is the lowest.
+fn little_endian(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte))
 }
 
 #[cfg(test)]

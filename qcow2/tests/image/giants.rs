@@ -5,7 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use block::{BlockDevice, Durability};
-use qcow2::{AmendOptions, CheckReport, Error, Feature, Image, OpenOptions, Repair, Version};
+use qcow2::{
+    AmendOptions, BitmapError, CheckReport, Error, Feature, Image, OpenOptions, Repair,
+    ResizeOptions, Version,
+};
 
 use crate::checking::try_check;
 use crate::common::{block_on, qemu_check, qemu_create, range};
@@ -229,4 +232,43 @@ fn what_an_image_is_changes_without_reading_the_holes_that_tables_lie_in() {
         image.close().await.unwrap();
     });
     assert!(peak_memory_kib() < MAX_MEMORY_KIB);
+}
+
+#[test]
+fn bitmaps_that_share_their_bits_are_read_up_to_the_memory_for_them() {
+    let giant = Giant::new("cluster_size=64k");
+    let names = ["one", "two", "three"];
+    block_on(async {
+        let image = Image::open(&giant.path, OpenOptions::writing()).await.unwrap();
+        image.resize(4 << 40, &ResizeOptions::default()).await.unwrap();
+        for name in names {
+            image.add_bitmap(name, 4096, true).await.unwrap();
+        }
+        image.close().await.unwrap();
+    });
+    // Every bitmap has 128 MiB of bits, and all of them lie in one cluster behind the rest: every other bit is set.
+    let bytes = std::fs::read(&giant.path).unwrap();
+    let be_u64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let magic = 0x2385_2875u32.to_be_bytes();
+    let extension = (0..4096).step_by(8).find(|at| bytes[*at..*at + 4] == magic).unwrap();
+    let mut entry = usize::try_from(be_u64(extension + 24)).unwrap();
+    for name in names {
+        giant.put_entries(be_u64(entry), std::iter::repeat_n(1 << 30, 2048));
+        entry += (24 + name.len()).next_multiple_of(8);
+    }
+    giant.put(1 << 30, &[0x55; 65536]);
+    block_on(async {
+        let image = Image::open(&giant.path, OpenOptions::reading()).await.unwrap();
+        let mut refused = 0;
+        for name in names {
+            match image.dirty_extents(name, range(0, 1 << 20)).await {
+                Ok(found) => assert!(found.len() > 1),
+                Err(Error::Bitmap { reason: BitmapError::Memory, .. }) => refused += 1,
+                Err(other) => panic!("{other:?}"),
+            }
+        }
+        assert!((1..3).contains(&refused), "{refused} of three are refused");
+    });
+    let peak = peak_memory_kib();
+    assert!(peak < MAX_MEMORY_KIB, "{peak} KiB");
 }

@@ -21,6 +21,7 @@ qemu-img qemu-utils
 qemu-io qemu-utils
 qemu-nbd qemu-utils
 qemu-storage-daemon qemu-utils
+strace strace
 "
 
 # Readers of QCOW2 in Python, with all that they need; they get an environment of their own beside what cargo builds.

@@ -43,33 +43,21 @@ impl fmt::Display for Interrupted {
 impl std::error::Error for Interrupted {}
 
 impl Stop {
-    /// Begins to watch.
+    /// Begins to watch, on a thread of its own: whoever asks twice is heard even where all others are gone or hang.
     ///
     /// # Errors
-    /// Where the system refuses to report signals.
+    /// Where the system refuses to report signals, or has no thread left.
     pub(crate) fn watch() -> anyhow::Result<Self> {
         let cannot = "cannot watch for signals";
-        let mut interrupt = signal(SignalKind::interrupt()).context(cannot)?;
-        let mut terminate = signal(SignalKind::terminate()).context(cannot)?;
-        // Whoever starts it by nohup means it to outlive the terminal.
-        let hangup = (!ignores_hangup()).then(|| signal(SignalKind::hangup()));
-        let mut hangup = hangup.transpose().context(cannot)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+        let runtime = runtime.context(cannot)?;
+        let signals = {
+            let _inside = runtime.enter();
+            Signals::new().context(cannot)?
+        };
         let (sender, receiver) = watch::channel(None);
-        tokio::spawn(async move {
-            loop {
-                let kind = tokio::select! {
-                    _ = interrupt.recv() => SignalKind::interrupt(),
-                    _ = terminate.recv() => SignalKind::terminate(),
-                    () = received(hangup.as_mut()) => SignalKind::hangup(),
-                };
-                let number = kind.as_raw_value();
-                if sender.borrow().is_some() {
-                    // Whoever asks twice does not want to wait for order.
-                    std::process::exit(128 + number);
-                }
-                sender.send_replace(Some(number));
-            }
-        });
+        let thread = std::thread::Builder::new().name("signals".to_owned());
+        thread.spawn(move || runtime.block_on(signals.tell(&sender))).context(cannot)?;
         Ok(Self { signal: receiver })
     }
 
@@ -111,6 +99,43 @@ impl Stop {
                 // The watcher is gone with the runtime.
                 std::future::pending::<()>().await;
             }
+        }
+    }
+}
+
+/// The signals that end the program.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    /// None where it was ignored from the beginning: whoever starts it by nohup means it to outlive the terminal.
+    hangup: Option<Signal>,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let hangup = (!ignores_hangup()).then(|| signal(SignalKind::hangup()));
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: hangup.transpose()?,
+        })
+    }
+
+    /// Tells the first, and ends the process at the second.
+    async fn tell(mut self, to: &watch::Sender<Option<i32>>) {
+        loop {
+            let kind = tokio::select! {
+                biased;
+                _ = self.interrupt.recv() => SignalKind::interrupt(),
+                _ = self.terminate.recv() => SignalKind::terminate(),
+                () = received(self.hangup.as_mut()) => SignalKind::hangup(),
+            };
+            let number = kind.as_raw_value();
+            if to.borrow().is_some() {
+                // Whoever asks twice does not want to wait for order.
+                std::process::exit(128 + number);
+            }
+            to.send_replace(Some(number));
         }
     }
 }

@@ -92,12 +92,17 @@ impl Place {
 
     /// What qemu-img answers.
     pub(crate) fn qemu_img(&self, args: &[&str]) -> Answer {
-        Answer::of(&self.command("qemu-img", args).output().expect("qemu-img runs"))
+        self.answer("qemu-img", args)
+    }
+
+    /// What another program answers.
+    pub(crate) fn answer(&self, program: &str, args: &[&str]) -> Answer {
+        Answer::of(&self.command(program, args).output().expect("the program runs"))
     }
 
     /// What another program, which must succeed, answers.
     pub(crate) fn tool(&self, program: &str, args: &[&str]) -> Answer {
-        Answer::of(&self.command(program, args).output().expect("the program runs")).good()
+        self.answer(program, args).good()
     }
 
     /// What a program answers to somebody who is not root, and so bound by permissions.

@@ -155,7 +155,8 @@ impl Header {
         let backing_at = u64_at(8);
         let name_len = u64::from(u32_at(16));
         let backing_name = backing_name(cluster, header_bytes, backing_at, name_len)?;
-        let end = backing_name.as_ref().map_or(cluster.len(), |_| index(backing_at));
+        // An offset ends the extensions even where no name lies there.
+        let end = if backing_at == 0 { cluster.len() } else { index(backing_at) };
         let (extensions, extensions_end) = Extensions::parse(cluster, header_bytes, end)?;
         let name_end = backing_name.as_ref().map_or(0, |name| index(backing_at) + name.len());
         let used = extensions_end.max(name_end).next_multiple_of(512);
@@ -434,7 +435,7 @@ fn backing_name(
     at: u64,
     len: u64,
 ) -> Result<Option<Vec<u8>>, Fault> {
-    if at == 0 || len == 0 {
+    if at == 0 {
         return Ok(None);
     }
     let refused =
@@ -443,7 +444,8 @@ fn backing_name(
     if len > MAX_BACKING_NAME_BYTES as u64 || at < header_bytes as u64 {
         return Err(refused());
     }
-    cluster.get(index(at)..index(end)).map(|name| Some(name.to_vec())).ok_or_else(refused)
+    let name = cluster.get(index(at)..index(end)).ok_or_else(refused)?;
+    Ok((len > 0).then(|| name.to_vec()))
 }
 
 /// A field of a header; 0 behind its end.

@@ -14,7 +14,7 @@ for target in ${*:-$(cargo fuzz list)}; do
     echo "== $target, $seconds seconds"
     # An operation is a few bytes; an image needs some clusters.
     max_len=4096
-    if [ "$target" = qcow2_image ]; then max_len=200000; fi
+    if [ "$target" = qcow2_image ] || [ "$target" = vmdk ]; then max_len=200000; fi
     # New inputs go to the first folder, which is not committed; the second is read only.
     mkdir -p "fuzz/artifacts/corpus/$target"
     cargo fuzz run --sanitizer none "$target" \

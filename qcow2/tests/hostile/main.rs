@@ -3,7 +3,11 @@
 //! sound image worse. `SENDENSE_TEST_ROUNDS=100` tells every lie.
 
 mod anatomy;
+#[cfg(feature = "vmdk")]
+mod disguised;
 mod exercise;
+#[cfg(feature = "luks")]
+mod locked;
 mod samples;
 
 use std::process::Command;
@@ -158,19 +162,69 @@ fn an_empty_disk_takes_no_bitmap() {
 /// The fuzz target begins with an image of every kind. `SENDENSE_WRITE_SEEDS=1` writes them anew.
 #[test]
 fn the_seeds_of_the_fuzzer_are_sound_images_of_every_kind() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/qcow2_image");
-    let is_to_write = std::env::var_os("SENDENSE_WRITE_SEEDS").is_some();
     for kind in KINDS {
-        let (path, fresh) = (format!("{folder}/{kind}"), block_on(sample(kind)));
-        if is_to_write {
-            std::fs::write(&path, &fresh.bytes).unwrap();
-        }
-        let seed = std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
-        let outcome = block_on(exercise(&seed, &[]));
+        let fresh = block_on(sample(kind));
+        let bytes = seed("qcow2_image", kind, &fresh.bytes);
+        let outcome = block_on(exercise(&bytes, &[]));
         assert!(outcome.opened_for_writing && outcome.clean, "{kind}: {outcome:?}");
         // The fixed fields of the header, where sizes and features are told; where tables lie is chance.
         let shape =
             |bytes: &[u8]| (bytes[4..8].to_vec(), bytes[20..36].to_vec(), bytes[72..80].to_vec());
-        assert_eq!(shape(&seed), shape(&fresh.bytes), "{kind} has another shape by now");
+        assert_eq!(shape(&bytes), shape(&fresh.bytes), "{kind} has another shape by now");
     }
+}
+
+/// The target of LUKS headers begins with one of which no bit is flipped.
+#[cfg(feature = "luks")]
+#[test]
+fn the_seed_of_the_fuzzer_of_luks_opens_and_flipped_bits_are_refused_or_harmless() {
+    let locked = block_on(locked::Locked::new());
+    let header = seed("luks", "as_it_is", &[0; 592]);
+    assert!(block_on(locked.exercise(&header)));
+    let mut refused = 0;
+    for byte in (0..header.len()).step_by(3) {
+        let mut flips = header.clone();
+        flips[byte] = 1 << (byte % 8);
+        refused += u32::from(!block_on(locked.exercise(&flips)));
+    }
+    assert!(refused > 50, "only {refused} flips are noticed");
+}
+
+/// Those of the target that reads VMDK, too.
+#[cfg(feature = "vmdk")]
+#[test]
+fn the_seeds_of_the_fuzzer_of_vmdk_can_be_read() {
+    let vmdks = disguised::Vmdks::new();
+    for subformat in ["monolithicSparse", "streamOptimized", "monolithicFlat"] {
+        let bytes = seed("vmdk", subformat, &vmdk_sample(subformat));
+        assert!(block_on(vmdks.exercise(&bytes)), "{subformat}");
+        for cut in (0..bytes.len()).step_by(bytes.len() / 97 + 1) {
+            block_on(vmdks.exercise(&bytes[..cut]));
+        }
+    }
+}
+
+/// A VMDK of 192 KiB of which a third is data; one that names its extent calls it `disk-flat.vmdk`.
+#[cfg(feature = "vmdk")]
+fn vmdk_sample(subformat: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let mut disk = vec![0; 192 << 10];
+    disk[64 << 10..128 << 10].fill(7);
+    std::fs::write(dir.path().join("disk.raw"), disk).unwrap();
+    let option = format!("subformat={subformat}");
+    let line = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "disk.raw", "disk.vmdk"];
+    let mut convert = Command::new("qemu-img");
+    let output = convert.args(line).current_dir(dir.path()).output();
+    let output = output.unwrap_or_else(|error| panic!("qemu-img (qemu-utils): {error}"));
+    assert!(output.status.success(), "{output:?}");
+    std::fs::read(dir.path().join("disk.vmdk")).unwrap()
+}
+
+/// The committed seed of a fuzz target, which is `fresh` if seeds are to be written.
+fn seed(target: &str, name: &str, fresh: &[u8]) -> Vec<u8> {
+    let path = format!("{}/../fuzz/corpus/{target}/{name}", env!("CARGO_MANIFEST_DIR"));
+    if std::env::var_os("SENDENSE_WRITE_SEEDS").is_some() {
+        std::fs::write(&path, fresh).unwrap();
+    }
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }

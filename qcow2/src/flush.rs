@@ -22,6 +22,18 @@ pub struct FlushPlan {
     pub end_bytes: u64,
 }
 
+/// The stage that a flush had begun with when it was given up: what of it may be on disk, in any order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reached {
+    /// [`FlushPlan::first`].
+    #[default]
+    First,
+    /// [`FlushPlan::link`].
+    Link,
+    /// [`FlushPlan::last`].
+    Last,
+}
+
 /// What a flush took out of the core, to be confirmed or given back.
 #[derive(Debug, Default)]
 pub struct Captured {
@@ -76,10 +88,11 @@ impl Core {
         gone
     }
 
-    /// A plan was given up half-way: all of it has to be written again.
-    pub(crate) fn revert(&mut self, mut captured: Captured) {
-        self.map.revert(&mut captured.map);
-        self.refs.revert(&mut captured.refs);
+    /// A plan was given up half-way: all of it has to be written again. What may have been linked by now is no longer
+    /// new: others must be durable before it names them.
+    pub(crate) fn revert(&mut self, mut captured: Captured, reached: Reached) {
+        self.map.revert(&mut captured.map, reached >= Reached::Last);
+        self.refs.revert(&mut captured.refs, reached >= Reached::Link);
         self.dropped.append(&mut captured.dropped);
     }
 }

@@ -474,13 +474,16 @@ impl Mapping {
         }
     }
 
-    /// What was captured may or may not be on disk: it has to be written again.
-    pub(crate) fn revert(&mut self, captured: &mut CapturedMapping) {
+    /// What was captured may or may not be on disk: it has to be written again. If new tables are `linked`, they are
+    /// there, and entries on disk may point at them: from now on they are changed as others are, after all that they
+    /// name.
+    pub(crate) fn revert(&mut self, captured: &mut CapturedMapping, linked: bool) {
         for l1 in &captured.tables {
             if let Some(table) = self.tables.get_mut(l1)
                 && let Some(writing) = table.writing.take()
             {
                 table.dirty = Some(join(table.dirty.take(), writing));
+                table.fresh &= !linked || self.dirty_l1.contains(l1);
             }
         }
         self.dirty_l1.append(&mut captured.l1);

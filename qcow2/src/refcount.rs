@@ -153,6 +153,8 @@ pub(crate) struct Refcounts {
     table_run: Run,
     /// Where the table on disk may lie, while a larger one waits to be written.
     moved_from: Vec<Run>,
+    /// The table lies where it is to be, as it was at some time, and the header may name it.
+    table_written: bool,
     dirty_entries: BTreeSet<u64>,
     blocks: HashMap<u64, Block>,
     share: Share,
@@ -171,6 +173,7 @@ impl Refcounts {
             table,
             table_run,
             moved_from: Vec::new(),
+            table_written: true,
             dirty_entries: BTreeSet::new(),
             blocks: HashMap::new(),
             share: Share::new(&REFCOUNT_BLOCKS, geometry.bytes()),
@@ -256,6 +259,7 @@ impl Refcounts {
         let entries = to.count * self.geometry.bytes() / 8;
         self.table.resize(index(entries), 0);
         self.moved_from.push(std::mem::replace(&mut self.table_run, to));
+        self.table_written = false;
     }
 
     /// Whether a cluster of `run` belongs to the table, here or where it is about to leave.
@@ -316,7 +320,8 @@ impl Refcounts {
     }
 
     /// Takes what must be written: blocks (and a table that moved) first, then, after a sync, what links them: entries
-    /// of the table, or nothing where the header must be switched ([`CapturedRefcounts::left`]).
+    /// of the table where it is on disk. Where the table has moved ([`CapturedRefcounts::left`]) the header, too, must
+    /// be switched then.
     pub(crate) fn capture(&mut self) -> (Vec<MetaWrite>, Vec<MetaWrite>, CapturedRefcounts) {
         let mut first = Vec::new();
         let mut captured = CapturedRefcounts::default();
@@ -333,7 +338,7 @@ impl Refcounts {
         captured.entries = std::mem::take(&mut self.dirty_entries);
         captured.left = std::mem::take(&mut self.moved_from);
         let table_at = self.geometry.host_offset(self.table_run.start);
-        if !captured.left.is_empty() {
+        if !self.table_written {
             first.push(MetaWrite { at: table_at, bytes: big_endian(&self.table) });
             return (first, Vec::new(), captured);
         }
@@ -343,6 +348,7 @@ impl Refcounts {
 
     /// What was captured is on disk.
     pub(crate) fn landed(&mut self, captured: &CapturedRefcounts) {
+        self.table_written |= self.moved_from.is_empty();
         for at in &captured.blocks {
             if let Some(block) = self.blocks.get_mut(at) {
                 block.writing = None;
@@ -350,8 +356,11 @@ impl Refcounts {
         }
     }
 
-    /// What was captured may or may not be on disk: it has to be written again.
-    pub(crate) fn revert(&mut self, captured: &mut CapturedRefcounts) {
+    /// What was captured may or may not be on disk: it has to be written again. If it is `linked`, a table that moved is
+    /// there, and the header may name it: from now on its entries are written as those of others are.
+    pub(crate) fn revert(&mut self, captured: &mut CapturedRefcounts, linked: bool) {
+        self.table_written |= linked && self.moved_from.is_empty();
+
         for at in &captured.blocks {
             if let Some(block) = self.blocks.get_mut(at)
                 && let Some(writing) = block.writing.take()

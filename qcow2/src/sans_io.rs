@@ -48,7 +48,7 @@ use block::ByteRange;
 use crate::core::Core;
 pub use crate::entry::Stream;
 pub use crate::error::Fault;
-pub use crate::flush::{Captured, FlushPlan};
+pub use crate::flush::{Captured, FlushPlan, Reached};
 use crate::header::Header;
 pub use crate::mapping::{Extent, Place, Step, Table};
 use crate::mapping::{Mapping, from_big_endian};
@@ -207,9 +207,9 @@ impl Metadata {
         self.core.landed(captured)
     }
 
-    /// A flush was given up: all of it has to be written again.
-    pub fn revert(&mut self, captured: Captured) {
-        self.core.revert(captured);
+    /// A flush was given up, after writes of this stage had begun: all of it has to be written again.
+    pub fn revert(&mut self, captured: Captured, reached: Reached) {
+        self.core.revert(captured, reached);
     }
 
     /// Drops one reference to each cluster of a run that [`Metadata::landed`] named. Gives those that nobody uses.

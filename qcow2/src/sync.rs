@@ -10,7 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::core::Core;
 use crate::error::Error;
-use crate::flush::{Captured, FlushPlan};
+use crate::flush::{Captured, FlushPlan, Reached};
 use crate::header::DIRTY;
 use crate::image::{Inner, Live};
 use crate::refcount::MetaWrite;
@@ -31,8 +31,8 @@ struct Pass {
 
 /// How far a flush has come.
 enum Stage {
-    /// Some of it may be on disk.
-    Writing(Captured),
+    /// Some of it may be on disk, up to this stage of the plan.
+    Writing(Captured, Reached),
     /// All of it is. Of `gone` one reference each has to be dropped; `unused` are free, but not to be taken yet.
     Freeing {
         gone: Vec<Run>,
@@ -44,7 +44,7 @@ enum Stage {
 impl Drop for Pass {
     fn drop(&mut self) {
         match std::mem::replace(self.stage.get_mut(), Stage::Done) {
-            Stage::Writing(captured) => self.core.lock().revert(captured),
+            Stage::Writing(captured, reached) => self.core.lock().revert(captured, reached),
             Stage::Freeing { gone, unused } => {
                 let mut core = self.core.lock();
                 core.give_back(&gone);
@@ -71,7 +71,7 @@ impl Inner {
         let (plan, captured) = self.core.lock().capture();
         let pass = Arc::new(Pass {
             core: Arc::clone(&self.core),
-            stage: Mutex::new(Stage::Writing(captured)),
+            stage: Mutex::new(Stage::Writing(captured, Reached::default())),
             _gate: gate,
         });
         let hold: Hold = Some(Arc::clone(&pass) as _);
@@ -81,7 +81,7 @@ impl Inner {
             self.give_up_changing(live, &error, &hold).await;
             return Err(error);
         }
-        if let Err(error) = write_plan(live, plan, &hold).await {
+        if let Err(error) = write_plan(live, plan, &pass, &hold).await {
             // No room for a write: what it was to change is in memory still, and nothing points at it yet.
             let undone = error.kind() == ErrorKind::NoSpace && error.op != HostOp::Sync;
             let error = Error::Host(error);
@@ -168,10 +168,17 @@ impl Inner {
 }
 
 impl Pass {
+    /// From now on what this stage of the plan writes may be on disk.
+    fn reaches(&self, stage: Reached) {
+        if let Stage::Writing(_, reached) = &mut *self.stage.lock() {
+            *reached = stage;
+        }
+    }
+
     /// All that was written is durable.
     fn landed(&self) {
         let mut stage = self.stage.lock();
-        if let Stage::Writing(captured) = std::mem::replace(&mut *stage, Stage::Done) {
+        if let Stage::Writing(captured, _) = std::mem::replace(&mut *stage, Stage::Done) {
             let gone = self.core.lock().landed(captured);
             *stage = Stage::Freeing { gone, unused: Vec::new() };
         }
@@ -206,7 +213,7 @@ impl Pass {
     fn unused(&self) -> Vec<Run> {
         match &*self.stage.lock() {
             Stage::Freeing { unused, .. } => unused.clone(),
-            Stage::Writing(_) | Stage::Done => Vec::new(),
+            Stage::Writing(..) | Stage::Done => Vec::new(),
         }
     }
 
@@ -225,7 +232,12 @@ fn whole_blocks(range: ByteRange) -> ByteRange {
     ByteRange::between(start, range.end() - range.end() % HOST_BLOCK_BYTES)
 }
 
-async fn write_plan(live: &Live, plan: FlushPlan, hold: &Hold) -> Result<(), HostError> {
+async fn write_plan(
+    live: &Live,
+    plan: FlushPlan,
+    pass: &Pass,
+    hold: &Hold,
+) -> Result<(), HostError> {
     write_all(live, plan.first, hold).await?;
     if !(plan.link.is_empty() && plan.last.is_empty()) {
         live.file.ensure_len(plan.end_bytes).await?;
@@ -235,8 +247,9 @@ async fn write_plan(live: &Live, plan: FlushPlan, hold: &Hold) -> Result<(), Hos
         data.sync().await?;
     }
     live.file.sync().await?;
-    for stage in [plan.link, plan.last] {
+    for (reached, stage) in [(Reached::Link, plan.link), (Reached::Last, plan.last)] {
         if !stage.is_empty() {
+            pass.reaches(reached);
             write_all(live, stage, hold).await?;
             live.file.sync().await?;
         }

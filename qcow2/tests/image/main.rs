@@ -23,6 +23,7 @@ mod fold;
 mod fold_crash;
 mod formats;
 mod giants;
+mod given_up;
 mod growing;
 mod hostile;
 mod interop;

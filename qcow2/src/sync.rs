@@ -128,7 +128,11 @@ impl Inner {
         if self.is_gone() {
             return Ok(());
         }
-        let result = if self.has_changed() { self.finish().await } else { Ok(()) };
+        let result = match self.has_changed() {
+            true => self.finish().await,
+            // What should have been the first change may have failed half-way.
+            false => self.live_while_closing().map(drop),
+        };
         self.let_go();
         result
     }

@@ -2,9 +2,11 @@
 //! new, nothing else is lost, the image goes on or has to be opened again, and the file is an image at every moment.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use block::{BlockDevice, MemoryStorage, OpKind};
+use block::{BlockDevice, MemoryStorage, OpKind, OpView};
 use qcow2::{Error, Image, OpenOptions};
 
 use super::deeds::{BITMAP, Deed, Doer, Done, all_values, note, pick};
@@ -27,6 +29,8 @@ struct Run {
     image: Image,
     /// Something may have been left allocated.
     leaks: bool,
+    /// The deeds that failed.
+    failures: u32,
 }
 
 impl Run {
@@ -35,7 +39,30 @@ impl Run {
         files.storages().for_each(MemoryStorage::without_fallocate);
         let doer = Doer { files: files.clone(), clock: Arc::new(1.into()) };
         let image = files.open(OpenOptions::writing()).await.unwrap();
-        Self { what, doer, ledger: Ledger::new(setup), image, leaks: false, files }
+        Self { what, doer, ledger: Ledger::new(setup), image, leaks: false, failures: 0, files }
+    }
+
+    /// Does what comes to mind, one after the other.
+    async fn work(&mut self, random: &mut Random, batches: Range<u64>) {
+        for number in batches {
+            let before = self.failures;
+            for deed in pick(random, &self.ledger, &self.files, number) {
+                let sectors = deed.sectors().map_or(0, |sectors| sectors.end);
+                if sectors > self.ledger.size() {
+                    continue;
+                }
+                let done = self.doer.clone().run(self.image.clone(), deed).await;
+                self.failures += u32::from(done.error.is_some());
+                self.take(vec![done]).await;
+            }
+            if self.failures > before {
+                self.end_trouble();
+            }
+        }
+    }
+
+    fn end_trouble(&self) {
+        self.files.storages().for_each(MemoryStorage::clear_faults);
     }
 
     /// Takes in what was done, and what became of that which was not.
@@ -54,16 +81,44 @@ impl Run {
             return;
         }
         if self.is_poisoned().await {
-            self.leaks = true;
             assert!(self.image.close().await.is_err(), "{}", self.what);
-            if !is_dirty(&self.files) {
-                assert_consistent(&self.files, &self.what).await;
-            }
-            self.image = self.files.open(OpenOptions::writing()).await.unwrap();
-            // What was not durable is as after a power cut that lost nothing.
-            self.find_out(&lost, &before, true).await;
+            self.reopen(&lost, &before).await;
         } else {
             self.find_out(&lost, &before, false).await;
+        }
+    }
+
+    /// What was not durable when the image was given up is as after a power cut that lost nothing.
+    async fn reopen(&mut self, lost: &[Done], before: &Ledger) {
+        self.leaks = true;
+        if !is_dirty(&self.files) {
+            assert_consistent(&self.files, &self.what).await;
+        }
+        self.end_trouble();
+        self.image = self.files.open(OpenOptions::writing()).await.unwrap();
+        self.ledger.settle();
+        self.find_out(lost, before, true).await;
+    }
+
+    /// Closes the image, which may fail, too, and opens it again.
+    async fn close_in_trouble(&mut self) {
+        let began = self.doer.tick();
+        if self.image.close().await.is_err() {
+            self.failures += 1;
+            let before = self.ledger.clone();
+            return self.reopen(&[], &before).await;
+        }
+        self.ledger.flushes.push(Flush { began, durable: self.files.now() });
+        self.assert_sound().await;
+        self.end_trouble();
+        self.image = self.files.open(OpenOptions::writing()).await.unwrap();
+    }
+
+    async fn assert_sound(&self) {
+        if self.leaks {
+            assert_consistent(&self.files, &self.what).await;
+        } else {
+            assert_clean(&self.files, &self.what).await;
         }
     }
 
@@ -176,7 +231,7 @@ impl Run {
 
     /// Closes the image, and cuts the power at some moments of what was.
     async fn finish(mut self, random: &mut Random) {
-        self.files.storages().for_each(MemoryStorage::clear_faults);
+        self.end_trouble();
         let disk = all_values(&self.image).await.unwrap();
         let expected: Vec<_> = self.ledger.content().into_iter().map(Some).collect();
         let wrong = disk.iter().zip(&expected).position(|(found, known)| found != known);
@@ -188,11 +243,7 @@ impl Run {
         let began = self.doer.tick();
         self.image.close().await.unwrap();
         self.ledger.flushes.push(Flush { began, durable: self.files.now() });
-        if self.leaks {
-            assert_consistent(&self.files, &self.what).await;
-        } else {
-            assert_clean(&self.files, &self.what).await;
-        }
+        self.assert_sound().await;
         self.ledger.settle();
         let all = self.files.now();
         for number in 0..5 {
@@ -206,28 +257,52 @@ impl Run {
     }
 }
 
-/// Lets the `nth` change of one of the files fail. Whether there was one.
-async fn fails(setup: &Setup, nth: usize, kind: io::ErrorKind) -> bool {
-    let what = format!("{}, {kind:?} at {nth}", setup.name);
-    let mut run = Run::start(setup, what).await;
-    let victims: Vec<_> = run.files.storages().cloned().collect();
-    let victim = &victims[nth % victims.len()];
-    victim.fail_nth(nth / victims.len(), kind, |op| !matches!(op.kind, OpKind::Read | OpKind::Map));
-    let mut random = Random(77);
-    let mut failed = false;
-    for number in 0..BATCHES {
-        for deed in pick(&mut random, &run.ledger, &run.files, number) {
-            let sectors = deed.sectors().map_or(0, |sectors| sectors.end);
-            if sectors > run.ledger.size() {
-                continue;
+/// What goes wrong.
+#[derive(Clone, Copy, Debug)]
+enum Trouble {
+    /// One operation finds no room.
+    Full,
+    /// From one operation on there is no room for any write, until somebody has noticed and made room.
+    FullForAWhile,
+    /// One operation fails for another reason.
+    Broken,
+}
+
+/// What goes wrong in turns.
+const TROUBLES: [Trouble; 3] = [Trouble::Full, Trouble::FullForAWhile, Trouble::Broken];
+
+/// Lets the `nth` change of the files fail. How many deeds failed, and how many changes there were.
+async fn fails(setup: &Setup, seed: u64, nth: usize, trouble: Trouble) -> (u32, usize) {
+    let mut run =
+        Run::start(setup, format!("{}, seed {seed}, {trouble:?} at {nth}", setup.name)).await;
+    let seen = Arc::new(AtomicUsize::new(0));
+    for file in run.files.storages() {
+        let seen = Arc::clone(&seen);
+        let number = move |op: &OpView| match op.kind {
+            OpKind::Read | OpKind::Map => None,
+            _ => Some(seen.fetch_add(1, Ordering::SeqCst)),
+        };
+        match trouble {
+            Trouble::Full | Trouble::Broken => {
+                let kind = match trouble {
+                    Trouble::Full => io::ErrorKind::StorageFull,
+                    _ => io::ErrorKind::Other,
+                };
+                file.fail_nth(0, kind, move |op| number(op) == Some(nth));
             }
-            let done = run.doer.clone().run(run.image.clone(), deed).await;
-            failed |= done.error.is_some();
-            run.take(vec![done]).await;
+            Trouble::FullForAWhile => {
+                let is_after =
+                    move |op: &OpView| number(op) >= Some(nth) && op.kind == OpKind::Write;
+                file.fail_from(0, io::ErrorKind::StorageFull, is_after);
+            }
         }
     }
+    run.work(&mut Random(77 + seed), 0..BATCHES).await;
+    run.close_in_trouble().await;
+    run.work(&mut Random(!seed), BATCHES..BATCHES + 2).await;
+    let failures = run.failures;
     run.finish(&mut Random(nth as u64)).await;
-    failed
+    (failures, seen.load(Ordering::SeqCst))
 }
 
 /// Drops one future in every other batch.
@@ -242,15 +317,47 @@ async fn drops(setup: &Setup, seed: u64) {
     run.finish(&mut random).await;
 }
 
+/// Each change of the files fails, in every way.
+fn each_change_fails(name: &str) {
+    let setup = Setup::all().into_iter().find(|setup| setup.name == name).unwrap();
+    for seed in 0..u64::from(rounds(1)) {
+        let (_, all) = block_on(fails(&setup, seed, usize::MAX, Trouble::Full));
+        for trouble in TROUBLES {
+            let failures: u32 =
+                (0..all).map(|nth| block_on(fails(&setup, seed, nth, trouble)).0).sum();
+            assert!(failures as usize > all / 2, "{trouble:?}: {failures} failures in {all} runs");
+        }
+    }
+}
+
+macro_rules! each_change_may_fail {
+    ($($test:ident: $name:literal;)*) => {
+        $(#[test]
+        fn $test() {
+            each_change_fails($name);
+        })*
+    };
+}
+
+each_change_may_fail! {
+    each_change_of_a_file_with_snapshots_and_bitmaps_may_fail: "all-512";
+    each_change_of_a_file_with_lazy_refcounts_may_fail: "lazy-4k";
+    each_change_of_a_file_with_extended_entries_may_fail: "extended-16k";
+    each_change_of_a_file_and_its_data_file_may_fail: "data-512";
+    each_change_of_a_file_with_refcounts_of_one_bit_may_fail: "bits-1-512";
+    each_change_of_a_file_over_an_image_may_fail: "image-below-16k";
+}
+
 #[test]
-fn every_change_of_a_file_may_fail_in_every_configuration() {
+fn some_changes_of_a_file_may_fail_in_every_configuration() {
     let mut failures = 0;
     for (number, setup) in Setup::all().iter().enumerate() {
-        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
-            let step = (12 / usize::try_from(rounds(1)).unwrap()).max(1);
-            for nth in (0..140).skip(number % step).step_by(step) {
-                failures += u32::from(block_on(fails(setup, nth, kind)));
-            }
+        let wanted = usize::try_from(rounds(if setup.is_costly() { 1 } else { 12 })).unwrap();
+        let (_, all) = block_on(fails(setup, 0, usize::MAX, Trouble::Full));
+        let step = (all / wanted).max(1);
+        for (turn, nth) in (0..all).skip(number * 7 % step).step_by(step).enumerate() {
+            let trouble = TROUBLES[(number + turn) % TROUBLES.len()];
+            failures += block_on(fails(setup, 0, nth, trouble)).0;
         }
     }
     assert!(failures > 100, "only {failures} failures were noticed");
@@ -259,7 +366,7 @@ fn every_change_of_a_file_may_fail_in_every_configuration() {
 #[test]
 fn futures_may_be_dropped_anywhere_in_every_configuration() {
     for setup in &Setup::all() {
-        for seed in 0..u64::from(rounds(6)) {
+        for seed in 0..u64::from(rounds(if setup.is_costly() { 1 } else { 6 })) {
             block_on(drops(setup, seed));
         }
     }

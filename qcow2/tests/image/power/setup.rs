@@ -1,15 +1,19 @@
 //! The configurations that lose power here, and the files that one image stands on, with what happens to them in one
 //! order. What is done to an image is told in `deeds`, what must be left in `judge`.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use block::{
-    BlockDevice, CrashChoice, HeldOps, HostFile, MemoryDevice, MemoryStorage, OpKind, OpView,
-    Request, Storage, StorageFacts,
+    BlockDevice, CrashChoice, Durability, HeldOps, HostFile, MemoryDevice, MemoryStorage, OpKind,
+    OpView, Request, Storage, StorageFacts,
 };
 use parking_lot::Mutex;
-use qcow2::{BackingFormat, Compression, CreateOptions, Error, Image, OpenOptions, Version};
+use qcow2::{
+    BackingFormat, Compression, CreateOptions, Error, Image, KeyCost, LuksCipher, LuksOptions,
+    OpenOptions, Passphrase, Version,
+};
 use tokio::sync::Semaphore;
 
 use crate::crowd::{Random, Value};
@@ -17,6 +21,16 @@ use crate::crowd::{Random, Value};
 pub(super) const SECTOR: u64 = 512;
 /// The queues in which held operations of one file wait: one for syncs, the others for parts of the file.
 const LANES: u64 = 4;
+/// How long parts of an image below are that hold data, or nothing.
+const HOLE: usize = 44;
+const HOLE_SECTORS: u64 = HOLE as u64;
+
+/// Opens the encrypted images.
+pub(super) const PASSPHRASE: &str = "open sesame";
+/// The moments of one run at which power goes.
+const MOMENTS: usize = 60;
+/// Those where every copy of the image, or every opening, takes its time.
+const FEW_MOMENTS: usize = 12;
 
 /// One configuration.
 #[derive(Clone, Debug)]
@@ -31,6 +45,8 @@ pub(super) struct Setup {
     pub has_bitmaps: bool,
     pub has_snapshots: bool,
     pub resizes: bool,
+    /// The moments of one run at which power goes.
+    pub moments: usize,
 }
 
 impl Setup {
@@ -39,7 +55,8 @@ impl Setup {
             512 => 80 << 10,
             4096 => 160 << 10,
             16384 => 320 << 10,
-            _ => (700 << 10) + 512,
+            65536 => (700 << 10) + 512,
+            _ => (2 << 20) + (300 << 10) + 512,
         };
         Self {
             name,
@@ -50,6 +67,7 @@ impl Setup {
             has_bitmaps: false,
             has_snapshots: false,
             resizes: false,
+            moments: MOMENTS,
         }
     }
 
@@ -61,6 +79,21 @@ impl Setup {
     fn over_backing(mut self) -> Self {
         self.backing_sectors = self.options.size_bytes / SECTOR * 2 / 3;
         self.with(|options| options.backing("below", BackingFormat::Raw))
+    }
+
+    /// Over an image that ends before the disk does, has holes, and has clusters of another size.
+    fn over_image(self) -> Self {
+        let over = self.over_backing();
+        over.with(|options| options.backing("below", BackingFormat::Qcow2))
+    }
+
+    /// With fewer cuts and runs than others.
+    fn costly(self) -> Self {
+        Self { moments: FEW_MOMENTS, ..self }
+    }
+
+    pub(super) fn is_costly(&self) -> bool {
+        self.moments == FEW_MOMENTS
     }
 
     fn compressing(self) -> Self {
@@ -87,7 +120,7 @@ impl Setup {
         let extended = |setup: Self| setup.with(|options| options.extended_l2(true));
         let data = |setup: Self, raw| setup.with(|options| options.data_file("data", raw));
         let zstd = |setup: Self| setup.with(|options| options.compression(Compression::Zstd));
-        vec![
+        let mut all = vec![
             v2(Self::new("v2-512", 512)).over_backing(),
             v2(Self::new("v2-4k", 4096)).over_backing().compressing().resizing(),
             v2(Self::new("v2-64k", 65536)).over_backing().compressing().with_snapshots(),
@@ -110,7 +143,27 @@ impl Setup {
                 .resizing(),
             Self::new("all-512", 512).compressing().with_bitmaps().with_snapshots(),
             Self::new("all-64k", 65536).over_backing().compressing().with_snapshots().resizing(),
-        ]
+            Self::new("all-2m", 2 << 20)
+                .costly()
+                .over_backing()
+                .compressing()
+                .with_bitmaps()
+                .with_snapshots(),
+            extended(Self::new("extended-2m", 2 << 20)).costly().over_image().resizing(),
+            Self::new("image-below-64k", 65536).over_image().compressing().with_snapshots(),
+            extended(Self::new("image-below-16k", 16384)).over_image().resizing(),
+            lazy(data(Self::new("image-below-data", 4096), false)).over_image().with_bitmaps(),
+        ];
+        if cfg!(feature = "luks") {
+            let luks =
+                |setup: Self| setup.costly().with(|options| options.encryption(cheap_keys()));
+            all.extend([
+                luks(Self::new("luks-4k", 4096)).over_backing().with_bitmaps().with_snapshots(),
+                lazy(luks(extended(Self::new("luks-extended", 16384)))).over_image().resizing(),
+                luks(data(Self::new("luks-data", 65536), false)).over_backing().with_bitmaps(),
+            ]);
+        }
+        all
     }
 
     pub(super) fn sectors(&self) -> u64 {
@@ -123,11 +176,59 @@ impl Setup {
 
     /// What a sector of a new image holds.
     pub(super) fn below(&self, sector: u64) -> Value {
-        if sector < self.backing_sectors { Value::Stamp(0) } else { Value::Zero }
+        let is_hole = self.stands_on_image() && sector / HOLE_SECTORS % 3 == 1;
+        if sector < self.backing_sectors && !is_hole { Value::Stamp(0) } else { Value::Zero }
     }
 
-    pub(super) fn backing_bytes(&self) -> Vec<u8> {
-        (0..self.backing_sectors).flat_map(|sector| Value::Stamp(0).bytes(sector)).collect()
+    fn stands_on_image(&self) -> bool {
+        let backing = self.options.backing.as_ref();
+        backing.is_some_and(|backing| backing.format == BackingFormat::Qcow2)
+    }
+
+    fn bytes_below(&self, sectors: Range<u64>) -> Vec<u8> {
+        sectors.flat_map(|sector| self.below(sector).bytes(sector)).collect()
+    }
+}
+
+fn cheap_keys() -> LuksOptions {
+    LuksOptions {
+        cipher: LuksCipher::Aes128Xts,
+        cost: KeyCost::Rounds(1),
+        ..LuksOptions::new(Passphrase::new(PASSPHRASE))
+    }
+}
+
+/// What an image stands on.
+#[derive(Clone)]
+struct Below {
+    device: Arc<dyn BlockDevice>,
+    /// The file that it lies in.
+    file: MemoryStorage,
+}
+
+impl Below {
+    async fn create(setup: &Setup) -> Self {
+        let bytes = setup.bytes_below(0..setup.backing_sectors);
+        if !setup.stands_on_image() {
+            let file = MemoryStorage::from_bytes(bytes.clone(), 512);
+            return Self { device: MemoryDevice::read_only(bytes), file };
+        }
+        let file = MemoryStorage::with_alignment(512);
+        let open = || HostFile::from_storage(Path::new("below"), file.clone().into_dyn()).unwrap();
+        let cluster_bytes = if setup.options.cluster_bytes == 4096 { 65536 } else { 4096 };
+        let options = CreateOptions::new(bytes.len() as u64).cluster_bytes(cluster_bytes);
+        Image::create_with_data(&open(), None, &options).await.unwrap();
+        let image = Image::open_on(open(), None, OpenOptions::writing()).await.unwrap();
+        for start in (0..setup.backing_sectors).step_by(HOLE) {
+            if setup.below(start) == Value::Stamp(0) {
+                let sectors = start..(start + HOLE_SECTORS).min(setup.backing_sectors);
+                let data = setup.bytes_below(sectors).into();
+                image.write(start * SECTOR, data, Durability::Deferred).await.unwrap();
+            }
+        }
+        image.close().await.unwrap();
+        let image = Image::open_on(open(), None, OpenOptions::reading()).await.unwrap();
+        Self { device: Arc::new(image), file }
     }
 }
 
@@ -137,7 +238,7 @@ pub(super) struct Files {
     pub setup: Arc<Setup>,
     pub image: MemoryStorage,
     pub data: Option<MemoryStorage>,
-    backing: Option<Arc<dyn BlockDevice>>,
+    below: Option<Below>,
     order: Order,
 }
 
@@ -176,14 +277,12 @@ impl Files {
         let empty = || MemoryStorage::with_alignment(setup.align);
         let image = empty();
         let data = setup.options.data_file.as_ref().map(|_| empty());
-        let backing = setup.options.backing.as_ref();
-        let mut files = Self {
-            setup: Arc::new(setup.clone()),
-            image,
-            data,
-            backing: backing.map(|_| MemoryDevice::read_only(setup.backing_bytes()) as _),
-            order: Order::default(),
+        let below = match setup.options.backing {
+            Some(_) => Some(Below::create(setup).await),
+            None => None,
         };
+        let mut files =
+            Self { setup: Arc::new(setup.clone()), image, data, below, order: Order::default() };
         let (image, data) = files.open_hosts();
         Image::create_with_data(&image, data.as_ref(), &setup.options).await.unwrap();
         files.settle();
@@ -221,7 +320,14 @@ impl Files {
 
     pub(super) async fn open(&self, options: OpenOptions) -> Result<Image, Error> {
         let (image, data) = self.open_hosts();
-        Image::open_parts(image, data, self.backing.clone(), options).await
+        let backing = self.below.as_ref().map(|below| Arc::clone(&below.device));
+        Image::open_parts(image, data, backing, options.passphrase(Passphrase::new(PASSPHRASE)))
+            .await
+    }
+
+    /// The bytes of the file below, if there is one.
+    pub(super) fn below(&self) -> Option<Vec<u8>> {
+        self.below.as_ref().map(|below| below.file.snapshot())
     }
 
     pub(super) fn note(&self) {

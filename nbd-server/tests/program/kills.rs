@@ -127,7 +127,7 @@ pub(super) async fn connect(dir: &Path) -> Arc<NbdDevice> {
 }
 
 /// Whether the image, which a server may have open, is sound; clusters that nobody uses are allowed.
-pub(super) fn check(dir: &Path) {
+fn check(dir: &Path) {
     let checked = Command::new("timeout")
         .args(["40", "qemu-img", "check", "-U", "disk.qcow2"])
         .current_dir(dir)

@@ -6,7 +6,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{ByteRange, Durability, Extent};
@@ -16,8 +15,10 @@ use futures_util::future::join_all;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::Instrument;
 
+use crate::counters::{InFlight, RequestKind, Tally};
 use crate::execute::{broken, execute};
 use crate::export::Attachment;
 use crate::gauge::Gauge;
@@ -55,6 +56,7 @@ pub(crate) struct Ticket {
     _request: OwnedSemaphorePermit,
     _bytes: OwnedSemaphorePermit,
     _share: Option<Share>,
+    _in_flight: InFlight,
 }
 
 impl Ticket {
@@ -96,11 +98,11 @@ impl Budget {
 
     /// Waits for room. A request that alone is over the budget takes all of it. `None` never happens: nobody closes
     /// the semaphores.
-    async fn admit(&self, bytes: u32) -> Option<Ticket> {
+    async fn admit(&self, bytes: u32, in_flight: InFlight) -> Option<Ticket> {
         let request = Arc::clone(&self.requests).acquire_owned().await.ok()?;
         let bytes = bytes.min(self.max_bytes);
         let bytes = Arc::clone(&self.bytes).acquire_many_owned(bytes).await.ok()?;
-        Some(Ticket { _request: request, _bytes: bytes, _share: None })
+        Some(Ticket { _request: request, _bytes: bytes, _share: None, _in_flight: in_flight })
     }
 }
 
@@ -151,8 +153,8 @@ where
     // As many places as tickets: handing a reply on never waits.
     let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
     let (replies, outgoing) = mpsc::channel(places.min(Semaphore::MAX_PERMITS));
-    let mut writing =
-        Abort(tokio::spawn(write_replies(writer, outgoing, headers, Arc::clone(&account))));
+    let replying = write_replies(writer, outgoing, headers, Arc::clone(&account));
+    let mut writing = Abort(tokio::spawn(replying.in_current_span()));
     let mut intake = Intake::new(reader, input, Arc::clone(&shared.arriving), Arc::clone(&account));
     let end = tokio::select! {
         end = take_requests(&session, &mut intake, &replies) => end,
@@ -285,7 +287,7 @@ async fn decline(
     refusal: Refusal,
 ) -> io::Result<()> {
     let ticket = session.admit(0).await?;
-    session.answer_refusal(replies, request.into(), refusal, ticket).await
+    session.answer_refusal(replies, request, refusal, ticket).await
 }
 
 /// Reads the payload of a BLOCK_STATUS, which says what it asks, and starts or refuses it.
@@ -315,7 +317,7 @@ async fn refuse<R: AsyncRead + Unpin>(
 ) -> io::Result<()> {
     let ticket = session.admit(0).await?;
     intake.discard(payload_bytes(request, session.agreement.headers)).await?;
-    session.answer_refusal(replies, request.into(), refusal, ticket).await
+    session.answer_refusal(replies, request, refusal, ticket).await
 }
 
 /// Reads the payload of a WRITE and lets the device work on the request, without waiting for it. A BLOCK_STATUS tells
@@ -331,13 +333,12 @@ async fn start<R: AsyncRead + Unpin>(
     let told = contexts.as_ref().unwrap_or(&session.agreement.contexts).len();
     let cost = cost(command, told, session.shared.limits.status_extents);
     let ticket = session.admit(cost).await?;
-    let asked = Asked::from(request);
     let (payload, share) = match command {
         Command::Write { range, durability } => {
             let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
             let first = intake.piece(range.start(), len).await?;
             if (first.0.len() as u64) < range.len() {
-                let write = LongWrite { asked, range, durability, ticket };
+                let write = LongWrite { request: *request, range, durability, ticket };
                 return write_in_pieces(session, intake, replies, write, first).await;
             }
             first
@@ -348,27 +349,29 @@ async fn start<R: AsyncRead + Unpin>(
     // From here to the hold nothing waits, so that a closing connection cannot miss this request.
     if session.is_closing() {
         let refusal = Refusal::ShuttingDown;
-        return session.answer_refusal(replies, asked, refusal, ticket).await;
+        return session.answer_refusal(replies, request, refusal, ticket).await;
     }
     let executing = session.executing.hold();
-    let (session, replies) = (Arc::clone(session), replies.clone());
-    tokio::spawn(async move {
+    let (session, replies, request) = (Arc::clone(session), replies.clone(), *request);
+    let work = async move {
+        let begun = Instant::now();
         let contexts = contexts.as_ref().unwrap_or(&session.agreement.contexts);
         let answer = session.work(command, payload, contexts).await;
-        session.count(&answer);
+        session.count(&request, command, &answer, begun);
         // What was written needs no memory any more, what was read does.
         let share = share.filter(|_| !matches!(command, Command::Write { .. }));
         let ticket = ticket.with(share);
         // An error means that the client is gone; the work is done all the same.
-        let _ = replies.send(Outgoing { asked, answer, ticket }).await;
+        let _ = replies.send(Outgoing { asked: Asked::from(&request), answer, ticket }).await;
         drop(executing);
-    });
+    };
+    tokio::spawn(work.in_current_span());
     Ok(())
 }
 
 /// A WRITE whose payload is taken in pieces.
 struct LongWrite {
-    asked: Asked,
+    request: Request,
     range: ByteRange,
     durability: Durability,
     ticket: Ticket,
@@ -383,7 +386,8 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
     write: LongWrite,
     first: (Bytes, Option<Share>),
 ) -> io::Result<()> {
-    let LongWrite { asked, range, durability, ticket } = write;
+    let LongWrite { request, range, durability, ticket } = write;
+    let begun = Instant::now();
     let (mut at, (mut payload, mut share), mut pieces) = (range.start(), first, Vec::new());
     loop {
         let piece = ByteRange::between(at, at + payload.len() as u64);
@@ -391,15 +395,16 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
         // As in `start`: from here to the hold, and from the last piece to the answer, nothing waits.
         if session.is_closing() {
             intake.discard(left.into()).await?;
-            return session.answer_refusal(replies, asked, Refusal::ShuttingDown, ticket).await;
+            return session.answer_refusal(replies, &request, Refusal::ShuttingDown, ticket).await;
         }
         let (executing, worker) = (session.executing.hold(), Arc::clone(session));
-        pieces.push(tokio::spawn(async move {
+        let work = async move {
             let command = Command::Write { range: piece, durability: Durability::Deferred };
             let answer = worker.work(command, payload, &[]).await;
             drop((share, executing));
             answer
-        }));
+        };
+        pieces.push(tokio::spawn(work.in_current_span()));
         if left == 0 {
             break;
         }
@@ -408,7 +413,7 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
     }
     let executing = session.executing.hold();
     let (session, replies) = (Arc::clone(session), replies.clone());
-    tokio::spawn(async move {
+    let work = async move {
         let done = join_all(pieces).await.into_iter();
         let mut answers =
             done.map(|done| done.unwrap_or_else(|_| broken("the write was given up")));
@@ -416,10 +421,11 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
         if answer == Answer::Done && durability == Durability::Durable {
             answer = session.work(Command::Flush, Bytes::new(), &[]).await;
         }
-        session.count(&answer);
-        let _ = replies.send(Outgoing { asked, answer, ticket }).await;
+        session.count(&request, Command::Write { range, durability }, &answer, begun);
+        let _ = replies.send(Outgoing { asked: Asked::from(&request), answer, ticket }).await;
         drop(executing);
-    });
+    };
+    tokio::spawn(work.in_current_span());
     Ok(())
 }
 
@@ -453,20 +459,27 @@ impl Session {
     }
 
     async fn admit(&self, bytes: u32) -> io::Result<Ticket> {
-        self.budget.admit(bytes).await.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+        let in_flight = InFlight::new(self.tallies().map(Arc::clone));
+        self.budget.admit(bytes, in_flight).await.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+    }
+
+    /// Those of the export and of the connection.
+    fn tallies(&self) -> [&Arc<Tally>; 2] {
+        [&self.attachment.export.tally, &self.attachment.client.tally]
     }
 
     async fn answer_refusal(
         &self,
         replies: &mpsc::Sender<Outgoing>,
-        asked: Asked,
+        request: &Request,
         refusal: Refusal,
         ticket: Ticket,
     ) -> io::Result<()> {
-        let tally = &self.attachment.export.tally;
-        tally.requests.fetch_add(1, Ordering::Relaxed);
-        tally.errors.fetch_add(1, Ordering::Relaxed);
         let answer = Answer::Failed { error: refusal.error(), text: refusal.to_string() };
+        for tally in self.tallies() {
+            tally.answered(RequestKind::of(request.command), &answer);
+        }
+        let asked = Asked::from(request);
         let sent = replies.send(Outgoing { asked, answer, ticket }).await;
         sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
@@ -479,11 +492,10 @@ impl Session {
         done.unwrap_or_else(|_| broken("the device broke down"))
     }
 
-    fn count(&self, answer: &Answer) {
-        let tally = &self.attachment.export.tally;
-        tally.requests.fetch_add(1, Ordering::Relaxed);
-        if matches!(answer, Answer::Failed { .. }) {
-            tally.errors.fetch_add(1, Ordering::Relaxed);
+    /// Counts a request that was worked on from `begun` on.
+    fn count(&self, request: &Request, command: Command, answer: &Answer, begun: Instant) {
+        for tally in self.tallies() {
+            tally.worked(RequestKind::of(request.command), command, answer, begun);
         }
     }
 }

@@ -1,7 +1,5 @@
 //! Executing a judged command on a device and wording the answer. When and where it runs is decided by the connection.
 
-use std::sync::atomic::Ordering;
-
 use block::{ByteRange, DeviceError, ErrorKind};
 use bytes::Bytes;
 
@@ -20,10 +18,7 @@ pub(crate) async fn execute(
     contexts: &[SelectedContext],
     status_extents: usize,
 ) -> Answer {
-    let (device, tally) = (&*attachment.device, &attachment.export.tally);
-    let add = |counter: &std::sync::atomic::AtomicU64, range: ByteRange| {
-        counter.fetch_add(range.len(), Ordering::Relaxed);
-    };
+    let device = &*attachment.device;
     if !matches!(
         command,
         Command::Read { .. } | Command::Cache { .. } | Command::BlockStatus { .. }
@@ -33,27 +28,21 @@ pub(crate) async fn execute(
     let done = match command {
         Command::Read { range, whole } => match device.read(range).await {
             Ok(segments) if segments.len() == range.len() => {
-                add(&tally.bytes_read, range);
                 return Answer::Data { offset: range.start(), segments, whole };
             }
             Ok(_) => return broken("the device read another length than it was asked for"),
             Err(error) => Err(error),
         },
         Command::Write { range, durability } => {
-            let done = device.write(range.start(), payload, durability).await;
-            done.map(|()| add(&tally.bytes_written, range))
+            device.write(range.start(), payload, durability).await
         }
         Command::Flush => device.flush().await,
-        Command::Trim { range, durability } => {
-            let done = device.discard(range, durability).await;
-            done.map(|()| add(&tally.bytes_trimmed, range))
-        }
+        Command::Trim { range, durability } => device.discard(range, durability).await,
         // Data is not cached above the device; what can be fetched ahead is the map of where it lies.
         Command::Cache { range } if range.is_empty() => Ok(()),
         Command::Cache { range } => device.extents(range).await.map(drop),
         Command::WriteZeroes { range, mode, durability } => {
-            let done = device.write_zeroes(range, mode, durability).await;
-            done.map(|()| add(&tally.bytes_zeroed, range))
+            device.write_zeroes(range, mode, durability).await
         }
         Command::BlockStatus { range, one } => {
             let limit = if one { 1 } else { status_extents };

@@ -1,9 +1,8 @@
-//! An export: a device under a name, its counters and the connections that hold it. Which names are taken is known to
+//! An export: a device under a name, and the connections that hold it. Which names are taken is known to
 //! the server's table.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use block::BlockDevice;
@@ -11,6 +10,8 @@ use block::BlockDevice;
 use crate::access::{Access, ClientName, Protection};
 use crate::admission::Admission;
 use crate::attendant::{Attendant, TurnedAway};
+use crate::clients::Client;
+use crate::counters::{Counters, LastError, Tally};
 use crate::extent_source::ExtentSource;
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportFacts, MetaContext, Unavailable};
@@ -282,53 +283,8 @@ pub struct ExportStatus {
     pub connections: usize,
     /// What was done through it so far.
     pub counters: Counters,
-}
-
-/// What was done through an export since it was added.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Counters {
-    /// Connections that entered transmission.
-    pub connections: u64,
-    /// Requests of every kind, refused ones included.
-    pub requests: u64,
-    /// Requests that were answered with an error.
-    pub errors: u64,
-    /// Bytes that READ answered with, holes included.
-    pub bytes_read: u64,
-    /// Bytes that WRITE stored.
-    pub bytes_written: u64,
-    /// Bytes that WRITE_ZEROES made zero.
-    pub bytes_zeroed: u64,
-    /// Bytes that TRIM discarded.
-    pub bytes_trimmed: u64,
-}
-
-/// The living form of [`Counters`].
-#[derive(Debug, Default)]
-pub(crate) struct Tally {
-    pub(crate) connections: AtomicU64,
-    pub(crate) requests: AtomicU64,
-    pub(crate) errors: AtomicU64,
-    pub(crate) bytes_read: AtomicU64,
-    pub(crate) bytes_written: AtomicU64,
-    pub(crate) bytes_zeroed: AtomicU64,
-    pub(crate) bytes_trimmed: AtomicU64,
-}
-
-impl Tally {
-    fn snapshot(&self) -> Counters {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters {
-            connections: of(&self.connections),
-            requests: of(&self.requests),
-            errors: of(&self.errors),
-            bytes_read: of(&self.bytes_read),
-            bytes_written: of(&self.bytes_written),
-            bytes_zeroed: of(&self.bytes_zeroed),
-            bytes_trimmed: of(&self.bytes_trimmed),
-        }
-    }
+    /// The last request that failed.
+    pub last_error: Option<LastError>,
 }
 
 /// An export in the server's table.
@@ -337,7 +293,7 @@ pub(crate) struct Served {
     pub(crate) device: Arc<dyn BlockDevice>,
     pub(crate) sources: HashMap<Arc<str>, Arc<dyn ExtentSource>>,
     pub(crate) access: Access,
-    pub(crate) tally: Tally,
+    pub(crate) tally: Arc<Tally>,
     /// As it was asked for.
     origin: Export,
     /// Connections that are to leave see this raised.
@@ -364,7 +320,7 @@ pub(crate) struct Attachment {
     /// The export's, or one of the connection alone.
     pub(crate) device: Arc<dyn BlockDevice>,
     /// Whose connection it is.
-    pub(crate) peer: Peer,
+    pub(crate) client: Arc<Client>,
     /// Its part in the right to write.
     lease: Option<Arc<LeaseHold>>,
     _held: Arc<Held>,
@@ -380,7 +336,7 @@ impl Attachment {
     /// Tells the attendant, if there is one, of the client, and takes the device that it gives.
     pub(crate) async fn arrive(&mut self) -> Result<(), TurnedAway> {
         if let Some(attendant) = self.attendant()
-            && let Some(device) = attendant.arrived(&self.peer).await?
+            && let Some(device) = attendant.arrived(&self.client.peer).await?
         {
             self.device = device;
         }
@@ -468,7 +424,7 @@ impl Served {
             device: export.device,
             sources,
             access: export.access,
-            tally: Tally::default(),
+            tally: Arc::default(),
             idle_timeout: origin.idle_timeout.or(limits.idle_timeout),
             max_connections: origin
                 .max_connections
@@ -484,23 +440,23 @@ impl Served {
     /// Holds the export for one connection.
     pub(crate) fn attach(
         self: &Arc<Self>,
-        peer: &Peer,
+        client: &Arc<Client>,
         protection: &Protection,
     ) -> Result<Attachment, Unavailable> {
         let held = self.connections.try_hold(self.max_connections).ok_or(Unavailable::Full)?;
         let lease = if self.is_read_only() {
             None
         } else {
-            let taken = self.lease.take(self.writers(), Writer::new(peer, protection));
+            let taken = self.lease.take(self.writers(), Writer::new(&client.peer, protection));
             // Looked at again, because it may have been sealed in between.
             let taken = taken.ok_or(Unavailable::Leased)?;
             (!self.is_sealed()).then(|| Arc::new(taken))
         };
-        self.tally.connections.fetch_add(1, Ordering::Relaxed);
+        self.tally.connected();
         Ok(Attachment {
             export: Arc::clone(self),
             device: Arc::clone(&self.device),
-            peer: peer.clone(),
+            client: Arc::clone(client),
             lease,
             _held: Arc::new(held),
         })
@@ -580,6 +536,7 @@ impl Served {
             is_default,
             connections: self.connections.count(),
             counters: self.tally.snapshot(),
+            last_error: self.tally.last_error(),
         }
     }
 }

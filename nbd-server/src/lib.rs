@@ -47,6 +47,12 @@
 //! # fn main() {}
 //! ```
 //!
+//! # Watching it
+//!
+//! [`Server::exports`] and [`Server::clients`] tell what was done through every export and connection: requests by kind,
+//! bytes, errors with the last one's text, what is in flight, how long devices took. [`Server::prometheus`] is the same as
+//! text; with feature `metrics`, `Server::listen_metrics` answers HTTP with it. Each connection has a span of `tracing`.
+//!
 //! # How it is made
 //!
 //! Everything that decides is a machine without I/O and without a clock: [`handshake`] takes bytes and gives replies,
@@ -78,9 +84,13 @@ pub mod block_status;
 mod census;
 #[cfg(feature = "client")]
 pub mod client;
+mod clients;
 mod connection;
+mod counters;
 mod execute;
 mod export;
+#[cfg(feature = "metrics")]
+mod exposition;
 mod extent_source;
 mod gauge;
 pub mod handshake;
@@ -88,6 +98,7 @@ mod intake;
 mod limits;
 mod listener;
 mod memory;
+mod metrics;
 mod negotiate;
 mod outlet;
 pub mod partition;
@@ -109,7 +120,9 @@ mod writers;
 pub use access::{ClientName, ClientNameError};
 pub use admission::{Admission, ClientRule, ClientRuleError};
 pub use attendant::{Attendant, TurnedAway};
-pub use export::{Counters, Export, ExportError, ExportStatus, Removal};
+pub use clients::ConnectionStatus;
+pub use counters::{ByKind, Counters, LastError, Latency, RequestKind};
+pub use export::{Export, ExportError, ExportStatus, Removal};
 pub use extent_source::{DIRTY, ExtentSource, FlaggedExtent};
 pub use handshake::TlsMode;
 pub use limits::Limits;

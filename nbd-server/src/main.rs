@@ -8,13 +8,13 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let options = program::Options::of_process();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
-        )
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match options.log_format {
+        program::LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
+        program::LogFormat::Json => log.json().init(),
+    }
     match program::run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -8,6 +8,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::clients::Client;
 use crate::export::Attachment;
 use crate::handshake::{Agreement, Close, Handshake, Progress};
 use crate::peer::Peer;
@@ -47,13 +48,13 @@ pub(crate) struct Negotiation {
 
 impl Negotiation {
     /// Begins now.
-    pub(crate) fn new(shared: &Arc<Shared>, peer: &Peer) -> Self {
+    pub(crate) fn new(shared: &Arc<Shared>, client: &Arc<Client>) -> Self {
         let now = Instant::now();
         let mut greeting = BytesMut::new();
         Handshake::greet(&mut greeting);
         Self {
             machine: Handshake::new(&shared.limits).with_tls(shared.tls_mode),
-            visitor: Visitor::new(shared, peer),
+            visitor: Visitor::new(shared, client),
             greeting,
             // A limit beyond what the clock can tell is none.
             deadline: now.checked_add(shared.limits.handshake_timeout).unwrap_or(now),
@@ -72,6 +73,14 @@ impl Negotiation {
     #[cfg(feature = "tls")]
     pub(crate) fn peer(&self) -> &Peer {
         self.visitor.peer()
+    }
+
+    /// Tells who asks and who reads the log what the client's certificate says.
+    #[cfg(feature = "tls")]
+    pub(crate) fn named(&self, certificate: &str) {
+        // There is one TLS on a connection.
+        let _ = self.visitor.client().certificate.set(certificate.to_owned());
+        tracing::Span::current().record("certificate", certificate);
     }
 
     /// Negotiates up to the end, or up to TLS.

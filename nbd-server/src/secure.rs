@@ -36,6 +36,7 @@ pub(crate) async fn serve<R, W>(
     let peer = negotiation.peer();
     match &accepted.identity {
         Some(identity) => {
+            negotiation.named(&identity.to_string());
             tracing::info!(%peer, client = %identity, "a client showed its certificate")
         }
         None => tracing::debug!(%peer, "TLS with a client without a certificate"),

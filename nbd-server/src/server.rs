@@ -14,10 +14,12 @@ use parking_lot::{Mutex, RwLock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
+use tracing::Instrument;
 
 use crate::access::Protection;
 use crate::admission::Admission;
 use crate::census::{Census, Counted};
+use crate::clients::{Client, Clients, ConnectionStatus};
 use crate::connection;
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
@@ -98,6 +100,7 @@ pub(crate) struct Shared {
     forced: Signal,
     connections: Arc<Gauge>,
     census: Arc<Census>,
+    clients: Arc<Clients>,
     listeners: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -164,6 +167,7 @@ impl Server {
             forced: Signal::default(),
             connections: Arc::default(),
             census: Arc::default(),
+            clients: Arc::default(),
             listeners: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
@@ -250,14 +254,16 @@ impl Server {
             tracing::warn!(%peer, limit, "too many connections of one client");
             return;
         };
-        let shared = Arc::clone(&self.shared);
-        tokio::spawn(async move {
+        let (shared, client) = (Arc::clone(&self.shared), self.shared.clients.add(peer));
+        let span = client.span();
+        let serving = async move {
             let _held: (Held, Counted) = (held, counted);
             tokio::select! {
-                () = serve(&shared, reader, writer, &peer) => {}
+                () = serve(&shared, reader, writer, &client) => {}
                 () = shared.forced.raised() => {}
             }
-        });
+        };
+        tokio::spawn(serving.instrument(span));
     }
 
     /// Uses another certificate, and other demands on clients', for TLS that begins from now on. Connections that are
@@ -384,6 +390,11 @@ impl Server {
         self.shared.connections.count()
     }
 
+    /// The connections that are open now, in the order in which they were accepted.
+    pub fn clients(&self) -> Vec<ConnectionStatus> {
+        self.shared.clients.status()
+    }
+
     /// What all connections together hold of [`Limits::memory_bytes`] now, in bytes.
     pub fn memory_in_use(&self) -> u64 {
         self.shared.memory.held_bytes()
@@ -455,12 +466,12 @@ impl Shared {
 }
 
 /// One client from its first byte to its last.
-async fn serve<R, W>(shared: &Arc<Shared>, mut reader: R, mut writer: W, peer: &Peer)
+async fn serve<R, W>(shared: &Arc<Shared>, mut reader: R, mut writer: W, client: &Arc<Client>)
 where
     R: AsyncRead + Send + Unpin + 'static,
     W: AsyncWrite + Send + Unpin + 'static,
 {
-    let mut negotiation = Negotiation::new(shared, peer);
+    let mut negotiation = Negotiation::new(shared, client);
     match negotiation.run(&mut reader, &mut writer).await {
         #[cfg(feature = "tls")]
         Ok(Next::StartTls) => crate::secure::serve(shared, negotiation, reader, writer).await,
@@ -489,7 +500,11 @@ where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
 {
-    let (export, peer) = (entered.agreement.facts.name.clone(), entered.attachment.peer.clone());
+    let (export, peer) =
+        (entered.agreement.facts.name.clone(), entered.attachment.client.peer.clone());
+    // A connection enters one export.
+    let _ = entered.attachment.client.export.set(export.clone());
+    tracing::Span::current().record("export", &*export);
     let attendant = entered.attachment.attendant();
     let arrived = timeout(shared.limits.handshake_timeout, entered.attachment.arrive()).await;
     let why = match arrived {
@@ -513,16 +528,16 @@ where
 /// The table as one negotiating client sees it.
 pub(crate) struct Visitor {
     shared: Arc<Shared>,
-    peer: Peer,
+    client: Arc<Client>,
     protection: Protection,
     /// The export that was entered last.
     pub(crate) entered: Option<Attachment>,
 }
 
 impl Visitor {
-    pub(crate) fn new(shared: &Arc<Shared>, peer: &Peer) -> Self {
-        let (shared, peer) = (Arc::clone(shared), peer.clone());
-        Self { shared, peer, protection: Protection::Plain, entered: None }
+    pub(crate) fn new(shared: &Arc<Shared>, client: &Arc<Client>) -> Self {
+        let (shared, client) = (Arc::clone(shared), Arc::clone(client));
+        Self { shared, client, protection: Protection::Plain, entered: None }
     }
 
     /// The same client behind TLS.
@@ -533,13 +548,19 @@ impl Visitor {
 
     /// Who it is, as far as the kernel tells.
     pub(crate) fn peer(&self) -> &Peer {
-        &self.peer
+        &self.client.peer
+    }
+
+    /// The connection.
+    #[cfg(feature = "tls")]
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
     }
 
     /// Whether the client may have the export.
     fn judge(&self, served: &Served) -> Result<(), Unavailable> {
         served.access.judge(&self.protection)?;
-        if served.permits(&self.peer) { Ok(()) } else { Err(Unavailable::Forbidden) }
+        if served.permits(self.peer()) { Ok(()) } else { Err(Unavailable::Forbidden) }
     }
 
     fn find<T>(&self, name: &str, then: impl FnOnce(&Arc<Served>) -> T) -> Result<T, Unavailable> {
@@ -555,7 +576,7 @@ impl Visitor {
             return Err(if hidden { Unavailable::TlsRequired } else { Unavailable::Unknown });
         };
         if let Err(why) = self.judge(served) {
-            let (export, peer) = (&served.facts.name, &self.peer);
+            let (export, peer) = (&served.facts.name, self.peer());
             tracing::warn!(%peer, client = %self.protection, export, "a client may not use the export");
             return Err(why);
         }
@@ -578,12 +599,12 @@ impl ExportDirectory for Visitor {
     }
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        let (peer, protection) = (&self.peer, &self.protection);
+        let (peer, protection) = (self.peer(), &self.protection);
         self.find(name, |served| served.judge(peer, protection).map(|()| served.facts_now()))?
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        let attached = self.find(name, |served| served.attach(&self.peer, &self.protection))?;
+        let attached = self.find(name, |served| served.attach(&self.client, &self.protection))?;
         let attachment = attached?;
         let facts = attachment.facts();
         self.entered = Some(attachment);

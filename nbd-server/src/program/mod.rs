@@ -26,7 +26,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use catalogue::Catalogue;
 use config::Config;
-pub(crate) use options::Options;
+pub(crate) use options::{LogFormat, Options};
 use reload::Reloading;
 
 /// Certificates that take the place of others.
@@ -115,6 +115,14 @@ async fn serve(
         unlock_time: options.unlock_seconds,
     };
     let mut catalogue = Catalogue::new(server.clone(), how);
+    #[cfg(feature = "metrics")]
+    let metrics = options.metrics.or(config.as_ref().and_then(|config| config.generic.metrics));
+    #[cfg(feature = "metrics")]
+    if let Some(address) = metrics {
+        let told = server.listen_metrics(address).await;
+        let address = told.with_context(|| format!("cannot tell counters on {address}"))?;
+        tracing::info!("counters are told on http://{address}/metrics");
+    }
     let started = tokio::select! {
         started = start(&server, &reloading, config.as_ref(), &mut catalogue, sockets) => started,
         () = stop.requested() => Ok(()),

@@ -1,12 +1,14 @@
 //! The command line: its options and the small languages of `--listen` and `--export`. Nothing is opened here.
 
 use std::fmt;
+#[cfg(feature = "metrics")]
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{Parser, ValueEnum};
 use clap_complete::Shell;
 use nbd_server::{Admission, ClientName, ClientNameError, ClientRule, Writers};
 
@@ -57,6 +59,17 @@ pub(crate) struct Options {
     /// Who may not connect, whatever --allow says. Repeatable
     #[arg(long, value_name = "CLIENT", value_parser = identity::client)]
     pub(crate) deny: Vec<ClientRule>,
+
+    /// Where to tell counters over HTTP, for Prometheus: [HOST:]PORT, the host being 127.0.0.1. GET /metrics answers
+    /// everybody who can connect
+    #[cfg(feature = "metrics")]
+    #[arg(long, value_name = "[HOST:]PORT", value_parser = metrics)]
+    pub(crate) metrics: Option<SocketAddr>,
+
+    /// How the log is written to standard error: lines for people, or a JSON object each
+    #[arg(long, value_enum, value_name = "text|json", default_value = "text")]
+    #[arg(hide_possible_values = true)]
+    pub(crate) log_format: LogFormat,
 
     /// Limits.
     #[command(flatten)]
@@ -119,6 +132,21 @@ impl Options {
         }
         Ok(())
     }
+}
+
+/// How the log looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+/// An address for counters; without a host, of this machine alone.
+#[cfg(feature = "metrics")]
+pub(crate) fn metrics(text: &str) -> Result<SocketAddr, String> {
+    let local = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+    let address = text.parse().or_else(|_| text.parse().map(local));
+    address.map_err(|_| "it is a port, or ADDRESS:PORT".to_owned())
 }
 
 /// A number of bytes, with a unit of 1024 where one is said.
@@ -612,6 +640,22 @@ mod tests {
         assert_eq!(spec.clients, ["cn:x,y".parse().unwrap(), "dns:z".parse().unwrap()]);
         for text in ["a=b,client=x", "a=b,client=", "a=b,client", "a=b,tls-only=1"] {
             assert!(text.parse::<ExportSpec>().is_err(), "{text}");
+        }
+    }
+
+    #[cfg(feature = "metrics")]
+    #[test]
+    fn counters_are_told_to_this_machine_unless_it_is_said_otherwise() {
+        for (text, address) in [
+            ("9110", "127.0.0.1:9110"),
+            ("0", "127.0.0.1:0"),
+            ("0.0.0.0:1", "0.0.0.0:1"),
+            ("[::1]:5", "[::1]:5"),
+        ] {
+            assert_eq!(metrics(text).unwrap(), address.parse().unwrap());
+        }
+        for text in ["", "x", "70000", "127.0.0.1", "unix:x"] {
+            assert!(metrics(text).is_err(), "{text}");
         }
     }
 

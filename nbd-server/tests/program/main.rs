@@ -12,9 +12,12 @@ mod kills;
 mod limits;
 #[cfg(feature = "client")]
 mod meet;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod parts;
 mod reach;
 mod seal;
+mod stop;
 #[cfg(feature = "client")]
 mod storm;
 #[cfg(all(feature = "client", feature = "tls"))]

@@ -3,6 +3,7 @@
 #[cfg(all(feature = "client", feature = "tls"))]
 #[path = "../certificates/mod.rs"]
 mod certificates;
+mod counters;
 mod device;
 mod lifecycle;
 mod limits;

@@ -29,6 +29,8 @@ pub(crate) struct Generic {
     pub(crate) limits: LimitOptions,
     pub(crate) threads: Option<usize>,
     pub(crate) removal: Removal,
+    #[cfg(feature = "metrics")]
+    pub(crate) metrics: Option<std::net::SocketAddr>,
     #[cfg(feature = "tls")]
     pub(crate) tls: super::Tls,
 }
@@ -69,6 +71,8 @@ pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
         limits: limits(keys),
         threads: number(keys, "max_threads").map(NonZeroUsize::get),
         removal: removal(keys),
+        #[cfg(feature = "metrics")]
+        metrics: metrics(keys),
         #[cfg(feature = "tls")]
         tls: super::tls::read(keys),
     }
@@ -79,6 +83,8 @@ fn refuse(keys: &mut Keys<'_>) {
     for key in ["certfile", "keyfile", "cacertfile", "force_tls", "tlsprio"] {
         keys.refuse(key, "this program was built without TLS");
     }
+    #[cfg(not(feature = "metrics"))]
+    keys.refuse("metrics", "this program was built without the listener for it");
     keys.refuse("oldstyle", "nobody speaks the old handshake any more");
     keys.without_effect("splice", "data is not copied needlessly anyhow");
 }
@@ -115,6 +121,18 @@ fn mode(keys: &mut Keys<'_>) -> Option<u32> {
         Ok(mode) => Some(mode),
         Err(wants) => {
             keys.wrong("unixsock_mode", entry, &wants);
+            None
+        }
+    }
+}
+
+#[cfg(feature = "metrics")]
+fn metrics(keys: &mut Keys<'_>) -> Option<std::net::SocketAddr> {
+    let entry = keys.entry("metrics")?;
+    match crate::program::options::metrics(entry.value.trim_end()) {
+        Ok(address) => Some(address),
+        Err(wants) => {
+            keys.wrong("metrics", entry, &wants);
             None
         }
     }

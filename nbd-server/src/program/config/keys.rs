@@ -77,6 +77,7 @@ pub(crate) const GENERIC: &[Key] = &[
         "SECONDS",
         "How long the data of a write may make no progress, as --payload-timeout",
     ),
+    key("metrics", "[HOST:]PORT", "Where to tell counters over HTTP, as --metrics"),
     key("memory_limit", "BYTES", "Memory for what is in flight, as --memory-limit"),
     key(
         "shutdown_timeout",

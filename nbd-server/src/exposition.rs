@@ -1,0 +1,93 @@
+//! A listener that tells the numbers of a server over HTTP. What they are is told in `metrics`.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+use crate::server::Server;
+
+/// Connections at once; further ones wait to be accepted.
+const CONNECTIONS: usize = 16;
+
+/// How long a connection may take in all; each asks one question.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long accepting rests after it failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+impl Server {
+    /// Answers `GET /metrics` on a TCP address with [`Server::prometheus`], until the server stops. Returns the actual
+    /// address, which matters for port 0. Whoever can connect learns the names of exports and the addresses of clients:
+    /// a loopback address is meant.
+    ///
+    /// # Errors
+    /// What the host says, for instance that the address is in use.
+    pub async fn listen_metrics(&self, address: SocketAddr) -> io::Result<SocketAddr> {
+        let listener = TcpListener::bind(address).await?;
+        let actual = listener.local_addr()?;
+        let server = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = server.stopping() => {}
+                () = accept(&server, &listener) => {}
+            }
+        });
+        Ok(actual)
+    }
+}
+
+async fn accept(server: &Server, listener: &TcpListener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection for metrics");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let server = server.clone();
+        tokio::spawn(async move {
+            let _place = place;
+            let answer = service_fn(|request| {
+                let response = answer(&server, &request);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let mut http = hyper::server::conn::http1::Builder::new();
+            let asked = http.keep_alive(false).serve_connection(TokioIo::new(stream), answer);
+            // Whatever goes wrong here concerns who asks alone.
+            let _: Result<hyper::Result<()>, _> = timeout(TIMEOUT, asked).await;
+        });
+    }
+}
+
+fn answer(server: &Server, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    let (status, body) = match request.uri().path() {
+        "/metrics" if is_read => (StatusCode::OK, server.prometheus()),
+        "/metrics" => (StatusCode::METHOD_NOT_ALLOWED, "only GET\n".to_owned()),
+        _ => (StatusCode::NOT_FOUND, "there is /metrics\n".to_owned()),
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(CONTENT_TYPE, kind);
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
+    response
+}

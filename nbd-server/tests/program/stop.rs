@@ -1,0 +1,81 @@
+//! The end of the program: in time whoever hangs, and with what was answered on the disk.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use super::{Running, create_qcow2, image, run};
+
+/// A client in transmission with simple replies, on the default export.
+fn entered(dir: &Path) -> UnixStream {
+    let mut stream = UnixStream::connect(dir.join("socket")).unwrap();
+    stream.read_exact(&mut [0; 18]).unwrap();
+    let name = b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0";
+    stream.write_all(name).unwrap();
+    stream.read_exact(&mut [0; 10]).unwrap();
+    stream
+}
+
+/// A request header of simple replies.
+fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut bytes = vec![0x25, 0x60, 0x95, 0x13, 0, 0];
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn it_ends_with_0_in_time_with_clients_that_hang_and_keeps_what_it_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create_qcow2(dir, "disk.qcow2", None);
+    let arguments = ["--listen=unix:socket", "--export=one=disk.qcow2", "--shutdown-timeout=2"];
+    let mut server = Running::start(dir, &arguments);
+    server.address();
+    // One half way through the greeting, one in the middle of a payload, one that reads no replies.
+    let silent = UnixStream::connect(dir.join("socket")).unwrap();
+    let mut halfway = entered(dir);
+    halfway.write_all(&request(1, 1, 0, 4096)).unwrap();
+    halfway.write_all(&[9; 100]).unwrap();
+    let mut deaf = entered(dir);
+    for cookie in 0..64 {
+        deaf.write_all(&request(0, cookie, 0, 1 << 20)).unwrap();
+    }
+    // And one that was answered.
+    let mut good = entered(dir);
+    good.write_all(&request(1, 7, 4096, 4096)).unwrap();
+    good.write_all(&[5; 4096]).unwrap();
+    let mut reply = [0; 16];
+    good.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4..], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
+    assert!(server.stop());
+    drop((silent, halfway, deaf, good));
+    run(dir, "qemu-img", &["check", "-q", "disk.qcow2"]);
+    let read = ["-f", "qcow2", "-c", "read -P 5 4k 4k", "disk.qcow2"];
+    assert!(!run(dir, "qemu-io", &read).contains("failed"));
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    // What is run behind a client keeps its connection, and so the end.
+    let export = "exportname = disk.img\ndefault = true\npostrun = exec sleep 30 >/dev/null 2>&1\n";
+    let text = format!("[generic]\nunixsock = socket\nshutdown_timeout = 3600\n[one]\n{export}");
+    std::fs::write(dir.join("config"), text).unwrap();
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let stays = entered(dir);
+    server.signal("-TERM");
+    // The first signal is taken when nobody can connect any more.
+    while UnixStream::connect(dir.join("socket")).is_ok() {
+        std::thread::yield_now();
+    }
+    server.signal("-TERM");
+    assert_eq!(server.child.wait().unwrap().code(), Some(1));
+    assert!(server.errors().contains("stopped by a second signal; images may need a check"));
+    drop(stays);
+}

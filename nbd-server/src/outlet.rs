@@ -27,7 +27,8 @@ pub(crate) struct Outgoing {
     pub(crate) ticket: Ticket,
 }
 
-/// Writes replies until every sender is gone, and gives the stream back.
+/// Writes replies until every sender is gone, and gives the stream back. A client that has hung up hears no more of them,
+/// but what it asked for before is on its way to us and done all the same: so nobody is told before there is no more.
 pub(crate) async fn write_replies<W: AsyncWrite + Unpin>(
     mut writer: W,
     mut replies: mpsc::Receiver<Outgoing>,
@@ -43,7 +44,14 @@ pub(crate) async fn write_replies<W: AsyncWrite + Unpin>(
             tickets.push(ticket);
         }
         let mut queue = encoder.take();
-        write_all(&mut writer, &mut queue, &account).await?;
+        if let Err(error) = write_all(&mut writer, &mut queue, &account).await {
+            drop(queue);
+            tickets.clear();
+            while replies.recv_many(&mut batch, BATCH).await > 0 {
+                batch.clear();
+            }
+            return Err(error);
+        }
         encoder.reuse(queue);
         tickets.clear();
     }

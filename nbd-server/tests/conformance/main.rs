@@ -1,9 +1,12 @@
-//! The protocol document, clause by clause: what it demands of a server, over Unix sockets and TCP, with simple,
+//! The protocol document, clause by clause: what it demands of a server, over Unix sockets, TCP and TLS, with simple,
 //! structured and extended headers. Each module names the sections that it is about, each test the clause;
 //! `CLAUSES.md` tells which test stands for which clause, and of which there is none.
 
 mod against_qemu;
 mod block_status;
+#[cfg(feature = "tls")]
+#[path = "../certificates/mod.rs"]
+mod certificates;
 mod change;
 mod clauses;
 #[path = "../server/device.rs"]
@@ -21,6 +24,8 @@ mod newstyle;
 mod option_types;
 mod peer;
 mod read;
+#[cfg(feature = "tls")]
+mod secure;
 mod size_constraints;
 mod stage;
 mod termination;

@@ -79,7 +79,9 @@ impl Peer {
     /// One in fixed newstyle, ready for options.
     pub(crate) async fn fixed(stage: &Stage, transport: Transport) -> Self {
         let mut peer = Self::connect(stage, transport).await;
-        peer.greet(FIXED).await;
+        if !transport.is_greeted() {
+            peer.greet(FIXED).await;
+        }
         peer
     }
 
@@ -104,6 +106,7 @@ impl Peer {
 
     pub(crate) async fn send(&mut self, bytes: &[u8]) {
         timeout(PATIENCE, self.stream.write_all(bytes)).await.expect("hung").unwrap();
+        timeout(PATIENCE, self.stream.flush()).await.expect("hung").unwrap();
     }
 
     pub(crate) async fn take(&mut self, len: usize) -> Vec<u8> {

@@ -41,10 +41,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 pub(crate) enum Transport {
     Unix,
     Tcp,
+    /// TLS over TCP, begun by STARTTLS: whoever connects is in fixed newstyle already.
+    #[cfg(feature = "tls")]
+    Tls,
 }
 
 impl Transport {
+    /// Those on which everything can be said, from the greeting on.
     pub(crate) const ALL: [Self; 2] = [Self::Unix, Self::Tcp];
+
+    /// Those on which options and requests are exchanged.
+    const NEGOTIATED: &[Self] = &[
+        Self::Unix,
+        Self::Tcp,
+        #[cfg(feature = "tls")]
+        Self::Tls,
+    ];
+
+    /// Whether the greeting has been said where this is connected.
+    pub(crate) fn is_greeted(self) -> bool {
+        !Self::ALL.contains(&self)
+    }
 }
 
 /// One of the ways to speak to a server that every clause of the transmission phase holds for.
@@ -68,7 +85,9 @@ impl Way {
     /// Those with some headers.
     pub(crate) fn with<const N: usize>(headers: [Headers; N]) -> impl Iterator<Item = Self> {
         headers.into_iter().flat_map(|headers| {
-            Transport::ALL.into_iter().map(move |transport| Self { transport, headers })
+            Transport::NEGOTIATED
+                .iter()
+                .map(move |transport| Self { transport: *transport, headers })
         })
     }
 }
@@ -78,6 +97,11 @@ pub(crate) struct Stage {
     pub(crate) server: Server,
     pub(crate) disk: Arc<TestDevice>,
     pub(crate) giant: Arc<Giant>,
+    /// The same exports behind TLS.
+    #[cfg(feature = "tls")]
+    secure: tokio::sync::OnceCell<crate::secure::Secure>,
+    #[cfg(feature = "tls")]
+    limits: nbd_server::Limits,
     dir: TempDir,
     port: u16,
 }
@@ -89,22 +113,42 @@ impl Stage {
 
     pub(crate) async fn with(config: ServerConfig) -> Self {
         let (disk, giant) = (TestDevice::new(SIZE), Arc::new(Giant::default()));
+        #[cfg(feature = "tls")]
+        let limits = config.limits.clone();
         let server = Server::new(config);
-        let exports = [
-            Export::new("disk", Arc::clone(&disk) as _)
-                .default_export(true)
-                .description("a disk")
-                .context(STRIPES, Arc::new(Stripes)),
-            Export::new("fixed", TestDevice::with(SIZE, true)),
-            Export::new("giant", Arc::clone(&giant) as _).context(CRUMBS, Arc::clone(&giant) as _),
-        ];
-        for export in exports {
+        for export in exports(&disk, &giant) {
             server.add_export(export).unwrap();
         }
         let dir = tempfile::tempdir().unwrap();
         server.listen_unix(&dir.path().join("socket")).await.unwrap();
         let port = server.listen_tcp("127.0.0.1:0".parse().unwrap()).await.unwrap().port();
-        Self { server, disk, giant, dir, port }
+        Self {
+            server,
+            disk,
+            giant,
+            #[cfg(feature = "tls")]
+            secure: tokio::sync::OnceCell::new(),
+            #[cfg(feature = "tls")]
+            limits,
+            dir,
+            port,
+        }
+    }
+
+    /// The server that clients of a transport speak to.
+    pub(crate) async fn server_of(&self, transport: Transport) -> Server {
+        match transport {
+            Transport::Unix | Transport::Tcp => self.server.clone(),
+            #[cfg(feature = "tls")]
+            Transport::Tls => self.secure().await.server.clone(),
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    async fn secure(&self) -> &crate::secure::Secure {
+        let exports = exports(&self.disk, &self.giant);
+        let made = crate::secure::Secure::new(exports, self.limits.clone());
+        self.secure.get_or_init(|| made).await
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -123,8 +167,21 @@ impl Stage {
                 stream.set_nodelay(true).unwrap();
                 Box::new(stream)
             }
+            #[cfg(feature = "tls")]
+            Transport::Tls => self.secure().await.connect().await,
         }
     }
+}
+
+fn exports(disk: &Arc<TestDevice>, giant: &Arc<Giant>) -> [Export; 3] {
+    [
+        Export::new("disk", Arc::clone(disk) as _)
+            .default_export(true)
+            .description("a disk")
+            .context(STRIPES, Arc::new(Stripes)),
+        Export::new("fixed", TestDevice::with(SIZE, true)),
+        Export::new("giant", Arc::clone(giant) as _).context(CRUMBS, Arc::clone(giant) as _),
+    ]
 }
 
 /// Stripes that carry the flags 0 and 1 in turn.

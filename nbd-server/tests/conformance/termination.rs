@@ -130,7 +130,7 @@ async fn a_stopping_server_answers_what_it_has_and_refuses_the_rest() {
         stage.disk.hold(|call| matches!(call, Call::Write(..)));
         let held = peer.start_write(0, 0, &[5; 512]).await;
         stage.disk.held(1).await;
-        let server = stage.server.clone();
+        let server = stage.server_of(way.transport).await;
         let stopping = tokio::spawn(async move { server.shutdown(GRACE).await });
         loop {
             let late = peer.start(command::READ, 0, 0, 512).await;

@@ -47,6 +47,7 @@ async fn work(device: Arc<NbdDevice>, part: u64, stop: Arc<AtomicBool>) -> Vec<u
     held
 }
 
+/// CVE-2015-0847: signals at any moment, while clients come, work and go.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_storm_of_reloads_under_load_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,6 +4,8 @@
 #[path = "../certificates/mod.rs"]
 mod certificates;
 mod counters;
+mod crowd;
+mod cves;
 mod device;
 mod lifecycle;
 mod limits;

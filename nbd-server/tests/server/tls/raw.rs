@@ -91,6 +91,7 @@ async fn version_1_1_is_refused_with_an_alert() {
     assert_eq!(server.exports()[0].counters.connections, 0);
 }
 
+/// CVE-2021-3716.
 #[tokio::test]
 async fn plain_text_behind_starttls_is_neither_answered_nor_kept() {
     let directory = Authority::new().both_sides();
@@ -123,6 +124,7 @@ async fn plain_text_in_place_of_tls_ends_the_connection() {
     assert_eq!(server.exports()[0].counters.connections, 0);
 }
 
+/// CVE-2021-3716.
 #[tokio::test]
 async fn what_was_negotiated_in_plain_text_is_forgotten_behind_tls() {
     let directory = Authority::new().both_sides();

@@ -1,7 +1,7 @@
-//! Copies one disk to another, each a raw file or an NBD URI, without reading or writing what reads as zeros. Shows
-//! `BlockDevice` and its extents; it is no replacement for `nbdcopy`.
+//! Copies one disk to another, each a raw file or an NBD URI, without reading or writing what reads as zeros; a server
+//! that is restarted meanwhile is waited for. Shows `BlockDevice` and its extents; it is no replacement for `nbdcopy`.
 //!
-//! `cargo run --example copy -- nbd+unix:///disk?socket=/run/nbd.sock copy.img`
+//! `cargo run -p nbd-server --example copy -- nbd+unix:///disk?socket=/run/nbd.sock copy.img`
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail, ensure};
 use block::{BlockDevice, ByteRange, Durability, RawDevice, Segment, ZeroMode};
 use futures_util::{TryStreamExt, stream};
-use nbd_server::client::{ClientOptions, NbdDevice, NbdUri};
+use nbd_server::client::{ClientOptions, NbdDevice, NbdUri, Reconnect};
 
 /// The bytes moved at once.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -22,9 +22,16 @@ type Device = Arc<dyn BlockDevice>;
 async fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [from, to] = arguments.as_slice() else { bail!("usage: copy SOURCE TARGET") };
-    let source = open(from, None).await.with_context(|| from.clone())?;
+    let (moved_bytes, size_bytes) = run(from, to).await?;
+    println!("{moved_bytes} of {size_bytes} bytes moved");
+    Ok(())
+}
+
+/// How many bytes were moved, and how many the disk has.
+pub(crate) async fn run(from: &str, to: &str) -> anyhow::Result<(u64, u64)> {
+    let source = open(from, None).await.with_context(|| from.to_owned())?;
     let size_bytes = source.limits().size_bytes;
-    let target = open(to, Some(size_bytes)).await.with_context(|| to.clone())?;
+    let target = open(to, Some(size_bytes)).await.with_context(|| to.to_owned())?;
     ensure!(target.limits().size_bytes >= size_bytes, "the target is smaller than the source");
 
     let mut moved_bytes = 0;
@@ -44,15 +51,16 @@ async fn main() -> anyhow::Result<()> {
     }
     target.close().await?;
     source.close().await?;
-    println!("{moved_bytes} of {size_bytes} bytes moved");
-    Ok(())
+    Ok((moved_bytes, size_bytes))
 }
 
 /// Opens an NBD URI, or a file; a target file is created with this size.
 async fn open(name: &str, create_bytes: Option<u64>) -> anyhow::Result<Device> {
     if name.contains("://") {
         let uri: NbdUri = name.parse()?;
-        return Ok(NbdDevice::open(&uri, ClientOptions::default()).await?);
+        let options =
+            ClientOptions { reconnect: Some(Reconnect::default()), ..ClientOptions::default() };
+        return Ok(NbdDevice::open(&uri, options).await?);
     }
     Ok(match create_bytes {
         Some(bytes) => RawDevice::create(Path::new(name), bytes).await?,

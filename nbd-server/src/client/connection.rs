@@ -137,8 +137,19 @@ impl Connection {
         options: &ClientOptions,
         counters: &Arc<Counters>,
     ) -> Result<(Self, Negotiated), ClientError> {
-        let security = Security::of(address, options)?;
+        let security = Security::of(Some(address), options)?;
         let halves = address.connect(options.connect_timeout, counters).await?;
+        Self::over(halves, &address.to_string(), security, export, options).await
+    }
+
+    /// Negotiates on a socket; `address` is for errors.
+    pub(super) async fn over(
+        halves: Halves,
+        address: &str,
+        security: Option<Security>,
+        export: &str,
+        options: &ClientOptions,
+    ) -> Result<(Self, Negotiated), ClientError> {
         let goal = Goal::Connect {
             export: export.to_owned(),
             contexts: options.meta_contexts.clone(),
@@ -147,7 +158,7 @@ impl Connection {
         let negotiating = negotiate(halves, goal, security);
         let outcome = tokio::time::timeout(options.handshake_timeout, negotiating).await;
         let outcome = outcome.map_err(|_| ClientError::Timeout {
-            address: address.to_string(),
+            address: address.to_owned(),
             what: "negotiating",
             after: options.handshake_timeout,
         })??;
@@ -327,7 +338,7 @@ pub(super) async fn list(
     address: &Address,
     options: &ClientOptions,
 ) -> Result<Vec<super::ExportListing>, ClientError> {
-    let security = Security::of(address, options)?;
+    let security = Security::of(Some(address), options)?;
     let halves = address.connect(options.connect_timeout, &Arc::default()).await?;
     let negotiating = negotiate(halves, Goal::List, security);
     match tokio::time::timeout(options.handshake_timeout, negotiating).await {

@@ -12,6 +12,7 @@ use block::{
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::address::Address;
 use super::connection::{self, Call, Connection};
@@ -21,9 +22,13 @@ use super::links::{Links, Target};
 use super::memory::Destination;
 use super::options::ClientOptions;
 use super::reply::Answer;
+use super::security::Security;
+use super::stream::Halves;
 use super::uri::NbdUri;
 use crate::wire::{Headers, allocation, command, command_flag, error, transmission_flag};
 
+/// The address of a stream that somebody else connected, in errors.
+const STREAM: &str = "the server";
 /// The context that [`BlockDevice::extents`] stands on.
 const ALLOCATION: &str = "base:allocation";
 /// The longest WRITE_ZEROES that need not be fast, in bytes: few enough requests for any disk, and each short enough to
@@ -88,6 +93,29 @@ impl NbdDevice {
     /// Those of [`NbdDevice::connect`] and of [`NbdUri::options`].
     pub async fn open(uri: &NbdUri, options: ClientOptions) -> Result<Arc<Self>, ClientError> {
         Self::connect(&uri.address, &uri.export, uri.options(options)?).await
+    }
+
+    /// Negotiates on a stream that somebody else connected: one connection, which is not replaced when it breaks. With
+    /// TLS in the options, the server proves the name that is set there, or else `localhost`.
+    ///
+    /// # Errors
+    /// Those of [`NbdDevice::connect`].
+    pub async fn over_stream<S>(
+        stream: S,
+        export: &str,
+        options: ClientOptions,
+    ) -> Result<Arc<Self>, ClientError>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let counters = Arc::default();
+        let (read, write) = tokio::io::split(stream);
+        let halves = Halves::new(read, write, &counters);
+        let security = Security::of(None, &options)?;
+        let opened = Connection::over(halves, STREAM, security, export, &options).await;
+        let (connection, negotiated) = opened?;
+        let links = Links::new(negotiated.export, vec![connection], options, counters, None);
+        Ok(Arc::new(Self::new(links)))
     }
 
     pub(super) fn new(links: Arc<Links>) -> Self {

@@ -32,15 +32,15 @@ pub(super) enum Security {}
 
 #[cfg(feature = "tls")]
 impl Security {
-    /// What the options demand for this server.
+    /// What the options demand for this server, wherever it is.
     pub(super) fn of(
-        address: &Address,
+        address: Option<&Address>,
         options: &ClientOptions,
     ) -> Result<Option<Self>, ClientError> {
         let Some(tls) = options.tls.clone() else { return Ok(None) };
         let host = match address {
-            Address::Tcp { host, .. } => host,
-            Address::Unix(_) => LOCAL_NAME,
+            Some(Address::Tcp { host, .. }) => host,
+            Some(Address::Unix(_)) | None => LOCAL_NAME,
         };
         let name = tls.expected(host)?;
         Ok(Some(Self { tls, name }))
@@ -59,7 +59,7 @@ impl Security {
 
 #[cfg(not(feature = "tls"))]
 impl Security {
-    pub(super) fn of(_: &Address, _: &ClientOptions) -> Result<Option<Self>, ClientError> {
+    pub(super) fn of(_: Option<&Address>, _: &ClientOptions) -> Result<Option<Self>, ClientError> {
         Ok(None)
     }
 

@@ -1,67 +1,10 @@
-//! The server's handshake machine on arbitrary bytes, in pieces of arbitrary sizes: it never panics, never consumes
-//! what it was not given, and always says what comes next.
+//! The server's handshake machine on arbitrary bytes: see `nbd-server/tests/fuzz/handshake.rs`.
 
 #![no_main]
 
-use bytes::BytesMut;
 use libfuzzer_sys::fuzz_target;
-use nbd_server::Limits;
-use nbd_server::handshake::{
-    ExportDirectory, ExportFacts, Handshake, MetaContext, Progress, Unavailable,
-};
 
-struct OneExport;
+#[path = "../../nbd-server/tests/fuzz/handshake.rs"]
+mod handshake;
 
-impl ExportDirectory for OneExport {
-    fn list(&mut self) -> Vec<(String, String)> {
-        vec![("disk".to_owned(), "a disk".to_owned())]
-    }
-
-    fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        self.look_up(name)
-    }
-
-    fn is_shutting_down(&self) -> bool {
-        false
-    }
-
-    fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        if !matches!(name, "" | "disk") {
-            return Err(Unavailable::Unknown);
-        }
-        Ok(ExportFacts {
-            name: "disk".to_owned(),
-            description: "a disk".to_owned(),
-            size_bytes: 1 << 30,
-            read_only: false,
-            preferred_bytes: 4096,
-            max_payload_bytes: 32 << 20,
-            rotational: false,
-            withheld: 0,
-            contexts: vec![MetaContext::Allocation],
-        })
-    }
-}
-
-fuzz_target!(|data: &[u8]| {
-    let Some((&piece, data)) = data.split_first() else { return };
-    let mut machine = Handshake::new(&Limits::default());
-    let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
-    for part in data.chunks(usize::from(piece).max(1)) {
-        input.extend_from_slice(part);
-        loop {
-            let before = input.len();
-            let progress = machine.step(&mut input, &mut OneExport, &mut out);
-            assert!(input.len() <= before, "the machine gave bytes back");
-            out.clear();
-            match progress {
-                Progress::Need(more) => {
-                    assert!(more > 0, "the machine needs nothing and does not go on");
-                    break;
-                }
-                Progress::Again => {}
-                Progress::StartTls | Progress::Transmission(_) | Progress::Close(_) => return,
-            }
-        }
-    }
-});
+fuzz_target!(|data: &[u8]| handshake::run(data));

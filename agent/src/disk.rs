@@ -16,7 +16,7 @@ use crate::plan::{Ask, FullReason, Plan, Record, Start, plan};
 use crate::progress::Progress;
 use crate::source::Source;
 use crate::sweep::sweep;
-use crate::{AgentError, DiskId, DiskJob, DiskReport, Event, EventSender, RunOptions};
+use crate::{AgentError, DiskId, DiskJob, DiskReport, Event, EventSender, RunOptions, tls};
 
 /// What one disk's task knows.
 pub(crate) struct DiskRun {
@@ -117,7 +117,9 @@ impl DiskRun {
             meta_contexts: Vec::new(),
             ..ClientOptions::default()
         };
-        let connected = NbdDevice::connect(&target.address, &target.export, options).await;
+        let connecting =
+            tls::connect(&target.address, &target.export, target.tls.as_ref(), options);
+        let connected = connecting.await;
         connected.map_err(|cause: ClientError| AgentError::ConnectTarget {
             disk: self.id(),
             target: target.to_string(),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::blocks::BLOCK_BYTES;
 use crate::source_spec::{parse_nbd_uri, write_nbd_uri};
+use crate::tls::Tls;
 use crate::{Address, SourceSpec, SpecError};
 
 /// How many connections a run opens to each target (and to each NBD source) unless told otherwise.
@@ -29,11 +30,13 @@ pub struct Target {
     pub address: Address,
     /// The export's name.
     pub export: String,
+    /// TLS, where the URI demands it.
+    pub tls: Option<Tls>,
 }
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_nbd_uri(f, &self.address, &self.export).map(|_| ())
+        write_nbd_uri(f, &self.address, &self.export, self.tls.as_ref()).map(|_| ())
     }
 }
 
@@ -41,9 +44,10 @@ impl FromStr for Target {
     type Err = SpecError;
 
     fn from_str(text: &str) -> Result<Self, SpecError> {
-        let uri = parse_nbd_uri(text)?;
+        let mut uri = parse_nbd_uri(text)?;
+        let tls = Tls::of(&mut uri);
         match uri.query.into_iter().next() {
-            None => Ok(Self { address: uri.address, export: uri.export }),
+            None => Ok(Self { address: uri.address, export: uri.export, tls }),
             Some((key, _)) => Err(SpecError::Parameter { text: text.to_owned(), key }),
         }
     }

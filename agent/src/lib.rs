@@ -56,6 +56,7 @@ mod run;
 mod source;
 mod source_spec;
 mod sweep;
+mod tls;
 mod walk;
 
 pub use cancel::CancelToken;
@@ -70,3 +71,4 @@ pub use job::{
 pub use nbd_server::client::Address;
 pub use run::{probe, run};
 pub use source_spec::{SourceSpec, SpecError};
+pub use tls::Tls;

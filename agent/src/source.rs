@@ -7,7 +7,7 @@ use block::{BlockDevice, ByteRange, HostFile, OpenOptions, RawDevice};
 use nbd_server::client::{ClientOptions, NbdDevice};
 
 use crate::error::Cause;
-use crate::{SourceInfo, SourceSpec};
+use crate::{SourceInfo, SourceSpec, tls};
 
 /// The context in which a server tells what is a hole and what is zero.
 const ALLOCATION: &str = "base:allocation";
@@ -57,13 +57,13 @@ impl Source {
     pub(crate) async fn open(spec: &SourceSpec, connections: usize) -> Result<Self, Cause> {
         match spec {
             SourceSpec::File(path) => Self::open_file(path).await,
-            SourceSpec::Nbd { address, export, bitmap } => {
+            SourceSpec::Nbd { address, export, tls, bitmap } => {
                 let context = bitmap.as_ref().map(|name| format!("{DIRTY_BITMAP}{name}"));
                 let mut meta_contexts = vec![ALLOCATION.to_owned()];
                 meta_contexts.extend(context.clone());
                 let options =
                     ClientOptions { connections, meta_contexts, ..ClientOptions::default() };
-                let nbd = NbdDevice::connect(address, export, options).await?;
+                let nbd = tls::connect(address, export, tls.as_ref(), options).await?;
                 let granted = |context: &str| nbd.contexts().iter().any(|known| known == context);
                 let bitmap = bitmap.clone().zip(context).map(|(name, context)| {
                     let offered = granted(&context);

@@ -9,9 +9,10 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 
 use crate::Address;
+use crate::tls::Tls;
 
 /// What may not stand in the path or the query of an NBD URI as it is.
-const RESERVED: &AsciiSet = &CONTROLS
+pub(crate) const RESERVED: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
     .add(b'#')
@@ -28,7 +29,7 @@ const RESERVED: &AsciiSet = &CONTROLS
 /// Where a disk is read from.
 ///
 /// Spelled `file:PATH`, `nbd://HOST:PORT/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`; the NBD forms take
-/// `bitmap=NAME` in their query. Names in a URI are percent-encoded, a path behind `file:` is taken as it is.
+/// `bitmap=NAME` in their query. With `nbds` for `nbd` they demand [`Tls`], and take its parameters, too. Names in a URI are percent-encoded, a path behind `file:` is taken as it is.
 ///
 /// **Bitmaps are believed.** NBD tells the name of a dirty bitmap, not which one it is or since when it records. A
 /// bitmap must have been recording without interruption since the backup that the next incremental builds on: one
@@ -48,6 +49,8 @@ pub enum SourceSpec {
         address: Address,
         /// The export's name; empty for the default export.
         export: String,
+        /// TLS, where the URI demands it.
+        tls: Option<Tls>,
         /// The dirty bitmap (`qemu:dirty-bitmap:NAME`) that knows what changed since the last backup, all of it: see
         /// [`SourceSpec`].
         bitmap: Option<String>,
@@ -59,7 +62,9 @@ pub enum SourceSpec {
 #[non_exhaustive]
 pub enum SpecError {
     /// No known scheme in front.
-    #[error("'{text}' is no source: it must begin with file:, nbd:// or nbd+unix://")]
+    #[error(
+        "'{text}' is no source: it must begin with file:, nbd:// or nbd+unix:// (nbds:// or nbds+unix:// for TLS)"
+    )]
     Scheme {
         /// What was given.
         text: String,
@@ -102,7 +107,8 @@ impl FromStr for SourceSpec {
                 path => Ok(Self::File(PathBuf::from(path))),
             };
         }
-        let uri = parse_nbd_uri(text)?;
+        let mut uri = parse_nbd_uri(text)?;
+        let tls = Tls::of(&mut uri);
         let mut bitmap = None;
         for (key, value) in uri.query {
             match key.as_str() {
@@ -111,7 +117,7 @@ impl FromStr for SourceSpec {
                 _ => return Err(SpecError::Parameter { text: text.to_owned(), key }),
             }
         }
-        Ok(Self::Nbd { address: uri.address, export: uri.export, bitmap })
+        Ok(Self::Nbd { address: uri.address, export: uri.export, tls, bitmap })
     }
 }
 
@@ -119,8 +125,8 @@ impl fmt::Display for SourceSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "file:{}", path.display()),
-            Self::Nbd { address, export, bitmap } => {
-                let separator = write_nbd_uri(f, address, export)?;
+            Self::Nbd { address, export, tls, bitmap } => {
+                let separator = write_nbd_uri(f, address, export, tls.as_ref())?;
                 match bitmap {
                     Some(name) => write!(f, "{separator}bitmap={}", encode(name)),
                     None => Ok(()),
@@ -144,11 +150,10 @@ impl From<SourceSpec> for String {
     }
 }
 
-/// Takes an NBD URI apart. One that demands TLS is refused: what is made of it has no place for that.
+/// Takes an NBD URI apart.
 pub(crate) fn parse_nbd_uri(text: &str) -> Result<NbdUri, SpecError> {
     let refused = |cause| SpecError::Uri { text: text.to_owned(), cause };
     match text.parse::<NbdUri>() {
-        Ok(uri) if uri.tls => Err(refused(UriError::Unsupported { scheme: "nbds".to_owned() })),
         Ok(uri) => Ok(uri),
         Err(UriError::Scheme) => Err(SpecError::Scheme { text: text.to_owned() }),
         Err(cause) => Err(refused(cause)),
@@ -160,18 +165,21 @@ pub(crate) fn write_nbd_uri(
     f: &mut fmt::Formatter<'_>,
     address: &Address,
     export: &str,
+    tls: Option<&Tls>,
 ) -> Result<char, fmt::Error> {
     let export = encode(export);
-    match address {
+    let s = if tls.is_some() { "s" } else { "" };
+    let separator = match address {
         Address::Tcp { host, port } if host.contains(':') => {
-            write!(f, "nbd://[{host}]:{port}/{export}").map(|()| '?')
+            write!(f, "nbd{s}://[{host}]:{port}/{export}").map(|()| '?')
         }
-        Address::Tcp { host, port } => write!(f, "nbd://{host}:{port}/{export}").map(|()| '?'),
+        Address::Tcp { host, port } => write!(f, "nbd{s}://{host}:{port}/{export}").map(|()| '?'),
         Address::Unix(path) => {
             let path = path.to_string_lossy();
-            write!(f, "nbd+unix:///{export}?socket={}", encode(&path)).map(|()| '&')
+            write!(f, "nbd{s}+unix:///{export}?socket={}", encode(&path)).map(|()| '&')
         }
-    }
+    }?;
+    tls.map_or(Ok(separator), |tls| tls.write(f, separator))
 }
 
 fn encode(text: &str) -> String {
@@ -190,6 +198,7 @@ mod tests {
         let tcp = |host: &str, port, export: &str, bitmap: Option<&str>| SourceSpec::Nbd {
             address: Address::Tcp { host: host.into(), port },
             export: export.into(),
+            tls: None,
             bitmap: bitmap.map(Into::into),
         };
         assert_eq!("nbd://h:1/e?bitmap=b%200".parse(), Ok(tcp("h", 1, "e", Some("b 0"))));
@@ -200,6 +209,7 @@ mod tests {
             Ok(SourceSpec::Nbd {
                 address: Address::Unix("/run/s".into()),
                 export: "e".into(),
+                tls: None,
                 bitmap: Some("b".into()),
             })
         );
@@ -224,6 +234,10 @@ mod tests {
             "nbd://h/e?bitmap=a&bitmap=b",
             "nbd://h/e?color=red",
             "nbd://h/%ff",
+            "nbd://h/e?tls-hostname=x",
+            "nbds://h/e?tls-verify-peer=perhaps",
+            "nbds://h/e?tls-psk-file=/k",
+            "nbds://h/e?color=red",
         ] {
             assert!(text.parse::<SourceSpec>().is_err(), "{text}");
         }
@@ -232,14 +246,21 @@ mod tests {
     proptest! {
         #[test]
         fn a_spec_is_parsed_back_from_how_it_is_shown(
-            unix in any::<bool>(), name in "\\PC*", bitmap in proptest::option::of("\\PC+"), path in "/\\PC+",
+            unix in any::<bool>(), tls in proptest::option::of("/\\PC*"), name in "\\PC*", bitmap in proptest::option::of("\\PC+"), path in "/\\PC+",
             port in 1u16..,
         ) {
             let address = match unix {
                 true => Address::Unix(PathBuf::from(path)),
                 false => Address::Tcp { host: "host.example".into(), port },
             };
-            let spec = SourceSpec::Nbd { address, export: name, bitmap };
+            let parameters = |directory| {
+                format!("nbds://h/e?tls-certificates={}", encode(directory)).parse()
+            };
+            let tls = tls.as_deref().map(|directory| match parameters(directory) {
+                Ok(SourceSpec::Nbd { tls: Some(tls), .. }) => tls,
+                other => panic!("{other:?}"),
+            });
+            let spec = SourceSpec::Nbd { address, export: name, tls, bitmap };
             prop_assert_eq!(spec.to_string().parse(), Ok(spec));
         }
     }

@@ -29,7 +29,8 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Migrate {
     /// A disk: file:PATH, nbd://HOST:PORT/EXPORT[?bitmap=NAME] or nbd+unix:///EXPORT?socket=PATH[&bitmap=NAME], with
-    /// KEY= before it unless the disk's key is 2000 plus its place. Once for each disk, in order. A bitmap must have
+    /// KEY= before it unless the disk's key is 2000 plus its place. nbds:// and nbds+unix:// demand TLS, and take
+    /// tls-certificates=DIRECTORY, tls-hostname=NAME and tls-verify-peer=false as libnbd does. Once for each disk, in order. A bitmap must have
     /// been recording without interruption since the backup that an incremental builds on, which cannot be checked over
     /// NBD: give each chain of backups its own bitmap, and use --full after making one anew.
     #[arg(long = "source", value_name = "[KEY=]SPEC")]

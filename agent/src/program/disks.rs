@@ -74,7 +74,11 @@ pub(crate) fn from_hub(
                 index: disk.disk_index,
                 key: disk.disk_key,
                 source,
-                target: Target { address: address.clone(), export: disk.export_name.clone() },
+                target: Target {
+                    address: address.clone(),
+                    export: disk.export_name.clone(),
+                    tls: None,
+                },
                 previous_change_id: disk.previous_change_id.clone(),
                 full: flags.full || disk.full,
             })
@@ -118,7 +122,8 @@ fn targets_of(flags: &Migrate, keys: &[i64]) -> Result<Vec<Target>> {
         host: flags.nbd_host.clone().unwrap_or_else(|| DEFAULT_HOST.to_owned()),
         port: flags.nbd_port.unwrap_or(DEFAULT_PORT),
     });
-    let target = |export: &String| Target { address: address.clone(), export: export.clone() };
+    let target =
+        |export: &String| Target { address: address.clone(), export: export.clone(), tls: None };
     Ok(flags.exports.iter().map(target).collect())
 }
 

@@ -164,6 +164,7 @@ async fn our_own_server_tells_the_agent_what_changed() {
     let source = || SourceSpec::Nbd {
         address: Address::Unix(socket.clone()),
         export: "disk".into(),
+        tls: None,
         bitmap: Some("changes".into()),
     };
     let full = bench.run_one(source(), peer.target(""), None).await.unwrap();

@@ -56,12 +56,17 @@ impl Peer {
     }
 
     pub(crate) fn target(&self, export: &str) -> Target {
-        Target { address: Address::Unix(self.socket.clone()), export: export.into() }
+        Target { address: Address::Unix(self.socket.clone()), export: export.into(), tls: None }
     }
 
     pub(crate) fn source(&self, bitmap: Option<&str>) -> SourceSpec {
         let address = Address::Unix(self.socket.clone());
-        SourceSpec::Nbd { address, export: String::new(), bitmap: bitmap.map(Into::into) }
+        SourceSpec::Nbd {
+            address,
+            export: String::new(),
+            tls: None,
+            bitmap: bitmap.map(Into::into),
+        }
     }
 }
 

@@ -154,7 +154,7 @@ impl Work {
             index: disk.index,
             key: disk.key,
             source: disk.source.clone(),
-            target: Target { address, export },
+            target: Target { address, export, tls: None },
             previous_change_id: disk.parent.as_ref().map(|parent| parent.change_id.clone()),
             full: disk.parent.is_none(),
         })

@@ -69,7 +69,7 @@ fn runs_out_of_room(deed: &Deed, small: &Small, prepared: &Place) {
     deed.judge(small, &contents, &After::Success);
     let needs = before - small.free_bytes().min(before);
     let mut failures = 0;
-    for part in [0, 1, 2, 3, 5, 7] {
+    for part in [0, 2, 5, 7] {
         small.begin(prepared, Some(needs * part / 8));
         let answer = small.run(ours, deed.args);
         let after = if answer.code == 0 { After::Success } else { After::Failure };

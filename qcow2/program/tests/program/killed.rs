@@ -34,7 +34,7 @@ fn dies(deed: &Deed, prepared: &Place, engine: &str, nth: u32) -> bool {
 #[test]
 fn a_killed_program_loses_nothing_and_is_simply_run_again() {
     let rounds = std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok());
-    let kills = 5 * rounds.unwrap_or(1);
+    let kills = 4 * rounds.unwrap_or(1);
     let prepared = prepare();
     for deed in DEEDS {
         for engine in ["SENDENSE_IO=blocking", "SENDENSE_IO"] {

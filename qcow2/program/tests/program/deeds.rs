@@ -67,7 +67,7 @@ impl Deed {
         let complete = matches!(after, After::Success);
         let concerned = |image: &&&str| self.args.contains(image) || self.keeps.contains(image);
         for image in IMAGES.iter().filter(concerned) {
-            let check = judge.run("qemu-img", &["check", image]);
+            let check = ask(judge, &["check", image]);
             let is_fit = match check.code {
                 0 => true,
                 // What nothing refers to, after a death. It was broken before.
@@ -79,7 +79,7 @@ impl Deed {
         let as_before = |image: &str, format: &str, model: &str| {
             let raw = prepared.join(format!("{model}.raw"));
             let raw = raw.to_str().expect("a readable path");
-            let same = judge.run("qemu-img", &["compare", "-f", format, "-F", "raw", image, raw]);
+            let same = ask(judge, &["compare", "-f", format, "-F", "raw", image, raw]);
             assert_eq!(same.code, 0, "{name} {after:?}: {image}: {same:?}");
         };
         for image in self.keeps {
@@ -98,6 +98,18 @@ impl Deed {
             After::Death => {}
         }
     }
+}
+
+/// What qemu-img answers once it gets the lock: the system takes its time to take apart what a killed process had in
+/// flight, and keeps the image locked meanwhile.
+fn ask(judge: &impl Judge, args: &[&str]) -> Answer {
+    for _try in 0..2000 {
+        let answer = judge.run("qemu-img", args);
+        if !answer.err.contains("Failed to get shared") {
+            return answer;
+        }
+    }
+    panic!("{args:?}: the lock stays")
 }
 
 /// How the work ended.

@@ -62,6 +62,7 @@ async fn send(f: &Fixture, id: &str, disk: &Disk) -> Value {
                 port: u16::try_from(view["nbd"]["port"].as_u64().unwrap()).unwrap(),
             },
             export: told["export_name"].as_str().unwrap().to_owned(),
+            tls: None,
         },
         previous_change_id: told["previous_change_id"].as_str().map(str::to_owned),
         full: told["full"].as_bool().unwrap(),

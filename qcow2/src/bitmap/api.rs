@@ -117,14 +117,6 @@ impl Image {
         if !granularity_bytes.is_power_of_two() || !allowed.contains(&bits) {
             return Err(refused(BitmapError::Granularity { bytes: granularity_bytes }));
         }
-        let size_bytes = inner.limits().size_bytes;
-        if size_bytes == 0 {
-            return Err(refused(BitmapError::EmptyDisk));
-        }
-        let bytes = bitmap_bytes(size_bytes, bits);
-        if bytes > MAX_BITMAP_BYTES {
-            return Err(refused(BitmapError::TooLarge { bytes }));
-        }
         if inner.core.lock().header.version < 3 {
             return Err(refused(BitmapError::Version2));
         }
@@ -139,13 +131,20 @@ impl Image {
             extra: Vec::new(),
         };
         let geometry = inner.core.lock().geometry;
-        let mut bitmap = LiveBitmap::on_disk(entry, size_bytes, geometry);
-        bitmap.replace(DirtyMap::new(size_bytes, bits), size_bytes);
         inner
-            .change_bitmaps(name, false, |list, found| {
+            .change_bitmaps(name, false, |list, found, size_bytes| {
                 if found.is_some() {
                     return Err(BitmapError::Exists);
                 }
+                if size_bytes == 0 {
+                    return Err(BitmapError::EmptyDisk);
+                }
+                let bytes = bitmap_bytes(size_bytes, bits);
+                if bytes > MAX_BITMAP_BYTES {
+                    return Err(BitmapError::TooLarge { bytes });
+                }
+                let mut bitmap = LiveBitmap::on_disk(entry, size_bytes, geometry);
+                bitmap.replace(DirtyMap::new(size_bytes, bits), size_bytes);
                 let bytes = |bitmap: &LiveBitmap| bitmap.entry.encoded_bytes() as u64;
                 let directory_bytes = list.iter().map(bytes).sum::<u64>() + bytes(&bitmap);
                 let is_full = list.len() as u64 >= u64::from(MAX_BITMAPS);
@@ -164,7 +163,7 @@ impl Image {
     /// As [`Image::add_bitmap`].
     pub async fn remove_bitmap(&self, name: &str) -> Result<(), Error> {
         self.inner
-            .change_bitmaps(name, false, |list, found| {
+            .change_bitmaps(name, false, |list, found, _| {
                 let at = found.ok_or(BitmapError::Unknown)?;
                 Ok(Change { removed: Some(list.remove(at).entry) })
             })
@@ -176,9 +175,8 @@ impl Image {
     /// # Errors
     /// As [`Image::add_bitmap`].
     pub async fn clear_bitmap(&self, name: &str) -> Result<(), Error> {
-        let size_bytes = self.inner.limits().size_bytes;
         self.inner
-            .change_bitmaps(name, true, |list, found| {
+            .change_bitmaps(name, true, |list, found, size_bytes| {
                 let bitmap = usable(list, found)?;
                 bitmap
                     .replace(DirtyMap::new(size_bytes, bitmap.entry.granularity_bits), size_bytes);
@@ -205,7 +203,7 @@ impl Image {
 
     async fn switch_bitmap(&self, name: &str, enabled: bool) -> Result<(), Error> {
         self.inner
-            .change_bitmaps(name, true, |list, found| {
+            .change_bitmaps(name, true, |list, found, _| {
                 usable(list, found)?.entry.auto = enabled;
                 Ok(Change::default())
             })
@@ -219,9 +217,8 @@ impl Image {
     /// As [`Image::add_bitmap`], and what reading `source` fails at.
     pub async fn merge_bitmap(&self, target: &str, from: &Self, source: &str) -> Result<(), Error> {
         let map = from.bitmap_content(source).await?;
-        let size_bytes = self.inner.limits().size_bytes;
         self.inner
-            .change_bitmaps(target, true, |list, found| {
+            .change_bitmaps(target, true, |list, found, size_bytes| {
                 let bitmap = usable(list, found)?;
                 let mut merged = bitmap.map.second().ok_or(BitmapError::Memory)?;
                 merged.merge(&map);
@@ -291,13 +288,14 @@ struct Change {
 }
 
 impl Inner {
-    /// Changes the list, with the disk quiet, and stores it. `change` gets the list and the place of the bitmap in it;
-    /// with `needs_bits` only if the bitmap can be read.
+    /// Changes the list, with the disk quiet, and stores it. `change` gets the list, the place of the bitmap in it, and
+    /// the size of the disk, which may have changed while it was not quiet; with `needs_bits` only if the bitmap can be
+    /// read.
     async fn change_bitmaps(
         &self,
         name: &str,
         needs_bits: bool,
-        change: impl FnOnce(&mut Vec<LiveBitmap>, Option<usize>) -> Result<Change, BitmapError>,
+        change: impl FnOnce(&mut Vec<LiveBitmap>, Option<usize>, u64) -> Result<Change, BitmapError>,
     ) -> Result<(), Error> {
         if self.limits().read_only {
             return Err(Error::Request(DeviceError::ReadOnly));
@@ -306,6 +304,7 @@ impl Inner {
         self.before_change(&live).await?;
         let _quiet = self.guests.lock_exclusive(ByteRange::between(0, u64::MAX)).await;
         let live = self.live()?;
+        let size_bytes = self.limits().size_bytes;
         let turn = self.bitmaps.turn().await;
         self.load_bitmaps(&live).await?;
         let number = self.bitmaps.with(|list| list.as_ref().and_then(|list| find(list, name)));
@@ -316,7 +315,7 @@ impl Inner {
             let list = list.get_or_insert_default();
             let found = find(list, name);
             let before = found.and_then(|at| list.get(at).cloned().map(|bitmap| (at, bitmap)));
-            (Undo { inner: Some(self), before }, change(list, found))
+            (Undo { inner: Some(self), before }, change(list, found, size_bytes))
         });
         let changed = match changed {
             Ok(changed) => changed,

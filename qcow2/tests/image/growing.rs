@@ -103,6 +103,42 @@ fn a_compressed_last_cluster_leaves_what_came_behind_it_when_the_disk_grew() {
 }
 
 #[test]
+fn a_bitmap_that_is_made_or_cleared_while_the_disk_grows_reaches_its_new_end() {
+    for clears in [false, true] {
+        block_on(async {
+            let (storage, image) = full(ODD).await;
+            if clears {
+                image.add_bitmap("since", 512, true).await.unwrap();
+            }
+            let held = hold_one(&storage, |op| op.range.start() == 0);
+            let options = ResizeOptions::default();
+            let mut grows = pin!(image.resize(10 * 64 * KIB, &options));
+            while held.count() == 0 {
+                assert!(grows.as_mut().poll(&mut noop()).is_pending());
+                tokio::task::yield_now().await;
+            }
+            let mut changes = pin!(async {
+                match clears {
+                    true => image.clear_bitmap("since").await,
+                    false => image.add_bitmap("since", 512, true).await,
+                }
+            });
+            assert!(changes.as_mut().poll(&mut noop()).is_pending());
+            assert!(held.release_one());
+            let (grown, changed) = tokio::join!(grows, changes);
+            grown.unwrap();
+            changed.unwrap();
+            let end = 10 * 64 * KIB;
+            image.write(end - 512, vec![7; 512].into(), Durability::Deferred).await.unwrap();
+            let dirty = crate::bitmaps::dirty(&image, "since").await;
+            assert_eq!(dirty, [(end - 512, end)], "clears: {clears}");
+            image.close().await.unwrap();
+            check(&storage.snapshot()).assert_clean("grown");
+        });
+    }
+}
+
+#[test]
 fn whoever_resizes_waits_for_the_one_before() {
     block_on(async {
         let below = pattern(5, 16 << 20);

@@ -7,6 +7,7 @@ mod judge;
 mod ledger;
 mod qemu;
 mod setup;
+mod together;
 
 use block::BlockDevice;
 use qcow2::OpenOptions;

@@ -17,7 +17,7 @@ pub(super) const BITMAP: &str = "kept";
 const OTHER_BITMAP: &str = "other";
 const BITMAP_GRANULARITY: u64 = 1024;
 /// So many turns in which nothing moves mean that nothing will: others compute meanwhile.
-const MOST_IDLE_TURNS: u32 = 20_000_000;
+pub(super) const MOST_IDLE_TURNS: u32 = 20_000_000;
 
 /// Sectors, from the first to before the last.
 pub(super) type Sectors = std::ops::Range<u64>;

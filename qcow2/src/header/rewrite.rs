@@ -64,12 +64,14 @@ impl Header {
             new.disk[..SECTOR].copy_from_slice(&sector);
             return Ok(vec![first_sector(sector)]);
         }
+        // Feature names are the first to go, also where they leave too little room for getting there.
+        self.steps_to(new, true).or_else(|_| self.steps_to(new, false))
+    }
+
+    /// [`Header::rewrite`], with or without feature names in the end.
+    fn steps_to(&self, new: &mut Self, names: bool) -> Result<Stages, Fault> {
         let fields_bytes = new.natural_bytes();
-        let (names, plain) = match new.compose(fields_bytes, true, None) {
-            Ok(plain) => (true, plain),
-            Err(_) => (false, new.compose(fields_bytes, false, None)?),
-        };
-        let plain = whole_sectors(plain.bytes);
+        let plain = whole_sectors(new.compose(fields_bytes, names, None)?.bytes);
         let tail_end = plain.len();
         let tail = plain.get(SECTOR..).unwrap_or_default();
         let mut stages = Stages::new();

@@ -14,6 +14,7 @@ mod overlay;
 mod reload;
 mod sealable;
 mod sockets;
+mod taken;
 #[cfg(feature = "tls")]
 mod tls;
 

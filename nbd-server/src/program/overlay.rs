@@ -1,26 +1,24 @@
 //! A disk whose writes go to a file of its own, over another device or over nothing. The file has no name and is gone with
 //! the disk; nothing of it is meant to last.
 
-use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use block::{
-    BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, RawDevice, Segment, Segments,
-    ZeroMode,
+    BlockDevice, ByteRange, DeviceError, Durability, ErrorKind, Extent, Limits, RawDevice, Segment,
+    Segments, ZeroMode,
 };
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
+use super::taken::{Room, Taken};
+
 /// The unit, in bytes, in which a write takes a part of the disk over.
 const BLOCK_BYTES: u64 = 4096;
-/// How many blocks a word, and a group of words, tells of.
-const WORD_BLOCKS: u64 = 64;
-const GROUP_WORDS: usize = 64;
-
 /// A disk over another one.
 pub(super) struct Overlay {
     base: Option<Arc<dyn BlockDevice>>,
@@ -33,50 +31,11 @@ pub(super) struct Overlay {
     writing: AsyncMutex<()>,
 }
 
-/// Which blocks were written.
-#[derive(Default)]
-struct Taken(HashMap<u64, Box<[u64; GROUP_WORDS]>>);
-
-impl Taken {
-    fn place(block: u64) -> (u64, usize, u64) {
-        let words = block / WORD_BLOCKS;
-        let word = usize::try_from(words % GROUP_WORDS as u64).unwrap_or(0);
-        (words / GROUP_WORDS as u64, word, 1 << (block % WORD_BLOCKS))
-    }
-
-    fn holds(&self, block: u64) -> bool {
-        let (group, word, bit) = Self::place(block);
-        let words = self.0.get(&group).and_then(|words| words.get(word));
-        words.is_some_and(|word| word & bit != 0)
-    }
-
-    fn add(&mut self, blocks: ByteRange) {
-        for block in blocks.start()..blocks.end() {
-            let (group, word, bit) = Self::place(block);
-            let words = self.0.entry(group).or_insert_with(|| Box::new([0; GROUP_WORDS]));
-            if let Some(word) = words.get_mut(word) {
-                *word |= bit;
-            }
-        }
-    }
-
-    /// The longest part of `range`, from its beginning, that is all taken or all not, and which.
-    fn run(&self, range: ByteRange) -> (ByteRange, bool) {
-        let first = range.start() / BLOCK_BYTES;
-        let taken = self.holds(first);
-        let mut next = first + 1;
-        while next * BLOCK_BYTES < range.end() && self.holds(next) == taken {
-            next += 1;
-        }
-        (ByteRange::between(range.start(), range.end().min(next * BLOCK_BYTES)), taken)
-    }
-}
-
 impl Overlay {
     /// Over `base`; files are made in `folder`.
     pub(super) fn over(base: Arc<dyn BlockDevice>, folder: &Path) -> Arc<Self> {
         let limits = base.limits();
-        Self::new(Some(base), limits, folder)
+        Self::new(Some(base), limits, folder, Room::new(Room::PARTS))
     }
 
     /// Over zeros.
@@ -89,23 +48,29 @@ impl Overlay {
             can_discard: false,
             fast_zeroes: false,
         };
-        Self::new(None, limits, folder)
+        Self::new(None, limits, folder, Room::new(Room::PARTS))
     }
 
-    fn new(base: Option<Arc<dyn BlockDevice>>, limits: Limits, folder: &Path) -> Arc<Self> {
+    fn new(
+        base: Option<Arc<dyn BlockDevice>>,
+        limits: Limits,
+        folder: &Path,
+        room: Arc<Room>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             base,
             limits: Limits { read_only: false, can_discard: false, ..limits },
             folder: folder.to_owned(),
             file: OnceCell::new(),
-            taken: Mutex::default(),
+            taken: Mutex::new(Taken::new(room)),
             writing: AsyncMutex::default(),
         })
     }
 
-    /// Another one over the same, with nothing written.
+    /// Another one over the same, with nothing written. All of them share the memory for knowing what was.
     pub(super) fn fresh(&self) -> Arc<Self> {
-        Self::new(self.base.clone(), self.limits, &self.folder)
+        let room = Arc::clone(self.taken.lock().room());
+        Self::new(self.base.clone(), self.limits, &self.folder, room)
     }
 
     /// The file, made and without a name.
@@ -144,6 +109,7 @@ impl Overlay {
     /// Writes `data`, together with what surrounds it in its blocks, to the file.
     async fn take(&self, range: ByteRange, data: &[u8]) -> Result<(), DeviceError> {
         let wide = range.widen(BLOCK_BYTES);
+        self.prepare(wide)?;
         let mut bytes = BytesMut::with_capacity(data.len() + 8192);
         let within = |bytes: &[u8], until: u64| {
             let len = usize::try_from(until % BLOCK_BYTES).unwrap_or(0);
@@ -164,10 +130,30 @@ impl Overlay {
         Ok(())
     }
 
-    fn mark(&self, wide: ByteRange) {
-        let blocks = ByteRange::between(wide.start() / BLOCK_BYTES, wide.end() / BLOCK_BYTES);
-        self.taken.lock().add(blocks);
+    /// Sees to it that it can be known that `wide` was written.
+    fn prepare(&self, wide: ByteRange) -> Result<(), DeviceError> {
+        let prepared = self.taken.lock().prepare(&blocks(wide));
+        prepared.map_err(|source| DeviceError::Backend {
+            kind: ErrorKind::NoSpace,
+            source: Box::new(source),
+        })
     }
+
+    fn mark(&self, wide: ByteRange) {
+        self.taken.lock().add(blocks(wide));
+    }
+
+    /// The longest part of `range`, from its beginning, that is all taken or all not, and which.
+    fn run(&self, range: ByteRange) -> (ByteRange, bool) {
+        let (end, taken) = self.taken.lock().run(blocks(range));
+        let end = end.saturating_mul(BLOCK_BYTES).min(range.end());
+        (ByteRange::between(range.start(), end), taken)
+    }
+}
+
+/// The blocks that `range` touches.
+fn blocks(range: ByteRange) -> Range<u64> {
+    range.start() / BLOCK_BYTES..range.end().div_ceil(BLOCK_BYTES)
 }
 
 #[async_trait]
@@ -180,7 +166,7 @@ impl BlockDevice for Overlay {
         self.limits.check_read(range)?;
         let (mut segments, mut at) = (Segments::default(), range.start());
         while at < range.end() {
-            let (run, taken) = self.taken.lock().run(ByteRange::between(at, range.end()));
+            let (run, taken) = self.run(ByteRange::between(at, range.end()));
             segments.extend(match taken {
                 true => self.file().await?.read(run).await?,
                 false => self.below(run).await?,
@@ -216,6 +202,7 @@ impl BlockDevice for Overlay {
             let next = (at + 1).next_multiple_of(BLOCK_BYTES).min(range.end());
             let whole = ByteRange::between(at, range.end() / BLOCK_BYTES * BLOCK_BYTES);
             if at.is_multiple_of(BLOCK_BYTES) && !whole.is_empty() {
+                self.prepare(whole)?;
                 let file = self.file().await?;
                 file.write_zeroes(whole, ZeroMode::default(), Durability::Deferred).await?;
                 self.mark(whole);
@@ -242,7 +229,7 @@ impl BlockDevice for Overlay {
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        let (run, taken) = self.taken.lock().run(range);
+        let (run, taken) = self.run(range);
         match (taken, &self.base) {
             (true, _) => self.file().await?.extents(run).await,
             (false, Some(base)) => base.extents(run).await,
@@ -327,6 +314,46 @@ mod tests {
             assert!(base.read(all).await.unwrap().to_vec() == before, "the base is as it was");
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing has a name");
+    }
+
+    #[tokio::test]
+    async fn a_disk_of_terabytes_is_zeroed_and_asked_about_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = ByteRange::between(0, 8 << 40);
+        let overlay = Overlay::empty(all.end(), dir.path());
+        let untaken = overlay.extents(all).await.unwrap();
+        assert_eq!(untaken, [Extent { range: all, allocated: false, zero: true }]);
+        let inner = ByteRange::between(1, all.end() - 1);
+        overlay.write_zeroes(inner, ZeroMode::default(), Durability::Deferred).await.unwrap();
+        assert_eq!(overlay.run(all), (all, true));
+        overlay.write(5 << 40, vec![7; 512].into(), Durability::Deferred).await.unwrap();
+        let read = overlay.read(ByteRange::between((5 << 40) - 1, (5 << 40) + 1)).await.unwrap();
+        assert_eq!(read.to_vec(), [0, 7]);
+    }
+
+    #[tokio::test]
+    async fn a_write_that_cannot_be_remembered_finds_no_space_and_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Overlay::empty(1 << 40, dir.path()).limits;
+        let overlay = Overlay::new(None, limits, dir.path(), Room::new(8)).fresh();
+        let write = |gib: u64| {
+            overlay.write(gib << 30, Bytes::from_static(&[7; 4096]), Durability::Deferred)
+        };
+        write(0).await.unwrap();
+        let mut gib = 1;
+        let error = loop {
+            match write(gib).await {
+                Ok(()) => gib += 1,
+                Err(error) => break error,
+            }
+            assert!(gib < 8, "it takes more than there is room for");
+        };
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        let place = ByteRange::between(gib << 30, (gib << 30) + 4096);
+        assert_eq!(overlay.read(place).await.unwrap().to_vec(), [0; 4096]);
+        let zeroed = overlay.write_zeroes(place, ZeroMode::default(), Durability::Deferred).await;
+        assert_eq!(zeroed.unwrap_err().kind(), ErrorKind::NoSpace);
+        write(0).await.unwrap();
     }
 
     proptest! {

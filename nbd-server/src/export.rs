@@ -10,6 +10,7 @@ use block::BlockDevice;
 use crate::access::{Access, ClientName, Protection};
 use crate::admission::Admission;
 use crate::attendant::{Attendant, TurnedAway};
+use crate::census::Origin;
 use crate::clients::Client;
 use crate::counters::{Counters, LastError, Tally};
 use crate::extent_source::ExtentSource;
@@ -18,7 +19,7 @@ use crate::handshake::{ExportFacts, MetaContext, Unavailable};
 use crate::limits::Limits;
 use crate::peer::Peer;
 use crate::signal::Signal;
-use crate::wire::MAX_STRING_BYTES;
+use crate::wire::{MAX_STRING_BYTES, transmission_flag};
 use crate::writers::{Lease, LeaseHold, Writer, Writers};
 
 /// A device to be served under a name.
@@ -153,7 +154,8 @@ impl Export {
     }
 
     /// How many connections it may have at once, in the place of [`Limits::connections_per_export`]; `usize::MAX` for any
-    /// number. Who asks for one more is answered `ERR_POLICY`, with the reason.
+    /// number. Who asks for one more is answered `ERR_POLICY`, with the reason. `CAN_MULTI_CONN` is told only where a
+    /// client may have a second connection, by this limit and all others, and by [`Export::writers`].
     #[must_use]
     pub fn max_connections(mut self, connections: usize) -> Self {
         self.max_connections = Some(connections);
@@ -301,6 +303,10 @@ pub(crate) struct Served {
     /// How long a connection may be idle.
     pub(crate) idle_timeout: Option<Duration>,
     max_connections: usize,
+    /// Whether there is room for one connection only, here or in the whole server.
+    lonely: bool,
+    /// Whether each client may have one connection to the server.
+    one_of_client: bool,
     /// Shared with what took its place, or whose place it took.
     lease: Arc<Lease>,
     connections: Arc<Gauge>,
@@ -356,7 +362,7 @@ impl Attachment {
 
     /// What the client may know of the export: whoever has no part in the right to write may only read.
     pub(crate) fn facts(&self) -> ExportFacts {
-        ExportFacts { read_only: self.lease.is_none(), ..self.export.facts.clone() }
+        self.export.facts_for(&self.client.peer, self.lease.is_none())
     }
 
     /// The connection has ended, by a word of the client or not: seals the export where that makes its writer done.
@@ -419,6 +425,8 @@ impl Served {
             max_payload_bytes: limits.max_payload_bytes,
             contexts,
         };
+        let max_connections =
+            origin.max_connections.or(limits.connections_per_export).unwrap_or(usize::MAX);
         Ok(Self {
             facts,
             device: export.device,
@@ -426,10 +434,9 @@ impl Served {
             access: export.access,
             tally: Arc::default(),
             idle_timeout: origin.idle_timeout.or(limits.idle_timeout),
-            max_connections: origin
-                .max_connections
-                .or(limits.connections_per_export)
-                .unwrap_or(usize::MAX),
+            max_connections,
+            lonely: max_connections.min(limits.connections) < 2,
+            one_of_client: limits.connections_per_client.is_some_and(|limit| limit < 2),
             lease: Arc::default(),
             origin,
             closing: Signal::default(),
@@ -491,8 +498,26 @@ impl Served {
     }
 
     /// What a client that comes now may know of it.
-    pub(crate) fn facts_now(&self) -> ExportFacts {
-        ExportFacts { read_only: self.is_read_only(), ..self.facts.clone() }
+    pub(crate) fn facts_now(&self, peer: &Peer) -> ExportFacts {
+        self.facts_for(peer, self.is_read_only())
+    }
+
+    /// What a client may know of it: that connections agree only where it may have a second one.
+    fn facts_for(&self, peer: &Peer, read_only: bool) -> ExportFacts {
+        let mut facts = ExportFacts { read_only, ..self.facts.clone() };
+        let is_known = Origin::of(peer).is_some();
+        let is_alone = self.lonely
+            || (self.one_of_client && is_known)
+            || match self.writers() {
+                _ if read_only => false,
+                Writers::Any => false,
+                Writers::OneClient => !is_known,
+                Writers::OneConnection => true,
+            };
+        if is_alone {
+            facts.withheld |= transmission_flag::CAN_MULTI_CONN;
+        }
+        facts
     }
 
     /// Takes the place of another that shows the same device: its writer stays the only one.

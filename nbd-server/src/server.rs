@@ -600,7 +600,7 @@ impl ExportDirectory for Visitor {
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
         let (peer, protection) = (self.peer(), &self.protection);
-        self.find(name, |served| served.judge(peer, protection).map(|()| served.facts_now()))?
+        self.find(name, |served| served.judge(peer, protection).map(|()| served.facts_now(peer)))?
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {

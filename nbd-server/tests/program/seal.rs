@@ -49,3 +49,19 @@ fn an_image_that_two_exports_write_is_not_sealed_by_one_of_them() {
     assert!(!server.child.wait().unwrap().success());
     assert!(server.errors().contains("another export writes to the image that it is to seal"));
 }
+
+#[test]
+fn a_client_with_many_connections_copies_to_an_export_that_takes_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let bytes = image(dir);
+    std::fs::write(dir.join("to.img"), vec![1; bytes.len()]).unwrap();
+    for option in ["writers=connection", "max-connections=1"] {
+        let export = format!("--export=one=to.img,format=raw,{option}");
+        let mut server = Running::start(dir, &["--listen=unix:socket", &export]);
+        server.address();
+        run(dir, "nbdcopy", &["disk.img", URI]);
+        assert!(server.stop());
+        assert!(std::fs::read(dir.join("to.img")).unwrap() == bytes, "{option}");
+    }
+}

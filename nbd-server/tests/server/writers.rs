@@ -5,7 +5,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use block::{BlockDevice, DeviceError};
 use nbd_server::wire::{self, command, error, option, transmission_flag};
-use nbd_server::{Attendant, Export, Peer, Removal, Server, ServerConfig, TurnedAway, Writers};
+use nbd_server::{
+    Attendant, Export, Limits, Peer, Removal, Server, ServerConfig, TurnedAway, Writers,
+};
 use parking_lot::Mutex;
 
 use crate::device::{Call, TestDevice};
@@ -99,6 +101,48 @@ async fn one_connection_is_not_shared_even_with_the_same_client() {
     is_refused(&server, 1).await;
     disconnect(&server, first).await;
     enter(&server, 1).await;
+}
+
+#[tokio::test]
+async fn connections_are_said_to_agree_only_where_there_can_be_two() {
+    type Shape = fn(Export) -> Export;
+    let shapes: [(Shape, bool); 9] = [
+        (|export| export, true),
+        (|export| export.max_connections(2), true),
+        (|export| export.max_connections(1), false),
+        (|export| export.max_connections(1).read_only(true), false),
+        (|export| export.writers(Writers::OneConnection), false),
+        (|export| export.writers(Writers::OneConnection).read_only(true), true),
+        (|export| export.writers(Writers::OneClient), true),
+        (|export| export.seal_on_disconnect(true), true),
+        (|export| export.withhold(transmission_flag::CAN_MULTI_CONN), false),
+    ];
+    for (number, (shape, agrees)) in shapes.into_iter().enumerate() {
+        let (server, _) = server(shape);
+        let (_raw, entered) = enter(&server, 1).await;
+        let told = entered.flags & transmission_flag::CAN_MULTI_CONN != 0;
+        assert_eq!(told, agrees, "shape {number}");
+    }
+    // Two of whom nobody knows who they are never are one client.
+    let (server, _) = server(|export| export.writers(Writers::OneClient));
+    let mut raw = Raw::new(&server);
+    raw.greet(3).await;
+    assert_eq!(raw.go("disk").await.flags & transmission_flag::CAN_MULTI_CONN, 0);
+}
+
+#[tokio::test]
+async fn connections_are_not_said_to_agree_where_the_server_lets_each_client_have_one() {
+    let flags = async |change: fn(&mut Limits)| {
+        let mut limits = Limits::default();
+        change(&mut limits);
+        let server = Server::new(ServerConfig::with_limits(limits));
+        server.add_export(Export::new("disk", TestDevice::new(SIZE))).unwrap();
+        enter(&server, 1).await.1.flags & transmission_flag::CAN_MULTI_CONN
+    };
+    assert_ne!(flags(|limits| limits.connections_per_client = Some(2)).await, 0);
+    assert_eq!(flags(|limits| limits.connections_per_client = Some(1)).await, 0);
+    assert_eq!(flags(|limits| limits.connections_per_export = Some(1)).await, 0);
+    assert_eq!(flags(|limits| limits.connections = 1).await, 0);
 }
 
 /// Remembers what it was told, and can refuse.

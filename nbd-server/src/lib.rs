@@ -87,6 +87,7 @@ pub mod client;
 mod clients;
 mod connection;
 mod counters;
+mod deadline;
 mod execute;
 mod export;
 #[cfg(feature = "metrics")]

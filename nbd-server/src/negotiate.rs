@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::sleep;
 
 use crate::clients::Client;
+use crate::deadline::Deadline;
 use crate::export::Attachment;
 use crate::handshake::{Agreement, Close, Handshake, Progress};
 use crate::peer::Peer;
@@ -43,21 +44,19 @@ pub(crate) struct Negotiation {
     /// What is to be sent first.
     greeting: BytesMut,
     /// When all of it must be over, TLS included.
-    deadline: Instant,
+    deadline: Deadline,
 }
 
 impl Negotiation {
     /// Begins now.
     pub(crate) fn new(shared: &Arc<Shared>, client: &Arc<Client>) -> Self {
-        let now = Instant::now();
         let mut greeting = BytesMut::new();
         Handshake::greet(&mut greeting);
         Self {
             machine: Handshake::new(&shared.limits).with_tls(shared.tls_mode),
             visitor: Visitor::new(shared, client),
             greeting,
-            // A limit beyond what the clock can tell is none.
-            deadline: now.checked_add(shared.limits.handshake_timeout).unwrap_or(now),
+            deadline: Deadline::after(shared.limits.handshake_timeout),
             shared: Arc::clone(shared),
         }
     }
@@ -147,7 +146,7 @@ impl Negotiation {
 async fn within<T>(
     shared: &Shared,
     peer: &Peer,
-    deadline: Instant,
+    deadline: Deadline,
     part: impl Future<Output = T>,
 ) -> Option<T> {
     let stopped = async {
@@ -155,10 +154,12 @@ async fn within<T>(
         sleep(shared.limits.close_timeout).await;
     };
     tokio::select! {
-        done = timeout_at(deadline, part) => done.map_or_else(|_| {
-            tracing::info!(%peer, limit = ?shared.limits.handshake_timeout, "a handshake took too long");
-            None
-        }, Some),
+        done = deadline.within(part) => {
+            if done.is_none() {
+                tracing::info!(%peer, limit = ?shared.limits.handshake_timeout, "a handshake took too long");
+            }
+            done
+        }
         () = stopped => None,
     }
 }

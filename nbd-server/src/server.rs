@@ -13,7 +13,7 @@ use futures_util::future::join_all;
 use parking_lot::{Mutex, RwLock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::access::Protection;
@@ -21,6 +21,7 @@ use crate::admission::Admission;
 use crate::census::{Census, Counted};
 use crate::clients::{Client, Clients, ConnectionStatus};
 use crate::connection;
+use crate::deadline::Deadline;
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportDirectory, ExportFacts, TlsMode, Unavailable};
@@ -404,10 +405,9 @@ impl Server {
     /// closes the connections, flushes every device. Exports stay in the table; the caller closes their devices.
     ///
     /// Returns within `grace`, whatever clients and devices do: after three quarters of it, connections that are still
-    /// open are dropped, and the rest is left for flushing.
+    /// open are dropped, and the rest is left for flushing. A `grace` beyond what the clock can tell has no end.
     pub async fn shutdown(&self, grace: Duration) -> ShutdownReport {
-        let now = Instant::now();
-        let deadline = |share| now.checked_add(share).unwrap_or(now);
+        let (flushed_by, closed_by) = (Deadline::after(grace), Deadline::after(grace / 4 * 3));
         let exports: Vec<_> = {
             // Under the lock, so that no export is added between the signal and the list.
             let table = self.shared.table.write();
@@ -420,15 +420,15 @@ impl Server {
             self.shared.connections.idle().await;
         };
         let mut report = ShutdownReport::default();
-        if timeout_at(deadline(grace / 4 * 3), closed).await.is_err() {
+        if closed_by.within(closed).await.is_none() {
             report.dropped_connections = self.shared.connections.count();
             self.shared.forced.raise();
         }
         let flushes = exports.iter().map(|export| async {
-            match timeout_at(deadline(grace), export.device.flush()).await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some((export.facts.name.clone(), Some(error))),
-                Err(_) => Some((export.facts.name.clone(), None)),
+            match flushed_by.within(export.device.flush()).await {
+                Some(Ok(())) => None,
+                Some(Err(error)) => Some((export.facts.name.clone(), Some(error))),
+                None => Some((export.facts.name.clone(), None)),
             }
         });
         report.unflushed = join_all(flushes).await.into_iter().flatten().collect();

@@ -216,3 +216,15 @@ async fn one_connection_too_many_in_all_gets_not_even_a_greeting() {
     held[0].request(command::FLUSH, 0, 1, 0, 0).await;
     assert_eq!(held[0].reply().await.error, 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn times_beyond_the_clock_never_come() {
+    let (server, device) = with_limits(|limits| limits.handshake_timeout = Duration::MAX);
+    let mut raw = Raw::new(&server);
+    sleep(Duration::from_secs(3600)).await;
+    raw.greet(3).await;
+    raw.go("disk").await;
+    let report = server.shutdown(Duration::MAX).await;
+    assert_eq!((report.dropped_connections, report.unflushed.len()), (0, 0));
+    assert_eq!(device.log(), [Call::Flush]);
+}

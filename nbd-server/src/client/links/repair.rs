@@ -52,11 +52,13 @@ impl Links {
 
     async fn restore(&self) -> Result<(), ClientError> {
         let Some((policy, _)) = self.policy() else { return Ok(()) };
-        let over = Instant::now() + policy.patience;
+        // A patience beyond what the clock can tell has no end.
+        let over = Instant::now().checked_add(policy.patience);
         let mut last = None;
         loop {
             let pause = policy.delay(self.failures.fetch_add(1, Ordering::Relaxed));
-            if Instant::now() + pause > over {
+            let next = Instant::now().checked_add(pause);
+            if over.is_some_and(|over| next.is_none_or(|next| next > over)) {
                 let lost = self.lost().pop().unwrap_or_else(|| Arc::new(LostCause::Closed));
                 return match self.survivor() {
                     // The others do without it; the next request begins anew.

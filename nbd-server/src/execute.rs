@@ -36,7 +36,14 @@ pub(crate) async fn execute(
         Command::Write { range, durability } => {
             device.write(range.start(), payload, durability).await
         }
-        Command::Flush => device.flush().await,
+        Command::Flush => {
+            let flushing = attachment.flushing();
+            let flushed = device.flush().await;
+            if flushed.is_ok() {
+                attachment.flushed(flushing);
+            }
+            flushed
+        }
         Command::Trim { range, durability } => device.discard(range, durability).await,
         // Data is not cached above the device; what can be fetched ahead is the map of where it lies.
         Command::Cache { range } if range.is_empty() => Ok(()),

@@ -20,7 +20,7 @@ use crate::limits::Limits;
 use crate::peer::Peer;
 use crate::signal::Signal;
 use crate::wire::{MAX_STRING_BYTES, transmission_flag};
-use crate::writers::{Lease, LeaseHold, Writer, Writers};
+use crate::writers::{Flushing, Lease, LeaseHold, Parting, Writer, Writers};
 
 /// A device to be served under a name.
 #[derive(Clone)]
@@ -178,9 +178,12 @@ impl Export {
     }
 
     /// Seals it once its writer is done: when the last connection of a client that changed or flushed anything has ended by
-    /// `DISC`, and none of its others was lost, the device is flushed, [`Attendant::sealed`] is told, and the export is read-only from then on, until it
-    /// is removed. A writer that was lost can come back. Allows for one client at a time, where [`Export::writers`] says
-    /// nothing narrower.
+    /// `DISC`, the device is flushed, [`Attendant::sealed`] is told, and the export is read-only from then on, until it
+    /// is removed. Allows for one client at a time, where [`Export::writers`] says nothing narrower.
+    ///
+    /// Where one of several connections was lost, the client is done only if it came back, for each that was lost by a
+    /// later connection that changed or flushed something, and a FLUSH behind that succeeded; otherwise the log says why
+    /// nothing was sealed. A writer that was lost as a whole can come back and begin anew.
     #[must_use]
     pub fn seal_on_disconnect(mut self, seals: bool) -> Self {
         self.seals = seals;
@@ -360,6 +363,18 @@ impl Attachment {
         }
     }
 
+    /// The client flushes; to be handed to [`Self::flushed`].
+    pub(crate) fn flushing(&self) -> Option<Flushing> {
+        self.lease.as_ref()?.flushing()
+    }
+
+    /// The client's FLUSH succeeded.
+    pub(crate) fn flushed(&self, flushing: Option<Flushing>) {
+        if let (Some(lease), Some(flushing)) = (&self.lease, flushing) {
+            lease.flushed(flushing);
+        }
+    }
+
     /// What the client may know of the export: whoever has no part in the right to write may only read.
     pub(crate) fn facts(&self) -> ExportFacts {
         self.export.facts_for(&self.client.peer, self.lease.is_none())
@@ -367,12 +382,19 @@ impl Attachment {
 
     /// The connection has ended, by a word of the client or not: seals the export where that makes its writer done.
     pub(crate) async fn leave(&self, by_word: bool) {
-        let Some(sealing) = self.lease.as_ref().and_then(|lease| lease.leave(by_word)) else {
-            return;
-        };
+        let Some(lease) = &self.lease else { return };
+        let (parting, export) = (lease.leave(by_word), &self.export.facts.name);
         if !self.export.origin.seals {
             return;
         }
+        let sealing = match parting {
+            Parting::Nothing => return,
+            Parting::Unfinished(why) => {
+                tracing::warn!(export, %why, "its writer is gone, but not done: not sealed");
+                return;
+            }
+            Parting::Done(sealing) => sealing,
+        };
         let sealed = async {
             self.export.device.flush().await?;
             match self.attendant() {
@@ -380,7 +402,6 @@ impl Attachment {
                 None => Ok(()),
             }
         };
-        let export = &self.export.facts.name;
         match sealed.await {
             Ok(()) => {
                 sealing.seal();

@@ -222,6 +222,26 @@ async fn a_writer_that_was_lost_can_come_back_and_end_what_it_began() {
 }
 
 #[tokio::test]
+async fn a_connection_that_came_in_the_place_of_a_lost_one_ends_what_that_began() {
+    let (server, _) = server(|export| export.seal_on_disconnect(true));
+    let (mut first, _) = enter(&server, 1).await;
+    let (mut lost, _) = enter(&server, 1).await;
+    flush(&mut lost).await;
+    drop(lost);
+    while server.exports()[0].connections > 1 {
+        tokio::task::yield_now().await;
+    }
+    let (mut back, _) = enter(&server, 1).await;
+    back.request(command::WRITE, 0, 1, 0, 3).await;
+    back.send(b"abc").await;
+    assert_eq!(back.reply().await.error, 0);
+    disconnect(&server, back).await;
+    flush(&mut first).await;
+    disconnect(&server, first).await;
+    assert!(server.exports()[0].is_sealed);
+}
+
+#[tokio::test]
 async fn what_cannot_be_made_durable_is_not_sealed() {
     let witness = Arc::new(Witness::default());
     let (server, device) =

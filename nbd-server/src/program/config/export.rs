@@ -175,6 +175,11 @@ fn writes(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     if folder.is_some() && !apart {
         keys.without_effect("cowdir", "copyonwrite is not on");
     }
+    if apart && spec.read_only {
+        let line = keys.entry("copyonwrite").map_or(0, |entry| entry.line);
+        let text = "copyonwrite has no effect: the export is read-only, so that nothing is written";
+        keys.log.remark(keys.file, line, text);
+    }
     spec.writes = match (apart, temporary) {
         (false, false) => Writes::Image,
         (true, false) => Writes::Apart { folder },

@@ -342,3 +342,14 @@ fn tls_begins_with_a_key_and_is_forced_on_all_or_on_exports() {
         assert!(faults.iter().any(|fault| fault.starts_with("config:5: client = \"x\"")));
     }
 }
+
+#[test]
+fn copies_apart_of_what_is_read_only_are_remarked_with_their_line() {
+    let remarked = |read_only: bool| -> Vec<usize> {
+        let export = "[generic]\n[one]\nexportname = a\ncopyonwrite = true\n";
+        let remarks = config(&format!("{export}readonly = {read_only}\n")).remarks;
+        remarks.iter().map(|remark| remark.place.line).collect()
+    };
+    assert_eq!(remarked(true), [4]);
+    assert!(remarked(false).is_empty());
+}

@@ -4,7 +4,7 @@
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::Socket;
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
@@ -16,6 +16,28 @@ use crate::socket::SocketFile;
 
 /// How long accepting rests after it failed, for instance because no file descriptor is left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How far apart failures to accept are told at least.
+const TELL_PAUSE: Duration = Duration::from_secs(1);
+
+/// Failures that come often and are told seldom.
+#[derive(Debug, Default)]
+struct Failures {
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Failures {
+    /// One more, now; where it is to be told, how many there were since the last that was.
+    fn add(&mut self, now: Instant) -> Option<u64> {
+        self.untold += 1;
+        let is_fresh = |told: Instant| now.saturating_duration_since(told) < TELL_PAUSE;
+        if self.told.is_some_and(is_fresh) {
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+}
 
 /// A connection: its two halves, and who is at the other end.
 pub(crate) type Accepted<R, W> = (R, W, Peer);
@@ -32,6 +54,7 @@ pub(crate) trait Listener: Send + Sync + 'static {
 
 /// Accepts until the server stops, then closes the listener.
 pub(crate) async fn accept<L: Listener>(server: Server, listener: L) {
+    let mut failures = Failures::default();
     loop {
         let accepted = tokio::select! {
             () = server.stopping() => return,
@@ -40,7 +63,9 @@ pub(crate) async fn accept<L: Listener>(server: Server, listener: L) {
         match accepted {
             Ok((reader, writer, peer)) => server.serve_halves(reader, writer, peer),
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
+                if let Some(failures) = failures.add(Instant::now()) {
+                    tracing::warn!(%error, failures, "cannot accept a connection");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -129,5 +154,19 @@ impl Listener for Vsock {
             let (reader, writer) = stream.into_split();
             return Ok((reader, writer, peer));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_told_once_a_second_at_most_and_counted() {
+        let (mut failures, begin) = (Failures::default(), Instant::now());
+        let told =
+            |tenths: u64| failures.add(begin + ACCEPT_PAUSE * u32::try_from(tenths).unwrap());
+        let told: Vec<u64> = (0..=25).filter_map(told).collect();
+        assert_eq!(told, [1, 10, 10]);
     }
 }

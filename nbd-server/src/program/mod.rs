@@ -5,6 +5,7 @@ mod attendant;
 mod catalogue;
 mod config;
 mod depth;
+mod descriptors;
 mod identity;
 mod images;
 mod limits;
@@ -52,6 +53,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
     if options.check_config {
         return reload::check(&reloading, config.as_ref());
     }
+    descriptors::raise_limit();
     let generic = config.as_ref().map(|config| &config.generic);
     let listen = match (&options.listen[..], generic) {
         // Sockets that are handed over take the place of those that the file names.

@@ -99,3 +99,23 @@ fn a_configuration_limits_connections_and_idle_time() {
     run(dir, "nbdinfo", &["nbd+unix:///two?socket=socket"]);
     assert!(server.stop());
 }
+
+#[test]
+fn it_may_open_as_many_files_as_the_host_allows_it() {
+    let dir = tempfile::tempdir().unwrap();
+    super::image(dir.path());
+    let lowered = "ulimit -Sn 64 && exec \"$0\" \"$@\"";
+    let (program, export) = (env!("CARGO_BIN_EXE_nbd-server"), "--export=one=disk.img,format=raw");
+    let mut server = Running::launch(
+        dir.path(),
+        "sh",
+        &["-c", lowered, program, "--listen=unix:socket", export],
+    );
+    server.address();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.child.id())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let numbers: Vec<&str> = line.split_whitespace().collect();
+    assert_ne!(numbers[0], "64");
+    assert_eq!(numbers[0], numbers[1]);
+    assert!(server.stop());
+}

@@ -44,8 +44,12 @@ const ZEROS_BYTES: u32 = 1 << 20;
 ///
 /// Requests of any length may be in flight at once. They are spread over the connections, and a connection that dies
 /// fails what it has in flight; the others go on. With [`ClientOptions::reconnect`] it is replaced instead, and what it
-/// had in flight is sent again. Without FLUSH on the server's side [`BlockDevice::flush`] succeeds
-/// at once: such a server promises that what it has answered is durable.
+/// had in flight is sent again.
+///
+/// A server without FLUSH promises nothing about when changes are durable, and cannot be asked to make them so. With
+/// one, [`BlockDevice::flush`] succeeds at once, [`Durability::Durable`] means no more than that the server has answered
+/// unless it knows FUA, and a reconnect cannot bring back what it has answered and lost; opening its export for writing
+/// logs a warning.
 pub struct NbdDevice {
     links: Arc<Links>,
     closed: AtomicBool,
@@ -83,6 +87,9 @@ impl NbdDevice {
             }
         }
         let target = Target { address: address.clone(), export: export.to_owned() };
+        if !info.is_read_only() && !info.has(transmission_flag::SEND_FLUSH) {
+            tracing::warn!(export, %address, "the server has no FLUSH: nothing tells when changes are durable");
+        }
         let links = Links::new(info, connections, options, counters, Some(target));
         Ok(Arc::new(Self::new(links)))
     }

@@ -170,7 +170,8 @@ impl Links {
         self.options.reconnect.as_ref().zip(self.target.as_ref())
     }
 
-    /// Whether the server may answer changes before they are durable. One without FLUSH promises that it does not.
+    /// Whether it is known which changes the server has made durable. Of one without FLUSH it never is: what would have to
+    /// be made again grew without end, so that nothing is.
     fn is_cached(&self) -> bool {
         !self.export.is_read_only() && self.export.has(transmission_flag::SEND_FLUSH)
     }

@@ -2,12 +2,14 @@
 //! otherwise. Order on disk is not decided here: a cluster whose reference is still on disk never gets this far.
 
 use crate::core::Core;
-use crate::error::{Fault, Feature, TableKind};
+use crate::error::{Corruption, Fault, Feature, TableKind};
 use crate::header::MAX_REFCOUNT_TABLE_BYTES;
 use crate::mapping::{Step, Table};
 use crate::refcount::BlockState;
 use crate::units::{HOST_OFFSET_END, HostCluster, Run};
 
+/// How many runs of clusters that were freed are remembered: the file is cut off before them when it is closed.
+const MAX_FREED_RUNS: usize = 1 << 16;
 /// Spare entries in a refcount table that had to grow, in blocks.
 const TABLE_SLACK: u64 = 16;
 
@@ -16,6 +18,9 @@ impl Core {
     /// reservation.
     pub(crate) fn find_end(&mut self) -> Result<Step<()>, Fault> {
         // What says that it lies behind the end of the file is kept free there, and does not move the end.
+        if let Step::Load(table) = self.check_counted()? {
+            return Ok(Step::Load(table));
+        }
         let floor = self.fixed.end().min(self.geometry.clusters(self.capacity_bytes));
         let floor = floor.max(self.refs.table_run().end().0);
         let mut next = self.refs.last_block();
@@ -45,6 +50,30 @@ impl Core {
         self.end = end;
         if let Some(block) = self.refs.last_block() {
             self.collect_free(block);
+        }
+        Ok(Step::Ready(()))
+    }
+
+    /// Refuses an image whose header, L1 table or refcount table count as free: what is written next would overwrite
+    /// them, and much else.
+    fn check_counted(&self) -> Result<Step<()>, Fault> {
+        let in_file = self.geometry.clusters(self.capacity_bytes);
+        let table = self.refs.table_run();
+        let tables = table.clusters().map(|cluster| cluster.0);
+        for cluster in self.fixed.clusters().chain(tables).filter(|at| *at < in_file) {
+            let cluster = HostCluster(cluster);
+            match self.refs.peek(cluster) {
+                Some(1..) => continue,
+                Some(0) => {}
+                None => {
+                    let block = self.refs.block_of(cluster);
+                    if let BlockState::Unloaded(at) = self.refs.state(block)? {
+                        return Ok(Step::Load(Table::Refcounts { block, at }));
+                    }
+                }
+            }
+            let host = self.geometry.host_offset(cluster);
+            return Err(Fault::Corrupt { at: host, what: Corruption::NotCounted { host } });
         }
         Ok(Step::Ready(()))
     }
@@ -117,6 +146,7 @@ impl Core {
             self.refs.set(cluster, 1);
         }
         self.free.remove(run);
+        self.freed.remove(run);
         let virgin = run.start.0 >= self.virgin_floor;
         self.virgin_floor = self.virgin_floor.max(run.end().0);
         Ok(Step::Ready(Some((run, virgin))))
@@ -206,6 +236,8 @@ impl Core {
         }
         let run = Run { start: HostCluster(table_start + layout.table), count: layout.count };
         let virgin = run.start.0 >= self.virgin_floor;
+        self.freed
+            .remove(Run { start: HostCluster(layout.start), count: layout.end() - layout.start });
         self.end = layout.end();
         self.virgin_floor = self.virgin_floor.max(self.end);
         (run, virgin)
@@ -275,6 +307,13 @@ impl Core {
     pub(crate) fn release(&mut self, runs: &[Run]) {
         for run in runs {
             self.free.insert(*run);
+            if self.freed.len() < MAX_FREED_RUNS {
+                self.freed.push(*run);
+            }
+        }
+        let last = HostCluster(self.geometry.clusters(self.kept_bytes).saturating_sub(1));
+        if let Some(start) = self.freed.start_of(last) {
+            self.kept_bytes = self.kept_bytes.min(start.saturating_mul(self.geometry.bytes()));
         }
         while let Some(last) = self.free.take_ending_at(self.end) {
             self.end = last.start.0;

@@ -37,6 +37,10 @@ pub(crate) struct Core {
     pub(crate) end: u64,
     /// Clusters from here on were never written: they read as zeros.
     pub(crate) virgin_floor: u64,
+    /// How long the file was when it was opened, in bytes, without what was freed at its end since.
+    pub(crate) kept_bytes: u64,
+    /// Clusters that this session has freed and not taken again.
+    pub(crate) freed: RunSet,
     /// The length of the file that is known to be there, in bytes.
     pub(crate) capacity_bytes: u64,
     /// Clusters that were never written read as zeros, so that only data needs to be written to them.
@@ -96,6 +100,8 @@ impl Core {
             may_look: false,
             end: 0,
             virgin_floor: clusters,
+            kept_bytes: file_bytes,
+            freed: RunSet::default(),
             capacity_bytes: file_bytes,
             fixed,
             tables: Tables::default(),
@@ -114,6 +120,13 @@ impl Core {
         most: usize,
     ) -> Result<Step<Vec<Extent>>, Fault> {
         self.map.lookup(range, most)
+    }
+
+    /// Where the file may end when it is closed, in bytes: what was in it before and was not freed since is kept, also
+    /// where refcounts say that nobody uses it. They may be wrong, and then it is somebody's data.
+    pub(crate) const fn kept_end_bytes(&self) -> u64 {
+        let used = self.end_bytes();
+        if used > self.kept_bytes { used } else { self.kept_bytes }
     }
 
     /// Where the file ends that holds all that is used, in bytes.

@@ -73,6 +73,17 @@ impl RunSet {
         (*end > cluster.0).then_some(*end)
     }
 
+    /// The first cluster of the run that a cluster is in.
+    pub(crate) fn start_of(&self, cluster: HostCluster) -> Option<u64> {
+        let (start, end) = self.runs.range(..=cluster.0).next_back()?;
+        (*end > cluster.0).then_some(*start)
+    }
+
+    /// All clusters, in order.
+    pub(crate) fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
+        self.runs.iter().flat_map(|(start, end)| *start..*end)
+    }
+
     /// Of how many runs it consists.
     pub(crate) fn len(&self) -> usize {
         self.runs.len()
@@ -189,8 +200,9 @@ impl Core {
         // In a data file nothing is counted.
         for cluster in run.clusters().filter(|_| !self.map.format().external_data) {
             match self.refs.peek(cluster) {
-                None | Some(1) => {}
-                Some(0) => {
+                None if !self.refs.is_absent(cluster) => {}
+                Some(1) => {}
+                None | Some(0) => {
                     let host = self.geometry.host_offset(cluster);
                     let what = Corruption::NotCounted { host };
                     return Err(Fault::Corrupt { at: entry_at, what });

@@ -287,6 +287,11 @@ impl Refcounts {
         Some(self.width.get(&block.bytes, cluster.0 % self.per_block()))
     }
 
+    /// Whether a cluster counts as free because there is no block for it.
+    pub(crate) fn is_absent(&self, cluster: HostCluster) -> bool {
+        matches!(self.state(self.block_of(cluster)), Ok(BlockState::Absent))
+    }
+
     /// Sets the refcount of a cluster whose block is in memory. Says whether it could.
     pub(crate) fn set(&mut self, cluster: HostCluster, value: u64) -> bool {
         let at = self.block_of(cluster);

@@ -148,7 +148,7 @@ impl Inner {
             }
         }
         if !live.file.is_fixed_len() {
-            let end = self.core.lock().end_bytes();
+            let end = self.core.lock().kept_end_bytes();
             live.file.set_len(end).await?;
         }
         live.file.sync().await?;

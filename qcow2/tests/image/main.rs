@@ -43,5 +43,6 @@ mod sendable;
 mod shape;
 mod snapshot_crash;
 mod snapshots;
+mod uncounted;
 #[cfg(feature = "vmdk")]
 mod vmdk;

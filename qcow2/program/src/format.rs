@@ -100,6 +100,11 @@ impl TypedValueParser for FormatParser {
 /// A file that cannot be read, and one that is no qcow2 image.
 pub(crate) fn recognise(path: &Path) -> anyhow::Result<Format> {
     let mut magic = [0; QCOW2_MAGIC.len()];
+    // Whoever opens a FIFO waits for its other end.
+    let kind = std::fs::metadata(path).with_context(|| could_not_open(path))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        bail!("{}: it is neither a regular file nor a block device", could_not_open(path));
+    }
     let mut file = File::open(path).with_context(|| could_not_open(path))?;
     match file.read_exact(&mut magic) {
         Ok(()) if magic == QCOW2_MAGIC => Ok(Format::Qcow2),

@@ -409,6 +409,15 @@ fn what_is_no_regular_file_is_not_followed() {
         for answer in host.look(name, "the image itself") {
             assert_eq!(answer.code, 1, "{name}: {answer:?}");
         }
+        for command in ["info", "check", "map", "snapshot", "measure", "resize", "commit", "rebase"]
+        {
+            let more: &[&str] = match command {
+                "resize" => &["+1M"],
+                _ => &[],
+            };
+            let answer = host.run(&[&[command, name], more].concat(), "no format is named");
+            assert_eq!(answer.code, 1, "{command} {name}: {answer:?}");
+        }
     }
 }
 

@@ -74,7 +74,8 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
 }
 
 async fn act(image: &Image, options: &Options) -> anyhow::Result<()> {
-    if options.list {
+    let is_asked = options.create.is_some() || options.apply.is_some() || options.delete.is_some();
+    if options.list || !is_asked {
         let snapshots: Vec<_> = image.snapshots().await?.iter().map(SnapshotFacts::of).collect();
         if !snapshots.is_empty() {
             print(&format!("Snapshot list:\n{}", snapshot_table(&snapshots, "")))?;

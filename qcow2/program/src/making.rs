@@ -18,7 +18,7 @@ use crate::open::{self, Access, How, Named, Opened};
 use crate::options::{OptionList, switch};
 use crate::secret::Secrets;
 use crate::settings;
-use crate::target::Target;
+use crate::target::{Target, file_id};
 
 /// QEMU counts disks in sectors of this many bytes.
 pub(crate) const SECTOR_BYTES: u64 = 512;
@@ -63,6 +63,13 @@ impl Plan<'_> {
         // Before any file is touched.
         let options = create_options(self.size_bytes, self.options, &self.access.secrets)?;
         options.check()?;
+        let is_same = |name: &str| {
+            let place = beside(self.path, name);
+            place == self.path || file_id(&place).is_some_and(|id| file_id(self.path) == Some(id))
+        };
+        if let Some(name) = options.data_file.as_ref().filter(|name| is_same(&name.path)) {
+            bail!("the data file {} would be the image itself", name.path);
+        }
         let (target, file) = Target::make(self.path, self.cache, sources).await?;
         let mut files = vec![target];
         let mut data = None;

@@ -2,6 +2,7 @@
 
 use crate::backing::has_protocol;
 use crate::codec::Compression;
+use crate::create::layout::Layout;
 use crate::encryption::LuksOptions;
 use crate::error::InvalidOption;
 use crate::header::{MAX_BACKING_NAME_BYTES, largest_disk_bytes};
@@ -248,7 +249,8 @@ impl CreateOptions {
         if let Some(name) = names.into_iter().flatten().find(|name| has_protocol(name)) {
             return Err(InvalidOption::Protocol(name.clone()));
         }
-        Ok(())
+        // What is left is room for all of it.
+        Layout::new(self, Vec::new()).map(drop)
     }
 
     pub(super) fn geometry(&self) -> Result<ClusterGeometry, InvalidOption> {

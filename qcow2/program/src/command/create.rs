@@ -126,6 +126,10 @@ async fn complete(options: &Options, list: &mut OptionList, file: &Path) -> anyh
     if let Some(format) = &options.backing_format {
         list.set("backing_fmt", format);
     }
+    ensure!(
+        list.get("backing_fmt").is_none() || list.get("backing_file").is_some(),
+        "a backing format is given, but no backing file (-b)"
+    );
     let named = match (list.get("size"), options.size) {
         (Some(_), Some(_)) => bail!("The image size must be specified only once"),
         (Some(size), None) => Some(settings::size("size", size)?),

@@ -176,3 +176,22 @@ fn the_manual_names_no_pages_that_are_not_there_and_shells_learn_the_formats() {
     let script = place.qcow2(&["completions", "bash"]).good().out;
     assert!(script.contains("\"qcow2 raw vmdk\""), "{script}");
 }
+
+#[test]
+fn what_is_sure_to_fail_empties_no_file() {
+    let place = Place::new();
+    place.qemu_img(&["create", "-f", "qcow2", "a", "1M"]).good();
+    std::fs::hard_link(place.path("a"), place.path("b")).unwrap();
+    let before = place.read("a");
+    let long = "x".repeat(1023);
+    for (options, text) in [
+        (vec!["-o", "data_file=a"], "the image itself"),
+        (vec!["-o", "data_file=./b"], "the image itself"),
+        (vec!["-o", "cluster_size=512", "-u", "-F", "raw", "-b", &long], "1023"),
+        (vec!["-F", "raw"], "no backing file"),
+    ] {
+        let line = [&["create", "-f", "qcow2"], &options[..], &["a", "1M"]].concat();
+        place.qcow2(&line).bad(1, text);
+        assert_eq!(place.read("a"), before, "{line:?}");
+    }
+}

@@ -15,12 +15,14 @@ pub(crate) struct Dissect(Mutex<Child>);
 
 impl Dissect {
     /// Whether it reads such images where QEMU has made them: encryption it refuses, behind the end of a backing file
-    /// it leaves bytes out, and over extended L2 entries it never ends or fails.
+    /// it leaves bytes out, over extended L2 entries it never ends or fails, and in the name of a backing file it looks
+    /// for the type of compression that version 2 does not have.
     pub(crate) fn reads(recipe: &Recipe) -> bool {
         let is_short = matches!(recipe.below, Below::ShortQcow2 | Below::ShortRaw);
         // A disk of 64 TiB ends far behind any backing file.
         let is_beyond = recipe.below != Below::Nothing && recipe.size == Size::Huge;
-        !(recipe.luks || recipe.extended || is_short || is_beyond)
+        let is_confused = recipe.version2 && recipe.below != Below::Nothing;
+        !(is_confused || recipe.luks || recipe.extended || is_short || is_beyond)
     }
 
     pub(crate) fn start() -> Self {

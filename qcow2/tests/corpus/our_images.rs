@@ -146,31 +146,31 @@ fn images_whose_refcounts_stay_behind_outgrow_their_first_refcount_block() {
 }
 
 #[test]
-fn what_we_made_in_clusters_of_512_bytes_others_read_and_change() {
+fn what_we_made_in_clusters_of_512_bytes_and_1_kib_others_read_and_change() {
     let dissect = Dissect::start();
-    for_each(&[512], |recipe, seed| judge(recipe, seed, &dissect));
+    for_each(512..=1 << 10, |recipe, seed| judge(recipe, seed, &dissect));
 }
 
 #[test]
-fn what_we_made_in_clusters_of_4_kib_others_read_and_change() {
+fn what_we_made_in_clusters_of_2_to_8_kib_others_read_and_change() {
     let dissect = Dissect::start();
-    for_each(&[4096], |recipe, seed| judge(recipe, seed, &dissect));
+    for_each(2 << 10..=8 << 10, |recipe, seed| judge(recipe, seed, &dissect));
 }
 
 #[test]
-fn what_we_made_in_clusters_of_16_kib_others_read_and_change() {
+fn what_we_made_in_clusters_of_16_and_32_kib_others_read_and_change() {
     let dissect = Dissect::start();
-    for_each(&[16_384], |recipe, seed| judge(recipe, seed, &dissect));
+    for_each(16 << 10..=32 << 10, |recipe, seed| judge(recipe, seed, &dissect));
 }
 
 #[test]
-fn what_we_made_in_clusters_of_64_kib_others_read_and_change() {
+fn what_we_made_in_clusters_of_64_to_256_kib_others_read_and_change() {
     let dissect = Dissect::start();
-    for_each(&[65_536], |recipe, seed| judge(recipe, seed, &dissect));
+    for_each(64 << 10..=256 << 10, |recipe, seed| judge(recipe, seed, &dissect));
 }
 
 #[test]
-fn what_we_made_in_clusters_of_2_mib_others_read_and_change() {
+fn what_we_made_in_clusters_of_512_kib_to_2_mib_others_read_and_change() {
     let dissect = Dissect::start();
-    for_each(&[2 << 20], |recipe, seed| judge(recipe, seed, &dissect));
+    for_each(512 << 10..=2 << 20, |recipe, seed| judge(recipe, seed, &dissect));
 }

@@ -112,26 +112,26 @@ fn judge(recipe: &Recipe, seed: u64) {
 }
 
 #[test]
-fn what_qemu_made_in_clusters_of_512_bytes_we_read_and_change() {
-    for_each(&[512], judge);
+fn what_qemu_made_in_clusters_of_512_bytes_and_1_kib_we_read_and_change() {
+    for_each(512..=1 << 10, judge);
 }
 
 #[test]
-fn what_qemu_made_in_clusters_of_4_kib_we_read_and_change() {
-    for_each(&[4096], judge);
+fn what_qemu_made_in_clusters_of_2_to_8_kib_we_read_and_change() {
+    for_each(2 << 10..=8 << 10, judge);
 }
 
 #[test]
-fn what_qemu_made_in_clusters_of_16_kib_we_read_and_change() {
-    for_each(&[16_384], judge);
+fn what_qemu_made_in_clusters_of_16_and_32_kib_we_read_and_change() {
+    for_each(16 << 10..=32 << 10, judge);
 }
 
 #[test]
-fn what_qemu_made_in_clusters_of_64_kib_we_read_and_change() {
-    for_each(&[65_536], judge);
+fn what_qemu_made_in_clusters_of_64_to_256_kib_we_read_and_change() {
+    for_each(64 << 10..=256 << 10, judge);
 }
 
 #[test]
-fn what_qemu_made_in_clusters_of_2_mib_we_read_and_change() {
-    for_each(&[2 << 20], judge);
+fn what_qemu_made_in_clusters_of_512_kib_to_2_mib_we_read_and_change() {
+    for_each(512 << 10..=2 << 20, judge);
 }

@@ -2,6 +2,7 @@
 //! two choices that do meet. How they are made is others' to know.
 
 use std::collections::HashSet;
+use std::ops::RangeInclusive;
 
 use crate::random::Random;
 
@@ -71,8 +72,26 @@ pub(crate) struct Recipe {
     pub(crate) origin: Origin,
 }
 
-const CLUSTERS: [u32; 5] = [512, 4 << 10, 16 << 10, 64 << 10, 2 << 20];
-const REFCOUNTS: [u32; 4] = [16, 1, 4, 64];
+const CLUSTERS: [u32; 13] = [
+    512,
+    1 << 10,
+    2 << 10,
+    4 << 10,
+    8 << 10,
+    16 << 10,
+    32 << 10,
+    64 << 10,
+    128 << 10,
+    256 << 10,
+    512 << 10,
+    1 << 20,
+    2 << 20,
+];
+/// The usual ones, of which all pairs are made.
+const USUAL_CLUSTERS: [u32; 5] = [512, 4 << 10, 16 << 10, 64 << 10, 2 << 20];
+/// Of the first of them all pairs are made.
+const REFCOUNTS: [u32; 7] = [16, 1, 4, 64, 2, 8, 32];
+const USUAL_REFCOUNTS: usize = 4;
 const PREALLOCATIONS: [&str; 4] = ["off", "metadata", "falloc", "full"];
 const DATA: [Data; 3] = [Data::Inside, Data::File, Data::RawFile];
 const BELOW: [Below; 5] =
@@ -81,6 +100,11 @@ const SIZES: [Size; 3] = [Size::Whole, Size::Odd, Size::Huge];
 const ORIGINS: [Origin; 3] = [Origin::Empty, Origin::Converted, Origin::Compressed];
 
 const AXES: usize = 14;
+const CLUSTER_AXIS: usize = 1;
+const REFCOUNT_AXIS: usize = 2;
+const LUKS_AXIS: usize = 9;
+/// The images with each of the sizes of clusters that are not usual.
+const UNUSUAL_IMAGES: usize = 1;
 /// How many choices there are on each axis.
 const CHOICES: [usize; AXES] = [
     2,
@@ -100,10 +124,10 @@ const CHOICES: [usize; AXES] = [
 ];
 
 impl Recipe {
-    fn of(choice: &[usize; AXES]) -> Self {
+    fn of(choice: &Choice) -> Self {
         Self {
             version2: choice[0] == 1,
-            cluster_bytes: CLUSTERS[choice[1]],
+            cluster_bytes: CLUSTERS[choice[CLUSTER_AXIS]],
             refcount_bits: REFCOUNTS[choice[2]],
             extended: choice[3] == 1,
             zstd: choice[4] == 1,
@@ -136,8 +160,9 @@ impl Recipe {
             self.below != Below::Nothing && prepared && !self.extended,
             self.below != Below::Nothing && self.data == Data::RawFile,
             self.luks && self.data == Data::RawFile,
-            // A snapshot counts everything twice, and leaves no place to itself in another file.
-            self.snapshots && (self.refcount_bits == 1 || outside),
+            // A snapshot counts everything twice, streams that share a cluster, too, and leaves no place to itself in
+            // another file.
+            self.snapshots && (self.refcount_bits < 4 || outside),
             // The mapping of 64 TiB, and files of that length, are more than a test machine has.
             self.size == Size::Huge && (prepared || outside || self.cluster_bytes < 64 << 10),
             self.origin != Origin::Empty && self.below != Below::Nothing,
@@ -158,10 +183,10 @@ impl Recipe {
     /// The size of the disk, in whole sectors.
     pub(crate) fn size_bytes(&self) -> u64 {
         let whole = match self.cluster_bytes {
-            512 => 256 << 10,
-            4096 => 2 << 20,
-            16_384 => 3 << 20,
-            65_536 => 4 << 20,
+            0..=1024 => 256 << 10,
+            1025..=8192 => 2 << 20,
+            8193..=32_768 => 3 << 20,
+            32_769..=262_144 => 4 << 20,
             _ => 12 << 20,
         };
         match self.size {
@@ -180,24 +205,42 @@ impl Recipe {
     }
 }
 
+/// A choice on each axis.
+type Choice = [usize; AXES];
 /// Pairs of choices, each an axis and a choice on it.
 type Pairs = HashSet<[(usize, usize); 2]>;
 
-fn pairs(choice: &[usize; AXES]) -> impl Iterator<Item = [(usize, usize); 2]> {
+fn pairs(choice: &Choice) -> impl Iterator<Item = [(usize, usize); 2]> {
     (0..AXES).flat_map(move |a| (a + 1..AXES).map(move |b| [(a, choice[a]), (b, choice[b])]))
 }
 
-/// The images of a round: all pairs that exist are in one of them.
+fn triples(choice: &Choice) -> impl Iterator<Item = [(usize, usize); 3]> {
+    let with =
+        move |[a, b]: [(usize, usize); 2]| (b.0 + 1..AXES).map(move |c| [a, b, (c, choice[c])]);
+    pairs(choice).flat_map(with)
+}
+
+/// Choices that may exist or not, with clusters of this size. Most are usual ones in most images, or hardly any would
+/// exist.
+fn draw(random: &mut Random, cluster_bytes: u32) -> Choice {
+    let often = 2 + random.below(4);
+    std::array::from_fn(|axis| match axis {
+        CLUSTER_AXIS => CLUSTERS.iter().position(|one| *one == cluster_bytes).unwrap(),
+        REFCOUNT_AXIS if random.once_in(often) => random.index(USUAL_REFCOUNTS),
+        _ if random.once_in(often) => random.index(CHOICES[axis]),
+        _ => 0,
+    })
+}
+
+/// The images of a round: all pairs that exist are in one of them, with the usual sizes of clusters and widths of
+/// refcounts; and as many triples as an image can have with each of the other sizes.
 pub(crate) fn recipes(round: u64) -> Vec<Recipe> {
     let mut random = Random::new(1000 + round);
     let mut seen = Pairs::new();
-    let mut drawn: Vec<[usize; AXES]> = Vec::new();
+    let mut drawn: Vec<Choice> = Vec::new();
     for _ in 0..20_000 {
-        // Most choices are usual ones in most images, or hardly any would exist.
-        let often = 2 + random.below(4);
-        let choice: [usize; AXES] = std::array::from_fn(|axis| {
-            if random.once_in(often) || axis == 1 { random.index(CHOICES[axis]) } else { 0 }
-        });
+        let cluster_bytes = USUAL_CLUSTERS[random.index(USUAL_CLUSTERS.len())];
+        let choice = draw(&mut random, cluster_bytes);
         if Recipe::of(&choice).exists() && pairs(&choice).any(|pair| seen.insert(pair)) {
             drawn.push(choice);
         }
@@ -206,13 +249,31 @@ pub(crate) fn recipes(round: u64) -> Vec<Recipe> {
     let mut kept = Vec::new();
     let mut left = seen;
     while !left.is_empty() {
-        let count =
-            |choice: &[usize; AXES]| pairs(choice).filter(|pair| left.contains(pair)).count();
+        let count = |choice: &Choice| pairs(choice).filter(|pair| left.contains(pair)).count();
         let best = *drawn.iter().max_by_key(|choice| count(choice)).unwrap();
         left.retain(|pair| !pairs(&best).any(|covered| covered == *pair));
-        kept.push(Recipe::of(&best));
+        kept.push(best);
     }
-    kept
+    let mut covered: HashSet<_> = kept.iter().flat_map(triples).collect();
+    let mut widths = (USUAL_REFCOUNTS..REFCOUNTS.len()).chain([0]).cycle();
+    for cluster_bytes in CLUSTERS.into_iter().filter(|one| !USUAL_CLUSTERS.contains(one)) {
+        for _ in 0..UNUSUAL_IMAGES {
+            let width = widths.next().unwrap();
+            let drawn = (0..500).map(|_| {
+                let mut choice = draw(&mut random, cluster_bytes);
+                choice[REFCOUNT_AXIS] = width;
+                // Every opening by QEMU costs what its key does.
+                choice[LUKS_AXIS] *= usize::from(width == 0);
+                choice
+            });
+            let exist = drawn.filter(|choice| Recipe::of(choice).exists());
+            let count = |choice: &Choice| triples(choice).filter(|t| !covered.contains(t)).count();
+            let best = exist.max_by_key(count).unwrap();
+            covered.extend(triples(&best));
+            kept.push(best);
+        }
+    }
+    kept.iter().map(Recipe::of).collect()
 }
 
 /// How many rounds to run: `SENDENSE_TEST_ROUNDS`, or one.
@@ -221,7 +282,7 @@ pub(crate) fn rounds() -> u64 {
 }
 
 /// Runs `judge` on every image of the corpus with these cluster sizes, with a seed of its own for each.
-pub(crate) fn for_each(clusters: &[u32], judge: impl Fn(&Recipe, u64)) {
+pub(crate) fn for_each(clusters: RangeInclusive<u32>, judge: impl Fn(&Recipe, u64)) {
     for round in 0..rounds() {
         for (number, recipe) in (0u64..).zip(recipes(round)) {
             if clusters.contains(&recipe.cluster_bytes) {
@@ -235,11 +296,19 @@ pub(crate) fn for_each(clusters: &[u32], judge: impl Fn(&Recipe, u64)) {
 fn every_choice_is_in_the_corpus_and_every_version_in_every_cluster_size() {
     let recipes = recipes(0);
     assert!(recipes.len() > 25, "{}", recipes.len());
-    for cluster_bytes in CLUSTERS {
+    for cluster_bytes in USUAL_CLUSTERS {
         for version2 in [false, true] {
             let there = |r: &&Recipe| r.cluster_bytes == cluster_bytes && r.version2 == version2;
             assert!(recipes.iter().any(|r| there(&r)), "{cluster_bytes} {version2}");
         }
+    }
+    for cluster_bytes in CLUSTERS {
+        let there = recipes.iter().filter(|recipe| recipe.cluster_bytes == cluster_bytes);
+        assert!(there.count() >= UNUSUAL_IMAGES, "{cluster_bytes}");
+    }
+    for bits in REFCOUNTS {
+        let there = recipes.iter().filter(|recipe| recipe.refcount_bits == bits);
+        assert!(there.count() > 1, "{bits}");
     }
     for preallocation in PREALLOCATIONS {
         assert!(recipes.iter().any(|r| r.preallocation == preallocation && r.extended));

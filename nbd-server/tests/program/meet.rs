@@ -285,7 +285,8 @@ impl Shape {
         u64::from(self.origin != Origin::Empty)
     }
 
-    /// Nothing is wrong with the image that a kill has left, but for leaks; and the snapshot holds what it did.
+    /// Nothing is wrong with the image that a kill has left, but for leaks; and the snapshot holds what it did. The
+    /// system may still be letting go of its locks.
     fn check(self, dir: &Path) {
         let key = if self.is_encrypted { ",encrypt.key-secret=key" } else { "" };
         let image = format!("driver=qcow2,file.filename=disk.qcow2{key}");
@@ -297,13 +298,13 @@ impl Shape {
             .unwrap();
         assert!(matches!(checked.status.code(), Some(0 | 3)), "{self:?}: {checked:?}");
         if self.has_snapshot {
-            self.qemu_img(dir, "convert", &["-O", "raw", "-l", "before"], &["kept"]);
+            self.qemu_img(dir, "convert", &["-U", "-O", "raw", "-l", "before"], &["kept"]);
             let kept = std::fs::read(dir.join("kept")).unwrap();
             assert!(kept == std::fs::read(dir.join("below")).unwrap(), "{self:?}: the snapshot");
         }
         if self.has_bitmap {
             // It was being written to, and nobody may take what it says for true.
-            let info = run(dir, "qemu-img", &["info", "-f", "qcow2", "disk.qcow2"]);
+            let info = run(dir, "qemu-img", &["info", "-U", "-f", "qcow2", "disk.qcow2"]);
             assert!(info.contains("in-use"), "{self:?}: {info}");
         }
     }

@@ -12,3 +12,5 @@ mod qemu;
 mod qemu_images;
 mod random;
 mod recipe;
+#[path = "../common/rounds.rs"]
+mod rounds;

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::ops::RangeInclusive;
 
 use crate::random::Random;
+use crate::rounds::rounds;
 
 /// Where guest data lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,14 +277,9 @@ pub(crate) fn recipes(round: u64) -> Vec<Recipe> {
     kept.iter().map(Recipe::of).collect()
 }
 
-/// How many rounds to run: `SENDENSE_TEST_ROUNDS`, or one.
-pub(crate) fn rounds() -> u64 {
-    std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
-}
-
 /// Runs `judge` on every image of the corpus with these cluster sizes, with a seed of its own for each.
 pub(crate) fn for_each(clusters: RangeInclusive<u32>, judge: impl Fn(&Recipe, u64)) {
-    for round in 0..rounds() {
+    for round in 0..u64::from(rounds(1)) {
         for (number, recipe) in (0u64..).zip(recipes(round)) {
             if clusters.contains(&recipe.cluster_bytes) {
                 judge(&recipe, round * 10_000 + number);

@@ -15,7 +15,8 @@ use crate::check::check;
 use crate::common::{
     block_on, pattern, qemu_check, qemu_create, qemu_img, qemu_io, range, read_all,
 };
-use crate::memory::{Act, Shape, any_act, rounds};
+use crate::memory::{Act, Shape, any_act};
+use crate::rounds::rounds;
 
 const MIB: u64 = 1 << 20;
 

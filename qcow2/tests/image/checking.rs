@@ -9,7 +9,7 @@ use qcow2::{CheckOptions, CheckReport, Error, Finding, Image, OpenOptions, Repai
 use serde_json::Value;
 
 use crate::common::{block_on, qemu_create, qemu_img, qemu_io, read_all};
-use crate::memory::rounds;
+use crate::rounds::rounds;
 
 const SECRET: [&str; 2] = ["--object", "secret,id=key,data=passphrase"];
 

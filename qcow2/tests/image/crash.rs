@@ -8,7 +8,8 @@ use qcow2::Image;
 
 use crate::check::check;
 use crate::common::{block_on, pattern, qemu_check, read_all};
-use crate::memory::{Act, Shape, any_act, note_discard, part, part_mut, rounds};
+use crate::memory::{Act, Shape, any_act, note_discard, part, part_mut};
+use crate::rounds::rounds;
 
 const SECTOR: usize = 512;
 

@@ -12,7 +12,8 @@ use crate::check::check;
 use crate::common::{block_on, range, read_all};
 use crate::compressed::mixed;
 use crate::crash::{Moment, reads_after};
-use crate::memory::{Act, Shape, any_act, note_discard, part_mut, rounds};
+use crate::memory::{Act, Shape, any_act, note_discard, part_mut};
+use crate::rounds::rounds;
 
 /// What is done to an image.
 #[derive(Clone, Debug)]

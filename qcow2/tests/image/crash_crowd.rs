@@ -6,7 +6,8 @@ use block::MemoryStorage;
 use crate::check::check;
 use crate::common::{block_on, read_all};
 use crate::crowd::{Crowd, Random, over_stamps};
-use crate::memory::{Shape, rounds};
+use crate::memory::Shape;
+use crate::rounds::rounds;
 
 const TASKS: u64 = 6;
 /// Each task's requests between opening and closing.

@@ -7,7 +7,7 @@ use qcow2::{CheckReport, Finding, GuestOffset, Repair, TableKind};
 
 use crate::checking::{Layout, check, make, qemu_check, read_by_qemu, try_check};
 use crate::common::qemu_img;
-use crate::memory::rounds;
+use crate::rounds::rounds;
 
 const KINDS: [&str; 6] = ["plain", "small", "snapshots", "extended", "v2", "compressed"];
 const DAMAGES: u64 = 60;

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::check::check;
 use crate::common::{block_on, pattern, qemu_check, range, raw_of, read_all};
-use crate::memory::rounds;
+use crate::rounds::rounds;
 
 const SECTOR: usize = 512;
 

@@ -10,7 +10,8 @@ use crate::common::{
     block_on, pattern, qemu_check, qemu_create, qemu_img, qemu_io, range, raw_of, read_all,
 };
 use crate::crowd::Random;
-use crate::memory::{note_discard, part, part_mut, rounds};
+use crate::memory::{note_discard, part, part_mut};
+use crate::rounds::rounds;
 
 /// A disk of `len` bytes in which data that compresses, data that does not, and zeros take turns.
 fn mixed(len: usize) -> Vec<u8> {

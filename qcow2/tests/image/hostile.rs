@@ -6,7 +6,8 @@ use proptest::prelude::*;
 use qcow2::{Corruption, CreateOptions, Error, Feature, Image, OpenOptions};
 
 use crate::common::{block_on, pattern, qemu_create, qemu_img, qemu_io, range};
-use crate::memory::{Shape, host, rounds};
+use crate::memory::{Shape, host};
+use crate::rounds::rounds;
 
 /// An image with some data, closed.
 fn sound(cluster_bytes: u32) -> Vec<u8> {

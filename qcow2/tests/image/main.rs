@@ -38,6 +38,8 @@ mod power;
 mod refusals;
 mod repairing;
 mod resizing;
+#[path = "../common/rounds.rs"]
+mod rounds;
 mod sans_io;
 mod sendable;
 mod shape;

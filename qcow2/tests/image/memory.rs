@@ -207,12 +207,6 @@ pub(crate) fn any_act(sectors: u64, bytes: bool) -> impl Strategy<Value = Act> {
     ]
 }
 
-/// How many rounds a test runs: `SENDENSE_TEST_ROUNDS` times as many as usual.
-pub(crate) fn rounds(usual: u32) -> u32 {
-    let factor = std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok());
-    usual * factor.unwrap_or(1)
-}
-
 /// `bytes[range]`, for ranges of the disk.
 pub(crate) fn part(bytes: &[u8], range: ByteRange) -> &[u8] {
     &bytes[usize::try_from(range.start()).unwrap()..usize::try_from(range.end()).unwrap()]

@@ -10,7 +10,8 @@ use qcow2::Image;
 
 use crate::check::check;
 use crate::common::{block_on, qemu_check, range, read_all};
-use crate::memory::{Act, Shape, any_act, note_discard, part, part_mut, rounds};
+use crate::memory::{Act, Shape, any_act, note_discard, part, part_mut};
+use crate::rounds::rounds;
 
 /// How often `qemu-img` has a look, too.
 const QEMU_EVERY: usize = 16;

@@ -14,7 +14,7 @@ use qcow2::OpenOptions;
 
 use crate::common::block_on;
 use crate::crowd::Random;
-use crate::memory::rounds;
+use crate::rounds::rounds;
 use deeds::{Doer, all_values, note, pick};
 use judge::{Judge, assert_clean};
 use ledger::{Flush, Ledger};

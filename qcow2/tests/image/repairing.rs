@@ -9,7 +9,7 @@ use qcow2::{CheckReport, Image, OpenOptions, Refusal, Repair};
 
 use crate::checking::{KINDS, Layout, check, field, make, qemu_check, read_by_qemu};
 use crate::common::{block_on, pattern, qemu_create, qemu_img, range, read_all};
-use crate::memory::rounds;
+use crate::rounds::rounds;
 
 /// The bytes in which two files differ.
 fn differing(one: &[u8], other: &[u8]) -> Vec<u64> {

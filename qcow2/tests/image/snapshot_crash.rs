@@ -10,7 +10,8 @@ use qcow2::{Error, Image};
 
 use crate::check::check;
 use crate::common::{block_on, pattern, qemu_check, range, read_all};
-use crate::memory::{Act, Shape, part_mut, rounds};
+use crate::memory::{Act, Shape, part_mut};
+use crate::rounds::rounds;
 use crate::snapshots::{Deed, Model};
 
 /// What happens in every run: all that snapshots share and all that they do not.

@@ -14,7 +14,8 @@ use crate::check::check;
 use crate::common::{
     block_on, pattern, qemu_check, qemu_create, qemu_img, qemu_io, range, raw_of, read_all,
 };
-use crate::memory::{Act, Shape, any_act, note_discard, part_mut, read, rounds};
+use crate::memory::{Act, Shape, any_act, note_discard, part_mut, read};
+use crate::rounds::rounds;
 
 fn str(path: &Path) -> &str {
     path.to_str().unwrap()

@@ -2,6 +2,7 @@
 //! same command line then succeeds.
 
 use crate::deeds::{After, DEEDS, Deed, copy_all, prepare};
+use crate::rounds::rounds;
 use crate::support::Place;
 
 /// The calls by which files change, and the one by which io_uring is asked to change them.
@@ -33,8 +34,7 @@ fn dies(deed: &Deed, prepared: &Place, engine: &str, nth: u32) -> bool {
 
 #[test]
 fn a_killed_program_loses_nothing_and_is_simply_run_again() {
-    let rounds = std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok());
-    let kills = 4 * rounds.unwrap_or(1);
+    let kills = rounds(4);
     let prepared = prepare();
     for deed in DEEDS {
         for engine in ["SENDENSE_IO=blocking", "SENDENSE_IO"] {

@@ -19,6 +19,8 @@ mod map;
 mod measure;
 mod misuse;
 mod resize;
+#[path = "../../../tests/common/rounds.rs"]
+mod rounds;
 mod snapshot;
 mod support;
 mod terminal;

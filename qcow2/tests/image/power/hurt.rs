@@ -15,7 +15,7 @@ use super::ledger::{Baseline, Event, Flush, Kept, Ledger, allowed};
 use super::setup::{Files, Setup};
 use crate::common::block_on;
 use crate::crowd::{Random, Value};
-use crate::memory::rounds;
+use crate::rounds::rounds;
 
 /// The batches of one run.
 const BATCHES: u64 = 12;

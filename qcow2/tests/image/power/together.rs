@@ -16,7 +16,7 @@ use super::qemu::Qemu;
 use super::setup::{Files, SECTOR, Setup};
 use crate::common::block_on;
 use crate::crowd::{Random, Value};
-use crate::memory::rounds;
+use crate::rounds::rounds;
 
 const GUESTS: u64 = 3;
 /// What each of them does in a round, and what each of the others does.

@@ -1,6 +1,7 @@
 //! A chain as folding needs it: which files it has, and part of it opened layer by layer over a base that may be
 //! written. An ordinary opening gives the topmost image only, with everything below it read-only.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -202,6 +203,16 @@ impl Chain {
 }
 
 impl Layer {
+    /// Removes its file, but not what somebody has put in its place since.
+    pub(super) fn remove(&self) -> Result<(), FoldError> {
+        let cannot = |source| FoldError::Remove { file: self.path.clone(), source };
+        let now = std::fs::symlink_metadata(&self.path).map_err(cannot)?;
+        if self.id != Some((now.dev(), now.ino())) {
+            return Err(cannot(std::io::Error::other("another file has taken its place")));
+        }
+        std::fs::remove_file(&self.path).map_err(cannot)
+    }
+
     /// Makes a raw file as long as it has to be, before anybody asks how long it is.
     async fn make_room(&self, needed_bytes: u64, writing: &OpenOptions) -> Result<(), FoldError> {
         if self.format != BackingFormat::Raw {
@@ -260,5 +271,36 @@ impl Stack {
             result = result.and(image.close().await);
         }
         result.and(self.base.close().await).map_err(FoldError::Device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::create::CreateOptions;
+
+    #[tokio::test]
+    async fn a_layer_is_removed_and_what_took_its_place_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let small = CreateOptions::new(1 << 20);
+        Image::create(&at("base"), &small).await.unwrap();
+        let over = small.clone().backing("base", BackingFormat::Qcow2);
+        Image::create(&at("top"), &over).await.unwrap();
+        let chain = Chain::trace(&at("top"), &OpenOptions::reading()).await.unwrap();
+        let layer = &chain.layers[1];
+        for put in ["a file", "a link"] {
+            std::fs::rename(at("base"), at("aside")).unwrap();
+            match put {
+                "a file" => std::fs::copy(at("aside"), at("base")).map(drop).unwrap(),
+                _ => std::os::unix::fs::symlink(at("aside"), at("base")).unwrap(),
+            }
+            let refused = layer.remove();
+            assert!(matches!(refused, Err(FoldError::Remove { .. })), "{put}: {refused:?}");
+            assert!(at("base").exists() && at("aside").exists(), "{put}");
+            std::fs::rename(at("aside"), at("base")).unwrap();
+        }
+        layer.remove().unwrap();
+        assert!(!at("base").exists());
     }
 }

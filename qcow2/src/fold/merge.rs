@@ -60,8 +60,7 @@ pub async fn merge(
     drop(over);
     if options.remove {
         for layer in chain.layers.get(above + 1..base).unwrap_or_default() {
-            std::fs::remove_file(&layer.path)
-                .map_err(|source| FoldError::Remove { file: layer.path.clone(), source })?;
+            layer.remove()?;
             sync_folder(&layer.path)?;
         }
     }

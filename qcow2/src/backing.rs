@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use block::{HostFile, HostOp, Root};
 
-use crate::create::BackingFormat;
+use crate::create::{BackingFormat, folder};
 use crate::error::{Error, Feature, ReferenceError};
 use crate::open::OpenOptions;
 
@@ -203,13 +203,6 @@ pub(crate) fn has_protocol(name: &str) -> bool {
 fn leads_away(error: &std::io::Error) -> bool {
     use std::io::ErrorKind;
     matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::NotADirectory | ErrorKind::NotFound)
-}
-
-fn folder(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 fn resolve(path: &Path) -> Result<PathBuf, Error> {

@@ -7,6 +7,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use nbd_server::client::NbdUri;
 
+/// The folder that a file is in, from which the relative names in an image start.
+pub(crate) fn folder(file: &Path) -> &Path {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
 /// A place that an image is read from or written to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Place {

@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use block::{Create, HostFile, OpenOptions};
 
 use crate::cache::Cache;
+use crate::place::folder;
 
 /// A file that is being made. Dropped before it is kept, it is removed if it is new: nobody shall take half an image
 /// for a whole one. One that was there before stays, as for qemu-img: somebody else made it, and may know it by other
@@ -87,10 +88,7 @@ impl Target {
     /// Where its folder cannot be synced.
     pub(crate) fn keep(mut self) -> anyhow::Result<()> {
         self.is_kept = true;
-        let folder = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let folder = folder(&self.path);
         let synced = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
         synced.with_context(|| format!("cannot make {} durable", folder.display()))
     }

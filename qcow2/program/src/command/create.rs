@@ -12,7 +12,7 @@ use crate::making::{self, Plan, beside};
 use crate::open::{self, Access, How, Named};
 use crate::options::OptionList;
 use crate::output::{print, text_of, warn};
-use crate::place::Place;
+use crate::place::{Place, folder};
 use crate::settings::{self, Purpose};
 use crate::size::Size;
 use crate::stop::Stop;
@@ -156,6 +156,9 @@ async fn complete(options: &Options, list: &mut OptionList, file: &Path) -> anyh
             tell_of_distance(file, &path, &options.access);
         }
     }
+    if let Some(name) = list.get("data_file") {
+        tell_of_distance(file, &beside(file, name), &options.access);
+    }
     let size = size.context("Image creation needs a size parameter")?;
     if list.get("size").is_none() {
         list.set("size", size.to_string());
@@ -200,20 +203,17 @@ async fn size_below(path: &Path, format: Option<&str>, access: &Access) -> anyho
 }
 
 /// References are confined by default: better said now than when the image is opened.
-fn tell_of_distance(file: &Path, backing: &Path, access: &Access) {
-    let folder = match file.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let resolved = (folder.canonicalize(), backing.canonicalize());
-    if let (Ok(folder), Ok(backing)) = resolved
+fn tell_of_distance(file: &Path, other: &Path, access: &Access) {
+    // A data file is yet to be made: its folder is there.
+    let resolved = other.canonicalize().or_else(|_| folder(other).canonicalize());
+    if let (Ok(inside), Ok(other)) = (folder(file).canonicalize(), resolved)
         && access.allow_references.is_none()
-        && !backing.starts_with(&folder)
+        && !other.starts_with(&inside)
     {
         warn(&format!(
             "{} lies outside {}: opening the new image will need --allow-references",
-            backing.display(),
-            folder.display()
+            other.display(),
+            inside.display()
         ));
     }
 }

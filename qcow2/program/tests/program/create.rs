@@ -341,3 +341,27 @@ fn what_can_be_judged_before_is_judged_before_a_file_is_touched() {
         assert!(place.read("old") == before, "{format} {options}");
     }
 }
+
+#[test]
+fn a_reference_that_leads_outside_is_told_when_it_is_made() {
+    let place = Place::new();
+    for folder in ["in", "out"] {
+        std::fs::create_dir(place.path(folder)).unwrap();
+    }
+    place.write_raw("out/base", 1 << 20, 7);
+    place.write_raw("in/base", 1 << 20, 7);
+    let outside = "will need --allow-references";
+    let create =
+        |more: &[&str]| place.qcow2(&[&["create", "-q", "-f", "qcow2"], more].concat()).good().err;
+    for (number, allow) in [&[][..], &["--allow-references", "any"]].into_iter().enumerate() {
+        let image = |name: &str| format!("in/{name}{number}");
+        let data = format!("data_file=../out/data{number}");
+        let far_below = create(&[allow, &["-b", "../out/base", "-F", "raw", &image("a")]].concat());
+        let far_data = create(&[allow, &["-o", &data, &image("b"), "1M"]].concat());
+        assert_eq!(far_below.contains(outside), allow.is_empty(), "{far_below}");
+        assert_eq!(far_data.contains(outside), allow.is_empty(), "{far_data}");
+        let data = format!("data_file=data{number}");
+        assert_eq!(create(&[allow, &["-b", "base", "-F", "raw", &image("c")]].concat()), "");
+        assert_eq!(create(&[allow, &["-o", &data, &image("d"), "1M"]].concat()), "");
+    }
+}

@@ -83,6 +83,12 @@ impl Extensions {
             })?;
             at = data_end.next_multiple_of(8);
         }
+        // QEMU opens no image in which one begins and there is no room for its type and length.
+        if at < end {
+            let rule = "there is no room for its type and length";
+            let what = Corruption::ExtensionContent { kind: END, rule };
+            return Err(Fault::Corrupt { at: HostOffset(at as u64), what });
+        }
         Ok((found, at.min(end)))
     }
 

@@ -336,3 +336,13 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_extension_that_has_no_room_for_its_own_length_is_refused() {
+    let mut cluster = vec![0; 512];
+    cluster[112..123].copy_from_slice(&[0, 0, 0, 99, 0, 0, 0, 3, 7, 7, 7]);
+    for end in 128..=136 {
+        let parsed = Extensions::parse(&cluster, 112, end);
+        assert_eq!(parsed.is_ok(), end == 128 || end == 136, "{end}: {parsed:?}");
+    }
+}

@@ -290,7 +290,7 @@ impl Anatomy {
     }
 
     /// All images with one field that lies, about `limit` of them, spread over all fields.
-    pub(crate) fn liars(&self, limit: usize) -> impl Iterator<Item = Mutant> + '_ {
+    pub(crate) fn liars(&self, limit: u32) -> impl Iterator<Item = Mutant> + '_ {
         let all = self
             .fields
             .iter()
@@ -322,7 +322,7 @@ impl Anatomy {
     }
 
     /// The image with each structure lying where another does: its bytes are copied there, too.
-    pub(crate) fn overlaps(&self, limit: usize) -> impl Iterator<Item = Mutant> + '_ {
+    pub(crate) fn overlaps(&self, limit: u32) -> impl Iterator<Item = Mutant> + '_ {
         let pairs = self.structures.iter().flat_map(|from| {
             let others = self.structures.iter().filter(|to| to.at != from.at);
             others.map(move |to| (from, to))
@@ -351,11 +351,11 @@ impl Anatomy {
 }
 
 /// About `limit` of the items, from everywhere among them.
-fn spread<T>(items: Vec<T>, limit: usize) -> impl Iterator<Item = T> {
+fn spread<T>(items: Vec<T>, limit: u32) -> impl Iterator<Item = T> {
     let total = items.len().max(1);
     let chosen = move |at: usize| {
         let random = (at as u64 ^ 0x5bd1_e995).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-        usize::try_from(random).unwrap() % total < limit
+        usize::try_from(random).unwrap() % total < limit as usize
     };
     items.into_iter().enumerate().filter(move |(at, _)| chosen(*at)).map(|(_, item)| item)
 }

@@ -119,8 +119,12 @@ impl Stage {
         }
         let _may_fail = image.bitmaps().await;
         all_good &= image.close().await.is_ok();
+        let Some(before) = before.filter(|before| before.is_consistent()) else {
+            // What was wrong before may be worse now; a repair is no less true for that.
+            Box::pin(self.repair(Repair::All)).await;
+            return true;
+        };
         let after = Image::check_on(&self.file(), Repair::None, |_| {}).await;
-        let Some(before) = before.filter(|before| before.is_consistent()) else { return true };
         let after = after.expect("what could be checked before can be checked afterwards");
         // A COPIED flag that is missing on what two entries of the disk shared costs a copy, not data.
         let is_harmless = |finding: &&Finding| matches!(finding, Finding::CopiedFlag { raw, .. } if raw >> 63 == 0);

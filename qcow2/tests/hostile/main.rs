@@ -8,6 +8,8 @@ mod disguised;
 mod exercise;
 #[cfg(feature = "luks")]
 mod locked;
+#[path = "../common/rounds.rs"]
+mod rounds;
 mod samples;
 
 use std::process::Command;
@@ -18,16 +20,11 @@ use anatomy::{Anatomy, Mutant};
 use block::BlockDevice;
 use exercise::{Outcome, exercise};
 use qcow2::{BitmapError, CheckOptions, CreateOptions, Error, Image, OpenOptions, Passphrase};
+use rounds::rounds;
 use samples::{KINDS, SECRET, sample};
 
 /// What nothing takes unless it hangs: the machine may be busy with other tests.
 const HANGS_AFTER: Duration = Duration::from_secs(120);
-
-/// How many lies of a kind are told.
-fn limit(usual: usize) -> usize {
-    let factor = std::env::var("SENDENSE_TEST_ROUNDS").ok().and_then(|text| text.parse().ok());
-    usual * factor.unwrap_or(1)
-}
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
@@ -59,44 +56,70 @@ fn use_all(
 }
 
 /// A field may hold another number and the image be a sound one all the same: a date, a flag of a reserved area, a
-/// cluster that reads as zeros. `qemu-img check` agrees, or does not open it; it never finds what went unnoticed here.
+/// cluster that reads as zeros. `qemu-img check` agrees; it never finds, or refuses, what went unnoticed here.
 fn assert_sound_to_qemu(kind: &str, liars: &[(Mutant, Outcome)]) {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk");
     for name in ["data", "below"] {
-        std::fs::write(dir.path().join(name), vec![0; 100_000]).unwrap();
+        std::fs::write(dir.path().join(name), vec![0; 103_936]).unwrap();
     }
+    // What a name leads to is not asked here, and both are told what opens an image.
+    let options = match kind {
+        "data_file" | "raw_data_file" => ",data-file.driver=file,data-file.filename=data",
+        "luks" => ",encrypt.key-secret=words",
+        "backing" => ",backing.driver=raw,backing.file.driver=file,backing.file.filename=below",
+        _ => "",
+    };
+    let words = format!("secret,id=words,data={SECRET}");
+    let image = format!("driver=qcow2,file.filename=disk{options}");
     for (Mutant { what, bytes }, _) in
         liars.iter().filter(|(_, outcome)| outcome.opened && outcome.clean)
     {
-        std::fs::write(&path, bytes).unwrap();
+        std::fs::write(dir.path().join("disk"), bytes).unwrap();
         let mut check = Command::new("qemu-img");
-        let output = check.args(["check", "-q", "-f", "qcow2"]).arg(&path).output();
+        check.current_dir(dir.path()).args(["check", "-q", "--object", &words]);
+        let output = check.args(["--image-opts", &image]).output();
         let output = output.unwrap_or_else(|error| panic!("qemu-img: {error}"));
         let found = String::from_utf8_lossy(&output.stderr);
-        assert!(matches!(output.status.code(), Some(0 | 1)), "{kind}: {what}: {found}");
+        let is_stricter = kind == "bitmaps" && is_otherwise_to_qemu(what);
+        assert!(output.status.success() || is_stricter, "{kind}: {what}: {found}");
     }
 }
 
+/// Where QEMU refuses bitmaps that are none the worse: it counts the bits of a disk by whole sectors and misses the last
+/// one, and does not know the flag (2) that says of unknown extra data that it may be ignored.
+fn is_otherwise_to_qemu(what: &str) -> bool {
+    let size = what.strip_prefix("size is 0x").map(|text| u64::from_str_radix(text, 16).unwrap());
+    size.is_some_and(|bytes| bytes % 512 != 0) || what.ends_with("flags is 0x4")
+}
+
 /// Tells the lies of one kind of image.
-fn lie_with(kind: &'static str, fields: usize, overlaps: usize) {
+fn lie_with(kind: &'static str, fields: u32, overlaps: u32) {
     let sound = block_on(sample(kind));
     let passphrases = [Passphrase::new(SECRET)];
     let outcome = block_on(exercise(&sound.bytes, &passphrases));
     let all_good = Outcome { opened: true, opened_for_writing: true, clean: true, repaired: true };
     assert_eq!(outcome, all_good, "{kind} as it is");
     let anatomy = Anatomy::of(&sound.bytes);
-    let liars = use_all(anatomy.liars(limit(fields)), &passphrases);
+    let liars = use_all(anatomy.liars(rounds(fields)), &passphrases);
     assert!(!liars.is_empty());
     let noticed = liars.iter().filter(|(_, outcome)| !outcome.opened || !outcome.clean).count();
     assert!(noticed * 4 > liars.len(), "{kind}: {noticed} of {} lies are noticed", liars.len());
     assert_sound_to_qemu(kind, &liars);
     for others in [
-        use_all(anatomy.overlaps(limit(overlaps)), &passphrases),
+        use_all(anatomy.overlaps(rounds(overlaps)), &passphrases),
         use_all(anatomy.stumps(), &passphrases),
     ] {
         assert_sound_to_qemu(kind, &others);
     }
+    assert_modest();
+}
+
+/// No lie had memory taken for it: everything that was told here needed less than one command may take.
+fn assert_modest() {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let kilobytes: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(kilobytes < 512 << 10, "{kilobytes} KiB were in use");
 }
 
 macro_rules! kinds {

@@ -10,6 +10,7 @@ mod samples;
 use anatomy::{Anatomy, Mutant};
 use samples::{KINDS, SECRET, sample};
 
+use crate::rounds::rounds;
 use crate::support::{Answer, Place, exists};
 
 /// What no answer and no output may hold.
@@ -63,15 +64,21 @@ impl Host {
         answers
     }
 
-    /// Runs commands that change an image, too.
+    /// Runs all commands that change an image, too.
     fn change(&self, name: &str, what: &str) {
         for change in [
+            vec!["bench", "-q", "-f", "qcow2", "-w", "-c", "10", "-s", "4096", name],
             vec!["snapshot", "-c", "new", name],
             vec!["snapshot", "-a", "1", name],
             vec!["snapshot", "-d", "1", name],
             vec!["bitmap", "--add", name, "new"],
+            vec!["bitmap", "--merge", "new", name, "bitmap 0"],
+            vec!["bitmap", "--remove", name, "bitmap 0"],
             vec!["resize", "-f", "qcow2", name, "+1M"],
             vec!["amend", "-f", "qcow2", "-o", "refcount_bits=32", name],
+            vec!["commit", "-f", "qcow2", name],
+            vec!["rebase", "-f", "qcow2", "-b", "", name],
+            vec!["check", "-f", "qcow2", "-r", "leaks", name],
             vec!["check", "-f", "qcow2", "-r", "all", name],
         ] {
             self.run(&change, what);
@@ -103,10 +110,16 @@ fn lie_with(kinds: &[&'static str]) {
     for kind in kinds {
         let sound = block_on(sample(kind));
         let anatomy = Anatomy::of(&sound.bytes);
-        let liars = anatomy.liars(5).chain(anatomy.overlaps(2));
-        for Mutant { what, bytes } in liars.chain(anatomy.stumps().step_by(20)) {
+        let liars = anatomy.liars(rounds(10)).chain(anatomy.overlaps(rounds(4)));
+        let stumps = anatomy.stumps().step_by(if rounds(1) > 1 { 1 } else { 20 });
+        for Mutant { what, bytes } in liars.chain(stumps) {
+            for name in ["data", "below"] {
+                host.put(name, &vec![0; 100_000]);
+            }
             host.put("disk.qcow2", &bytes);
-            host.look("disk.qcow2", &format!("{}: {what}", sound.name));
+            let what = format!("{}: {what}", sound.name);
+            host.look("disk.qcow2", &what);
+            host.change("disk.qcow2", &what);
         }
     }
 }

@@ -346,3 +346,15 @@ fn an_extension_that_has_no_room_for_its_own_length_is_refused() {
         assert_eq!(parsed.is_ok(), end == 128 || end == 136, "{end}: {parsed:?}");
     }
 }
+
+#[test]
+fn the_name_of_a_format_is_short() {
+    for len in [0, 15, 16, 17] {
+        let mut cluster = vec![0; 512];
+        let mut extension = Vec::new();
+        push(&mut extension, BACKING_FORMAT, &vec![b'q'; len]);
+        cluster[112..112 + extension.len()].copy_from_slice(&extension);
+        let parsed = Extensions::parse(&cluster, 112, 512);
+        assert_eq!(parsed.is_ok(), len < 16, "{len}: {parsed:?}");
+    }
+}

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::BlockDevice;
+use block::{BlockDevice, ByteRange};
 
 use crate::access::{Access, ClientName, Protection};
 use crate::admission::Admission;
@@ -16,11 +16,12 @@ use crate::counters::{Counters, LastError, Tally};
 use crate::extent_source::ExtentSource;
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportFacts, MetaContext, Unavailable};
+use crate::leases::Leases;
 use crate::limits::Limits;
 use crate::peer::Peer;
 use crate::signal::Signal;
 use crate::wire::{MAX_STRING_BYTES, transmission_flag};
-use crate::writers::{Flushing, Lease, LeaseHold, Parting, Writer, Writers};
+use crate::writers::{Claim, Flushing, Lease, LeaseHold, Parting, Writer, Writers};
 
 /// A device to be served under a name.
 #[derive(Clone)]
@@ -40,6 +41,7 @@ pub struct Export {
     max_connections: Option<usize>,
     idle_timeout: Option<Duration>,
     writers: Writers,
+    lease: Option<(Arc<Lease>, ByteRange)>,
     seals: bool,
 }
 
@@ -68,6 +70,7 @@ impl Export {
             max_connections: None,
             idle_timeout: None,
             writers: Writers::default(),
+            lease: None,
             seals: false,
         }
     }
@@ -177,9 +180,20 @@ impl Export {
         self
     }
 
+    /// Shares the right to write with all exports that are given the same lease, because they write to one thing, this
+    /// one to `part` of it: those keep each other out whose parts overlap, as far as [`Export::writers`] of either says.
+    /// Otherwise that is so among exports of the same device.
+    #[must_use]
+    pub fn lease(mut self, lease: Arc<Lease>, part: ByteRange) -> Self {
+        self.lease = Some((lease, part));
+        self
+    }
+
     /// Seals it once its writer is done: when the last connection of a client that changed or flushed anything has ended by
-    /// `DISC`, the device is flushed, [`Attendant::sealed`] is told, and the export is read-only from then on, until it
-    /// is removed. Allows for one client at a time, where [`Export::writers`] says nothing narrower.
+    /// `DISC`, the device is flushed, [`Attendant::sealed`] is told, and the export is read-only from then on, with all
+    /// others that have its [`Lease`] and whatever takes its place, until the lease is gone: nothing that has it is in the
+    /// table any more, or has connections. Allows for one client at a time, where [`Export::writers`] says nothing
+    /// narrower.
     ///
     /// Where one of several connections was lost, the client is done only if it came back, for each that was lost by a
     /// later connection that changed or flushed something, and a FLUSH behind that succeeded; otherwise the log says why
@@ -216,6 +230,11 @@ impl Export {
             && self.idle_timeout == other.idle_timeout
             && self.writers == other.writers
             && self.seals == other.seals
+            && match (&self.lease, &other.lease) {
+                (None, None) => true,
+                (Some((one, part)), Some((another, of))) => Arc::ptr_eq(one, another) && part == of,
+                _ => false,
+            }
             && match (&self.attendant, &other.attendant) {
                 (None, None) => true,
                 (Some(one), Some(another)) => Arc::ptr_eq(one, another),
@@ -310,9 +329,11 @@ pub(crate) struct Served {
     lonely: bool,
     /// Whether each client may have one connection to the server.
     one_of_client: bool,
-    /// Shared with what took its place, or whose place it took.
+    /// Shared with all that write to the same.
     lease: Arc<Lease>,
-    connections: Arc<Gauge>,
+    /// What of it is written here.
+    part: ByteRange,
+    pub(crate) connections: Arc<Gauge>,
 }
 
 impl std::fmt::Debug for Served {
@@ -384,9 +405,6 @@ impl Attachment {
     pub(crate) async fn leave(&self, by_word: bool) {
         let Some(lease) = &self.lease else { return };
         let (parting, export) = (lease.leave(by_word), &self.export.facts.name);
-        if !self.export.origin.seals {
-            return;
-        }
         let sealing = match parting {
             Parting::Nothing => return,
             Parting::Unfinished(why) => {
@@ -413,8 +431,12 @@ impl Attachment {
 }
 
 impl Served {
-    /// Asks the device for its limits, once.
-    pub(crate) fn new(export: Export, limits: &Limits) -> Result<Self, ExportError> {
+    /// Asks the device for its limits, once, and takes its lease where it was given none.
+    pub(crate) fn new(
+        export: Export,
+        limits: &Limits,
+        leases: &Leases,
+    ) -> Result<Self, ExportError> {
         let is_bad = |text: &str| text.len() > MAX_STRING_BYTES || text.contains('\0');
         if is_bad(&export.name) || is_bad(&export.description) {
             return Err(ExportError::BadString);
@@ -446,6 +468,10 @@ impl Served {
             max_payload_bytes: limits.max_payload_bytes,
             contexts,
         };
+        let (lease, part) = match export.lease {
+            Some(given) => given,
+            None => (leases.of(&export.device), ByteRange::between(0, device.size_bytes)),
+        };
         let max_connections =
             origin.max_connections.or(limits.connections_per_export).unwrap_or(usize::MAX);
         Ok(Self {
@@ -458,7 +484,8 @@ impl Served {
             max_connections,
             lonely: max_connections.min(limits.connections) < 2,
             one_of_client: limits.connections_per_client.is_some_and(|limit| limit < 2),
-            lease: Arc::default(),
+            lease,
+            part,
             origin,
             closing: Signal::default(),
             connections: Arc::default(),
@@ -475,7 +502,7 @@ impl Served {
         let lease = if self.is_read_only() {
             None
         } else {
-            let taken = self.lease.take(self.writers(), Writer::new(&client.peer, protection));
+            let taken = self.lease.take(self.claim(&client.peer, protection));
             // Looked at again, because it may have been sealed in between.
             let taken = taken.ok_or(Unavailable::Leased)?;
             (!self.is_sealed()).then(|| Arc::new(taken))
@@ -492,14 +519,19 @@ impl Served {
 
     /// Whether a client would be let in now.
     pub(crate) fn judge(&self, peer: &Peer, protection: &Protection) -> Result<(), Unavailable> {
-        let writer = Writer::new(peer, protection);
         if self.connections() >= self.max_connections {
             Err(Unavailable::Full)
-        } else if !self.is_read_only() && !self.lease.admits(self.writers(), &writer) {
+        } else if !self.is_read_only() && !self.lease.admits(&self.claim(peer, protection)) {
             Err(Unavailable::Leased)
         } else {
             Ok(())
         }
+    }
+
+    /// What a client that writes asks for.
+    fn claim(&self, peer: &Peer, protection: &Protection) -> Claim {
+        let (writers, writer) = (self.writers(), Writer::new(peer, protection));
+        Claim { writers, writer, part: self.part, seals: self.origin.seals }
     }
 
     fn writers(&self) -> Writers {
@@ -515,7 +547,7 @@ impl Served {
     }
 
     fn is_sealed(&self) -> bool {
-        self.origin.seals && self.lease.is_sealed()
+        !self.origin.read_only && self.lease.is_sealed()
     }
 
     /// What a client that comes now may know of it.
@@ -539,13 +571,6 @@ impl Served {
             facts.withheld |= transmission_flag::CAN_MULTI_CONN;
         }
         facts
-    }
-
-    /// Takes the place of another that shows the same device: its writer stays the only one.
-    pub(crate) fn succeed(&mut self, other: &Self) {
-        if Arc::ptr_eq(&self.device, &other.device) {
-            self.lease = Arc::clone(&other.lease);
-        }
     }
 
     pub(crate) fn is_default(&self) -> bool {

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use block::BlockDevice;
 
 use crate::export::{Export, ExportError, Removal, Served};
+use crate::gauge::Gauge;
 use crate::server::{Server, Table};
+use crate::signal::Signal;
 #[cfg(feature = "tls")]
 use crate::tls::ServerTls;
 
@@ -37,36 +39,53 @@ impl Replaced {
 }
 
 /// An export that is in the table no more and may still have connections.
-#[derive(Debug)]
 pub struct Retired {
-    served: Arc<Served>,
+    name: String,
+    device: Arc<dyn BlockDevice>,
+    closing: Signal,
+    connections: Arc<Gauge>,
+}
+
+impl std::fmt::Debug for Retired {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Retired").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 impl Retired {
+    fn of(served: &Served) -> Self {
+        Self {
+            name: served.facts.name.clone(),
+            device: Arc::clone(&served.device),
+            closing: served.closing.clone(),
+            connections: Arc::clone(&served.connections),
+        }
+    }
+
     /// The name it had.
     pub fn name(&self) -> &str {
-        &self.served.facts.name
+        &self.name
     }
 
     /// Its device.
     pub fn device(&self) -> &Arc<dyn BlockDevice> {
-        &self.served.device
+        &self.device
     }
 
     /// How many connections hold it.
     pub fn connections(&self) -> usize {
-        self.served.connections()
+        self.connections.count()
     }
 
     /// Closes the connections that it still has, as [`Removal::Cut`] does.
     pub fn cut(&self) {
-        self.served.closing.raise();
+        self.closing.raise();
     }
 
     /// Waits until no connection and no request uses it. Its device can be closed then, unless another export has it,
     /// too.
     pub async fn unused(&self) {
-        self.served.unheld().await;
+        self.connections.idle().await;
     }
 }
 
@@ -77,7 +96,8 @@ impl Server {
     /// An export is kept, its connections and counters untouched, where one of the same name has the same device, the
     /// same sources of contexts (the very same [`Arc`]s) and equal properties. One that differs is changed: new clients
     /// get the new export, open connections stay with the old one. `how` says what becomes of connections of exports
-    /// that are removed.
+    /// that are removed. The right to write stays with what is written, see [`Lease`](crate::Lease): whoever has it
+    /// keeps it under another name, too.
     ///
     /// Devices are never closed here: [`Replaced::retired`] tells when those that left are unused.
     ///
@@ -115,7 +135,7 @@ impl Server {
     fn table_of(&self, exports: impl IntoIterator<Item = Export>) -> Result<Table, ExportError> {
         let mut next = Table::default();
         for export in exports {
-            next.insert(Served::new(export, self.limits())?)?;
+            next.insert(self.served(export)?)?;
         }
         Ok(next)
     }
@@ -132,19 +152,15 @@ pub(crate) fn settle(old: &BTreeMap<String, Arc<Served>>, next: &mut Table) -> R
                 replaced.kept.push(name.clone());
             }
             Some(known) => {
-                // Nobody else has it yet.
-                if let Some(served) = Arc::get_mut(served) {
-                    served.succeed(known);
-                }
                 replaced.changed.push(name.clone());
-                replaced.retired.push(Retired { served: Arc::clone(known) });
+                replaced.retired.push(Retired::of(known));
             }
         }
     }
     for (name, served) in old {
         if !next.exports.contains_key(name) {
             replaced.removed.push(name.clone());
-            replaced.retired.push(Retired { served: Arc::clone(served) });
+            replaced.retired.push(Retired::of(served));
         }
     }
     replaced

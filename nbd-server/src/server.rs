@@ -26,6 +26,7 @@ use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Serv
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportDirectory, ExportFacts, TlsMode, Unavailable};
 use crate::intake::Arriving;
+use crate::leases::Leases;
 use crate::limits::Limits;
 use crate::listener;
 use crate::memory::Memory;
@@ -92,6 +93,7 @@ pub(crate) struct Shared {
     #[cfg(feature = "tls")]
     pub(crate) tls: RwLock<Option<ServerTls>>,
     table: RwLock<Table>,
+    leases: Leases,
     policy: RwLock<Policy>,
     /// Nothing new is accepted, what is open comes to its end.
     pub(crate) stopping: Signal,
@@ -162,6 +164,7 @@ impl Server {
             #[cfg(feature = "tls")]
             tls: RwLock::new(tls),
             table: RwLock::default(),
+            leases: Leases::default(),
             policy: RwLock::new(Policy { admission: Admission::default(), listing: true }),
             stopping: Signal::default(),
             left: Signal::default(),
@@ -289,7 +292,7 @@ impl Server {
     /// # Errors
     /// [`ExportError`].
     pub fn add_export(&self, export: Export) -> Result<(), ExportError> {
-        let served = Served::new(export, &self.shared.limits)?;
+        let served = self.served(export)?;
         let mut table = self.shared.table.write();
         if self.shared.stopping.is_raised() {
             return Err(ExportError::ShuttingDown);
@@ -300,6 +303,11 @@ impl Server {
 
     pub(crate) fn limits(&self) -> &Limits {
         &self.shared.limits
+    }
+
+    /// An export as it would stand in the table.
+    pub(crate) fn served(&self, export: Export) -> Result<Served, ExportError> {
+        Served::new(export, &self.shared.limits, &self.shared.leases)
     }
 
     /// Makes `next` the table, and uses other certificates with it where there are any.

@@ -2,8 +2,8 @@
 
 use tokio::sync::watch;
 
-/// Raised once, never lowered.
-#[derive(Debug)]
+/// Raised once, never lowered. Clones are the same flag.
+#[derive(Clone, Debug)]
 pub(crate) struct Signal(watch::Sender<bool>);
 
 impl Default for Signal {

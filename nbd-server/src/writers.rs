@@ -1,17 +1,20 @@
 //! Who may write to an export at once, and what becomes of it when its writer is done. Who may use it at all is decided
 //! by `admission` and `access`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use block::ByteRange;
 use parking_lot::Mutex;
 
 use crate::access::{Identity, Protection};
 use crate::census::Origin;
 use crate::peer::Peer;
 
-/// Who may have a writable export at once. NBD does not tell whether a client means to write, so that this counts
-/// everybody; who only reads takes another, read-only export of the same device.
+/// Who may have a writable export at once, and whatever else it shows of what it writes: see [`Lease`]. NBD does not tell
+/// whether a client means to write, so that this counts everybody; who only reads takes another, read-only export of the
+/// same device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Writers {
     /// Everybody who may use it.
@@ -47,18 +50,50 @@ impl Writer {
     }
 }
 
-/// The right to write to an export.
+/// A connection that has the right to write, or asks for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Claim {
+    /// Whom it tolerates beside it.
+    pub(crate) writers: Writers,
+    pub(crate) writer: Writer,
+    /// What it writes of all that the lease is for.
+    pub(crate) part: ByteRange,
+    /// Whether the end of the writing is to be followed by sealing.
+    pub(crate) seals: bool,
+}
+
+impl Claim {
+    /// Whether both may write at once. The narrower of their demands counts.
+    fn goes_with(&self, other: &Self) -> bool {
+        if !self.part.overlaps(other.part) {
+            return true;
+        }
+        match (self.writers, other.writers) {
+            (Writers::OneConnection, _) | (_, Writers::OneConnection) => false,
+            (Writers::OneClient, _) | (_, Writers::OneClient) => self.writer.is(&other.writer),
+            (Writers::Any, Writers::Any) => true,
+        }
+    }
+}
+
+/// The right to write to one thing: a device, an image, a file. It outlives reloads, and does not care for names.
+///
+/// Exports of one device (the very same [`Arc`]) share one, as long as one of them is in the table or has connections.
+/// Exports that show one thing through different devices, for instance through [`Window`](crate::Window)s, are given the
+/// same one by [`Export::lease`](crate::Export::lease).
 #[derive(Debug, Default)]
-pub(crate) struct Lease {
+pub struct Lease {
     state: Mutex<State>,
     sealed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    holder: Option<Writer>,
-    connections: usize,
-    /// How many of its connections ended otherwise than by a word of the client.
+    /// The connections that have a part in it, by their numbers.
+    claims: BTreeMap<u64, Claim>,
+    /// The number of the next one.
+    next: u64,
+    /// How many connections ended otherwise than by a word of the client.
     losses: usize,
     /// How many of those were followed by another connection, each by one of its own, that changed or flushed something.
     /// Never more than there were losses.
@@ -71,14 +106,8 @@ struct State {
 }
 
 impl State {
-    fn admits(&self, writers: Writers, writer: &Writer) -> bool {
-        match (&self.holder, writers) {
-            (None, _) => true,
-            (Some(_), _) if self.sealing => false,
-            (Some(_), Writers::Any) => true,
-            (Some(holder), Writers::OneClient) => holder.is(writer),
-            (Some(_), Writers::OneConnection) => false,
-        }
+    fn admits(&self, claim: &Claim) -> bool {
+        !self.sealing && self.claims.values().all(|held| held.goes_with(claim))
     }
 
     /// Why the writer is not done although nobody is connected.
@@ -95,7 +124,7 @@ impl State {
     }
 
     fn end(&mut self) {
-        *self = Self::default();
+        *self = Self { next: self.next, ..Self::default() };
     }
 }
 
@@ -103,6 +132,7 @@ impl State {
 #[derive(Debug)]
 pub(crate) struct LeaseHold {
     lease: Arc<Lease>,
+    number: u64,
     used: AtomicBool,
     left: AtomicBool,
     /// How many connections were lost before it came.
@@ -134,26 +164,32 @@ pub(crate) enum Parting {
 pub(crate) struct Sealing(Arc<Lease>);
 
 impl Lease {
+    /// One that nobody has.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Whether it is given to nobody any more, because the writer of an export that is sealed on disconnect is done.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Acquire)
+    }
+
     /// Whether a client would get it.
-    pub(crate) fn admits(&self, writers: Writers, writer: &Writer) -> bool {
-        self.state.lock().admits(writers, writer)
+    pub(crate) fn admits(&self, claim: &Claim) -> bool {
+        self.state.lock().admits(claim)
     }
 
     /// Takes it, or a part in it.
-    pub(crate) fn take(self: &Arc<Self>, writers: Writers, writer: Writer) -> Option<LeaseHold> {
+    pub(crate) fn take(self: &Arc<Self>, claim: Claim) -> Option<LeaseHold> {
         let mut state = self.state.lock();
-        if !state.admits(writers, &writer) {
+        if !state.admits(&claim) {
             return None;
         }
-        state.holder.get_or_insert(writer);
-        state.connections += 1;
+        let number = state.next;
+        state.next += 1;
+        state.claims.insert(number, claim);
         let (used, left) = (AtomicBool::new(false), AtomicBool::new(false));
-        Some(LeaseHold { lease: Arc::clone(self), used, left, losses_before: state.losses })
-    }
-
-    /// Whether it is given to nobody any more.
-    pub(crate) fn is_sealed(&self) -> bool {
-        self.sealed.load(Ordering::Acquire)
+        Some(LeaseHold { lease: Arc::clone(self), number, used, left, losses_before: state.losses })
     }
 }
 
@@ -202,22 +238,22 @@ impl LeaseHold {
         let mut state = self.lease.state.lock();
         let used = self.used.load(Ordering::Acquire);
         state.used |= used;
-        state.connections -= 1;
+        let seals = state.claims.remove(&self.number).is_some_and(|claim| claim.seals);
         // One that came for a lost one and is lost before it did anything leaves that one to the next.
         let never_began = !used && self.can_replace(&state);
-        if !by_word && (!never_began || state.connections == 0) {
+        if !by_word && (!never_began || state.claims.is_empty()) {
             state.losses += 1;
             state.confirmed = false;
         }
-        if state.connections > 0 {
+        if !state.claims.is_empty() {
             return Parting::Nothing;
         }
         let unfinished = state.unfinished();
-        if unfinished.is_some() || !state.used {
+        if !seals || unfinished.is_some() || !state.used {
             let was_used = state.used;
             state.end();
             return match unfinished {
-                Some(why) if was_used => Parting::Unfinished(why),
+                Some(why) if was_used && seals => Parting::Unfinished(why),
                 _ => Parting::Nothing,
             };
         }
@@ -239,7 +275,7 @@ impl Drop for LeaseHold {
 }
 
 impl Sealing {
-    /// The export takes no writer any more.
+    /// Nothing that has the lease takes a writer any more.
     pub(crate) fn seal(self) {
         self.0.sealed.store(true, Ordering::Release);
     }
@@ -264,10 +300,18 @@ mod tests {
         Writer::new(&Peer::Unix { uid }, &Protection::Tls(Some(Arc::new(identity))))
     }
 
+    fn claim(writers: Writers, writer: Writer) -> Claim {
+        Claim { writers, writer, part: ByteRange::between(0, 100), seals: true }
+    }
+
+    fn part(writers: Writers, uid: u32, part: ByteRange) -> Claim {
+        Claim { part, ..claim(writers, user(uid)) }
+    }
+
     #[test]
     fn one_client_has_any_number_of_connections_and_others_have_none() {
-        let lease = Arc::new(Lease::default());
-        let take = |writer| lease.take(Writers::OneClient, writer);
+        let lease = Lease::new();
+        let take = |writer| lease.take(claim(Writers::OneClient, writer));
         let (first, second) = (take(user(1)).unwrap(), take(user(1)).unwrap());
         assert!(take(user(2)).is_none() && take(named(1, "cn:x")).is_none());
         drop(first);
@@ -282,19 +326,68 @@ mod tests {
     }
 
     #[test]
-    fn one_connection_is_one_and_any_number_is_any() {
-        let lease = Arc::new(Lease::default());
-        let first = lease.take(Writers::OneConnection, user(1)).unwrap();
-        assert!(lease.take(Writers::OneConnection, user(1)).is_none());
-        assert!(lease.take(Writers::Any, user(2)).is_some());
+    fn of_two_demands_the_narrower_counts_whichever_came_first() {
+        let (any, client, connection) = (Writers::Any, Writers::OneClient, Writers::OneConnection);
+        for (one, other, same, another) in [
+            (any, any, true, true),
+            (any, client, true, false),
+            (client, client, true, false),
+            (any, connection, false, false),
+            (client, connection, false, false),
+            (connection, connection, false, false),
+        ] {
+            for (first, second) in [(one, other), (other, one)] {
+                for (uid, fits) in [(1, same), (2, another)] {
+                    let lease = Lease::new();
+                    let held = lease.take(claim(first, user(1))).unwrap();
+                    let asked = claim(second, user(uid));
+                    let told = (lease.admits(&asked), lease.take(asked.clone()).is_some());
+                    assert_eq!(told, (fits, fits), "{first:?}, {second:?} of {uid}");
+                    drop(held);
+                    assert!(lease.take(asked).is_some());
+                }
+            }
+        }
+        // All who are there count, not the first of them alone.
+        let lease = Lease::new();
+        let take = |writers, uid| lease.take(claim(writers, user(uid)));
+        let (first, second) = (take(any, 1).unwrap(), take(any, 2).unwrap());
+        assert!(take(client, 1).is_none());
+        drop(second);
+        let _third = take(client, 1).unwrap();
         drop(first);
-        assert!(lease.take(Writers::OneConnection, user(3)).is_some());
+        assert!(take(any, 2).is_none());
+    }
+
+    #[test]
+    fn only_parts_that_overlap_keep_each_other_out() {
+        let lease = Lease::new();
+        let take = |uid, start, end| {
+            lease.take(part(Writers::OneConnection, uid, ByteRange::between(start, end)))
+        };
+        let (_first, second) = (take(1, 0, 50).unwrap(), take(2, 50, 100).unwrap());
+        for (start, end) in [(0, 1), (49, 51), (0, 100), (99, 100)] {
+            assert!(take(1, start, end).is_none(), "{start} to {end}");
+        }
+        drop(second);
+        assert!(take(3, 99, 100).is_some() && take(3, 49, 51).is_none());
+    }
+
+    #[test]
+    fn the_end_of_a_writing_that_seals_nothing_keeps_nobody_out() {
+        let lease = Lease::new();
+        let unsealed = Claim { seals: false, ..claim(Writers::OneClient, user(1)) };
+        let hold = lease.take(unsealed.clone()).unwrap();
+        hold.used();
+        let parting = hold.leave(true);
+        assert!(lease.admits(&unsealed));
+        assert!(parting.is_nothing());
     }
 
     fn lease() -> (Arc<Lease>, impl Fn() -> LeaseHold) {
-        let lease = Arc::new(Lease::default());
+        let lease = Lease::new();
         let same = Arc::clone(&lease);
-        (lease, move || same.take(Writers::OneClient, user(1)).unwrap())
+        (lease, move || same.take(claim(Writers::OneClient, user(1))).unwrap())
     }
 
     fn flush(hold: &LeaseHold) {
@@ -326,10 +419,10 @@ mod tests {
         one.used();
         assert!(one.leave(true).is_nothing());
         let parting = two.leave(true);
-        assert!(!lease.admits(Writers::Any, &user(1)), "nobody comes in between");
+        assert!(!lease.admits(&claim(Writers::Any, user(1))), "nobody comes in between");
         assert_eq!(parting.why(), None);
         assert!(
-            !lease.is_sealed() && lease.admits(Writers::OneClient, &user(2)),
+            !lease.is_sealed() && lease.admits(&claim(Writers::OneClient, user(2))),
             "it was given up"
         );
         let (one, two) = (take(), take());

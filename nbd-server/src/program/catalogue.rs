@@ -3,21 +3,21 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use block::{BlockDevice, ByteRange, RawDevice};
 use futures_util::future::join_all;
 use nbd_server::wire::transmission_flag;
-use nbd_server::{Export, Removal, Replaced, Server, Window, WriteThrough, partition};
+use nbd_server::{Export, Lease, Removal, Replaced, Server, Window, WriteThrough, partition};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::NewTls;
 use super::attendant::Doorkeeper;
 use super::config::Place;
-use super::images::{ImageKey, Opened, Opening};
+use super::images::{FileId, ImageKey, Opened, Opening, Sources};
 use super::options::{AllowReferences, ExportSpec, Writes};
 use super::overlay::Overlay;
 use super::sealable::Sealable;
@@ -43,12 +43,20 @@ struct Placed {
 
 /// An image that is open.
 struct Shown {
-    opened: Opened,
-    /// The same, where an export seals it.
-    sealable: Option<Arc<Sealable>>,
+    image: Openness,
     writable: bool,
+    /// So that what is sealed is not forgotten while it is open.
+    _lease: Arc<Lease>,
     /// Exports that are in the table no more and may have connections.
     retired: usize,
+}
+
+/// What the right to write is for.
+#[derive(Debug, PartialEq, Eq, Hash)]
+enum Written {
+    File(FileId),
+    /// The disks that clients of the export of this name have apart.
+    Apart(String),
 }
 
 /// Images and exports.
@@ -57,23 +65,51 @@ pub(super) struct Catalogue {
     how: Opening,
     images: HashMap<ImageKey, Shown>,
     placed: BTreeMap<String, Placed>,
+    /// As long as an export or an open image has them.
+    leases: HashMap<Written, Weak<Lease>>,
     leaving: JoinSet<ImageKey>,
+}
+
+/// In which way it is.
+enum Openness {
+    /// As it is until it is closed.
+    Fixed(Opened),
+    /// Until it is sealed.
+    Sealable(Arc<Sealable>),
 }
 
 impl Shown {
     /// What exports show, and what is closed at the end.
     fn device(&self) -> Arc<dyn BlockDevice> {
-        match &self.sealable {
-            Some(sealable) => Arc::clone(sealable) as _,
-            None => self.opened.device(),
+        match &self.image {
+            Openness::Fixed(opened) => opened.device(),
+            Openness::Sealable(sealable) => Arc::clone(sealable) as _,
+        }
+    }
+
+    fn sealable(&self) -> Option<&Arc<Sealable>> {
+        match &self.image {
+            Openness::Fixed(_) => None,
+            Openness::Sealable(sealable) => Some(sealable),
+        }
+    }
+
+    async fn sources(&self, spec: &ExportSpec) -> anyhow::Result<Sources> {
+        match &self.image {
+            Openness::Fixed(opened) => opened.sources(spec).await,
+            // They would tell of an image that is closed.
+            Openness::Sealable(_) if !spec.bitmaps.is_empty() || spec.allocation_depth => {
+                bail!("an image that is sealed while it is served tells neither bitmaps nor layers")
+            }
+            Openness::Sealable(_) => Ok(Sources::new()),
         }
     }
 }
 
 impl Catalogue {
     pub(super) fn new(server: Server, how: Opening) -> Self {
-        let (images, placed) = (HashMap::new(), BTreeMap::new());
-        Self { server, how, images, placed, leaving: JoinSet::new() }
+        let (images, placed, leases) = (HashMap::new(), BTreeMap::new(), HashMap::new());
+        Self { server, how, images, placed, leases, leaving: JoinSet::new() }
     }
 
     /// Serves what is wanted and nothing else, and with it other certificates where there are any. Where that cannot be, everything is as it was before.
@@ -156,6 +192,7 @@ impl Catalogue {
             }
             self.images.remove(&key);
         }
+        self.leases.retain(|_, lease| lease.strong_count() > 0);
     }
 
     /// Closes every image, each whatever becomes of the others, and all of them within `limit`; what went wrong.
@@ -177,28 +214,21 @@ impl Catalogue {
             make(&one.spec).await.with_context(|| blame(one))?;
         }
         let keys = keys(wanted.to_vec(), references).await?;
+        let uses = uses(wanted, &keys)?;
         let mut placed = BTreeMap::new();
         for (one, key) in wanted.iter().zip(&keys) {
             let known = self.placed.get(&one.spec.name);
             let known = known.filter(|known| known.spec == one.spec && known.key == *key);
             let export = match known {
                 Some(known) => known.export.clone(),
-                None => {
-                    let writes = |(other, of): (&Wanted, &Option<ImageKey>)| {
-                        of == key && is_written(&other.spec)
-                    };
-                    let writers = wanted.iter().zip(&keys).filter(|one| writes(*one)).count();
-                    if one.spec.seals && writers > 1 {
-                        bail!(
-                            "{}: another export writes to the image that it is to seal",
-                            blame(one)
-                        );
+                None => match key {
+                    Some(key) => {
+                        let used = uses.get(key.file()).copied().unwrap_or_default();
+                        let made = self.export(&one.spec, key, used).await;
+                        made.with_context(|| blame(one))?
                     }
-                    let writable = writers > 0;
-                    self.export(&one.spec, key.as_ref(), writable)
-                        .await
-                        .with_context(|| blame(one))?
-                }
+                    None => self.temporary(&one.spec),
+                },
             };
             let next = Placed { spec: one.spec.clone(), key: key.clone(), export };
             if placed.insert(one.spec.name.clone(), next).is_some() {
@@ -208,47 +238,47 @@ impl Catalogue {
         Ok(placed)
     }
 
+    /// The right to write to something: there is one, whatever becomes of exports.
+    fn lease(&mut self, written: Written) -> Arc<Lease> {
+        if let Some(lease) = self.leases.get(&written).and_then(Weak::upgrade) {
+            return lease;
+        }
+        let lease = Lease::new();
+        self.leases.insert(written, Arc::downgrade(&lease));
+        lease
+    }
+
+    /// Makes an export of which each client gets an empty disk.
+    fn temporary(&mut self, spec: &ExportSpec) -> Export {
+        let disk = Overlay::empty(spec.size.unwrap_or(0), folder_of(&spec.path));
+        self.apart(spec, disk)
+    }
+
+    /// Makes an export of which each client gets a disk of its own.
+    fn apart(&mut self, spec: &ExportSpec, disk: Arc<Overlay>) -> Export {
+        let lease = self.lease(Written::Apart(spec.name.clone()));
+        let all = ByteRange::between(0, disk.limits().size_bytes);
+        shape(spec, disk.clone(), Some(disk), None).lease(lease, all)
+    }
+
     /// Makes an export over its image.
     async fn export(
         &mut self,
         spec: &ExportSpec,
-        key: Option<&ImageKey>,
-        writable: bool,
+        key: &ImageKey,
+        used: Use,
     ) -> anyhow::Result<Export> {
-        let Some(key) = key else {
-            let disk = Overlay::empty(spec.size.unwrap_or(0), folder_of(&spec.path));
-            return Ok(shape(spec, disk.clone(), Some(disk), None));
-        };
-        match self.images.get(key) {
-            Some(shown) if shown.writable || !writable => {}
-            Some(_) => bail!(
-                "the image is served read-only and would have to be opened again for writing: remove its exports, \
-                 reload, and add them again"
-            ),
-            None => {
-                let unlock_time = self.how.unlock_time;
-                let opened = Opened::open(key, writable, unlock_time).await?;
-                let sealable = spec.seals.then(|| Sealable::new(key, unlock_time, opened.device()));
-                let shown = Shown { opened, sealable, writable, retired: 0 };
-                self.images.insert(key.clone(), shown);
-            }
-        }
-        let shown = self.images.get(key).context("the image is gone")?;
-        let sources = shown.opened.sources(spec).await?;
-        if spec.seals && shown.sealable.is_none() {
-            bail!(
-                "the image is open already, and not so that it can be sealed: remove its exports, reload, and add them"
-            );
-        }
-        let sealable = shown.sealable.clone().filter(|_| spec.seals);
-        let device = part(shown.device(), spec).await?;
+        let lease = self.lease(Written::File(key.file().clone()));
+        let shown = self.shown(spec, key, used, &lease).await?;
+        let sources = shown.sources(spec).await?;
+        let sealable = shown.sealable().filter(|_| spec.seals).cloned();
+        let (device, range) = part(shown.device(), spec).await?;
         let mut export = match &spec.writes {
             Writes::Apart { folder } if !spec.read_only => {
                 let folder = folder.as_deref().unwrap_or_else(|| folder_of(&spec.path));
-                let disk = Overlay::over(device, folder);
-                shape(spec, disk.clone(), Some(disk), None)
+                self.apart(spec, Overlay::over(device, folder))
             }
-            _ => shape(spec, device, None, sealable),
+            _ => shape(spec, device, None, sealable).lease(lease, range),
         };
         if !spec.clients.is_empty() {
             export = export.clients(spec.clients.iter().cloned());
@@ -258,6 +288,84 @@ impl Catalogue {
         }
         Ok(export)
     }
+
+    /// The image of an export, which is opened where it is not. What is sealed is open for reading alone.
+    async fn shown(
+        &mut self,
+        spec: &ExportSpec,
+        key: &ImageKey,
+        used: Use,
+        lease: &Arc<Lease>,
+    ) -> anyhow::Result<&Shown> {
+        let writable = used.writable && !lease.is_sealed();
+        match self.images.get(key) {
+            Some(shown) if shown.writable || !writable => {}
+            Some(_) => bail!(
+                "the image is served read-only and would have to be opened again for writing: remove its exports, \
+                 reload, and add them again"
+            ),
+            None => {
+                let unlock_time = self.how.unlock_time;
+                let opened = Opened::open(key, writable, unlock_time).await?;
+                let image = if used.seals && writable {
+                    Openness::Sealable(Sealable::new(key, unlock_time, opened))
+                } else {
+                    Openness::Fixed(opened)
+                };
+                let _lease = Arc::clone(lease);
+                let shown = Shown { image, writable, _lease, retired: 0 };
+                self.images.insert(key.clone(), shown);
+            }
+        }
+        let shown = self.images.get(key).context("the image is gone")?;
+        if spec.seals && shown.sealable().is_none() && !lease.is_sealed() {
+            bail!(
+                "the image is open already, and not so that it can be sealed: remove its exports, reload, and add them"
+            );
+        }
+        Ok(shown)
+    }
+}
+
+/// What all exports together do with a file.
+#[derive(Clone, Copy, Debug, Default)]
+struct Use {
+    writable: bool,
+    seals: bool,
+}
+
+/// What becomes of each file.
+///
+/// # Errors
+/// Where two exports write to one that is to be sealed when the writer of one of them is done.
+fn uses(wanted: &[Wanted], keys: &[Option<ImageKey>]) -> anyhow::Result<HashMap<FileId, Use>> {
+    let mut writers: HashMap<&FileId, Vec<&Wanted>> = HashMap::new();
+    for (one, key) in wanted.iter().zip(keys) {
+        if let Some(key) = key
+            && is_written(&one.spec)
+        {
+            writers.entry(key.file()).or_default().push(one);
+        }
+    }
+    for writers in writers.values() {
+        for (index, one) in writers.iter().enumerate().filter(|(_, one)| one.spec.seals) {
+            let mut others = writers.iter().enumerate();
+            if let Some((_, other)) = others.find(|(at, _)| *at != index) {
+                let place = other.place.as_ref().map(|place| format!(" ({place})"));
+                bail!(
+                    "{}: the export {:?}{} writes to the image, too, which is to be sealed when one writer is done",
+                    blame(one),
+                    other.spec.name,
+                    place.unwrap_or_default()
+                );
+            }
+        }
+    }
+    let use_of = |writers: &[&Wanted]| Use {
+        writable: true,
+        seals: writers.iter().any(|one| one.spec.seals),
+    };
+    Ok(writers.into_iter().map(|(file, writers)| (file.clone(), use_of(&writers))).collect())
 }
 
 /// The export of a device; clients work on fresh copies of `overlay` where there is one.
@@ -341,25 +449,27 @@ async fn make(spec: &ExportSpec) -> anyhow::Result<()> {
     Ok(RawDevice::create(&spec.path, bytes).await?.close().await?)
 }
 
-/// The part of an image that an export shows.
+/// The part of an image that an export shows, and where it lies.
 async fn part(
     image: Arc<dyn BlockDevice>,
     spec: &ExportSpec,
-) -> anyhow::Result<Arc<dyn BlockDevice>> {
+) -> anyhow::Result<(Arc<dyn BlockDevice>, ByteRange)> {
     let size_bytes = image.limits().size_bytes;
-    let mut device = image;
-    if let Some(number) = spec.partition {
-        let range = partition::find(&*device, number).await?;
-        device = Window::new(device, range)?;
-    } else if spec.offset != 0 || spec.size.is_some_and(|size| size != size_bytes) {
+    let all = ByteRange::between(0, size_bytes);
+    let range = if let Some(number) = spec.partition {
+        partition::find(&*image, number).await?
+    } else {
         let size = spec.size.unwrap_or(size_bytes.saturating_sub(spec.offset));
-        let range = ByteRange::new(spec.offset, size).context("offset and size are too large")?;
+        ByteRange::new(spec.offset, size).context("offset and size are too large")?
+    };
+    let mut device = image;
+    if range != all {
         device = Window::new(device, range)?;
     }
     if spec.durable {
         device = WriteThrough::new(device);
     }
-    Ok(device)
+    Ok((device, range))
 }
 
 async fn close(path: &Path, device: &dyn BlockDevice, limit: Duration) -> anyhow::Result<()> {

@@ -27,12 +27,20 @@ pub(super) struct Opening {
     pub(super) unlock_time: Option<Duration>,
 }
 
+/// Which file it is: one that was put in the place of another is another one, and a device has many names.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum FileId {
+    /// Device and inode.
+    File(u64, u64),
+    /// The number of a block device.
+    Device(u64),
+}
+
 /// What makes two exports show one image: which file it is, and as what it is opened.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ImageKey {
     path: PathBuf,
-    /// Device and inode: a file that was put in the place of another is another image.
-    id: (u64, u64),
+    file: FileId,
     format: Format,
     snapshot: Option<String>,
     references: Option<AllowReferences>,
@@ -44,6 +52,10 @@ impl ImageKey {
         &self.path
     }
 
+    pub(super) fn file(&self) -> &FileId {
+        &self.file
+    }
+
     /// Finds the image of an export, and its format. Blocks.
     pub(super) fn of(
         spec: &ExportSpec,
@@ -52,19 +64,29 @@ impl ImageKey {
         let path = std::fs::canonicalize(&spec.path)?;
         let metadata = std::fs::metadata(&path)?;
         let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
+        let file = if kind.is_file() {
+            FileId::File(metadata.dev(), metadata.ino())
+        } else if kind.is_block_device() {
+            FileId::Device(metadata.rdev())
+        } else {
             bail!("it is neither a regular file nor a block device");
-        }
+        };
+        let format = format_of(spec, &path)?;
+        // A raw image refers to nothing: it stays what it is where others may refer to something else.
+        let references = spec.references.as_ref().or(references);
         Ok(Self {
-            id: (metadata.dev(), metadata.ino()),
-            format: format_of(spec, &path)?,
+            references: references.filter(|_| format == Format::Qcow2).cloned(),
+            file,
+            format,
             snapshot: spec.snapshot.clone(),
-            references: spec.references.as_ref().or(references).cloned(),
             passphrase_files: spec.passphrase_files.clone(),
             path,
         })
     }
 }
+
+/// Sources of metadata contexts, with their names.
+pub(super) type Sources = Vec<(String, Arc<dyn ExtentSource>)>;
 
 /// An image that is open.
 pub(super) struct Opened {
@@ -76,6 +98,10 @@ impl Opened {
     /// What to serve, and to close at the end.
     pub(super) fn device(&self) -> Arc<dyn BlockDevice> {
         Arc::clone(&self.device)
+    }
+
+    pub(super) fn as_device(&self) -> &dyn BlockDevice {
+        &*self.device
     }
 
     /// Opens an image, for writing where that is wanted and can be.
@@ -100,11 +126,8 @@ impl Opened {
 
     /// What the image tells beside where data lies, as far as it was asked for: which layer holds what, and bitmaps, each
     /// of which must tell every change: of the image, or else of the first image below it that has one of that name.
-    pub(super) async fn sources(
-        &self,
-        spec: &ExportSpec,
-    ) -> anyhow::Result<Vec<(String, Arc<dyn ExtentSource>)>> {
-        let mut sources: Vec<(String, Arc<dyn ExtentSource>)> = Vec::new();
+    pub(super) async fn sources(&self, spec: &ExportSpec) -> anyhow::Result<Sources> {
+        let mut sources = Sources::new();
         for name in &spec.bitmaps {
             let top = self.image.as_ref().context("a raw image has no bitmaps")?;
             let source = Bitmap { image: image_with(top, name).await?, name: name.clone() };

@@ -2,6 +2,7 @@
 //! it clean. When that is, is told by the server.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,18 +17,17 @@ pub(super) struct Sealable {
     key: ImageKey,
     unlock_time: Option<Duration>,
     limits: Limits,
-    /// Who works on it shares the lock: it is not taken away from under a request.
-    device: RwLock<Arc<dyn BlockDevice>>,
+    sealed: AtomicBool,
+    /// Who works on it shares the lock: it is not taken away from under a request. Nobody else has it, so that the file is
+    /// let go of where it is closed. `None` where it could not be opened again.
+    opened: RwLock<Option<Opened>>,
 }
 
 impl Sealable {
-    pub(super) fn new(
-        key: &ImageKey,
-        unlock_time: Option<Duration>,
-        device: Arc<dyn BlockDevice>,
-    ) -> Arc<Self> {
-        let limits = device.limits();
-        Arc::new(Self { key: key.clone(), unlock_time, limits, device: RwLock::new(device) })
+    pub(super) fn new(key: &ImageKey, unlock_time: Option<Duration>, opened: Opened) -> Arc<Self> {
+        let (key, limits) = (key.clone(), opened.device().limits());
+        let (sealed, opened) = (AtomicBool::new(false), RwLock::new(Some(opened)));
+        Arc::new(Self { key, unlock_time, limits, sealed, opened })
     }
 
     /// Closes the image, which makes it clean, and opens it for reading.
@@ -35,11 +35,14 @@ impl Sealable {
     /// # Errors
     /// Those of closing and opening. What is closed and cannot be opened again fails every request.
     pub(super) async fn seal(&self) -> Result<(), DeviceError> {
-        let mut device = self.device.write().await;
-        device.close().await?;
+        let mut opened = self.opened.write().await;
+        device(&opened)?.close().await?;
+        self.sealed.store(true, Ordering::Release);
+        // Its locks would keep even ourselves out.
+        *opened = None;
         match Opened::open(&self.key, false, self.unlock_time).await {
-            Ok(opened) => {
-                *device = opened.device();
+            Ok(again) => {
+                *opened = Some(again);
                 Ok(())
             }
             Err(error) => {
@@ -50,14 +53,20 @@ impl Sealable {
     }
 }
 
+/// The image as it is now.
+fn device(opened: &Option<Opened>) -> Result<&dyn BlockDevice, DeviceError> {
+    opened.as_ref().map(Opened::as_device).ok_or(DeviceError::Closed)
+}
+
 #[async_trait]
 impl BlockDevice for Sealable {
     fn limits(&self) -> Limits {
-        self.limits
+        let is_sealed = self.sealed.load(Ordering::Acquire);
+        Limits { read_only: self.limits.read_only || is_sealed, ..self.limits }
     }
 
     async fn read(&self, range: ByteRange) -> Result<Segments, DeviceError> {
-        self.device.read().await.read(range).await
+        device(&*self.opened.read().await)?.read(range).await
     }
 
     async fn write(
@@ -66,7 +75,7 @@ impl BlockDevice for Sealable {
         data: Bytes,
         durability: Durability,
     ) -> Result<(), DeviceError> {
-        self.device.read().await.write(offset, data, durability).await
+        device(&*self.opened.read().await)?.write(offset, data, durability).await
     }
 
     async fn write_zeroes(
@@ -75,22 +84,25 @@ impl BlockDevice for Sealable {
         mode: ZeroMode,
         durability: Durability,
     ) -> Result<(), DeviceError> {
-        self.device.read().await.write_zeroes(range, mode, durability).await
+        device(&*self.opened.read().await)?.write_zeroes(range, mode, durability).await
     }
 
     async fn discard(&self, range: ByteRange, durability: Durability) -> Result<(), DeviceError> {
-        self.device.read().await.discard(range, durability).await
+        device(&*self.opened.read().await)?.discard(range, durability).await
     }
 
     async fn flush(&self) -> Result<(), DeviceError> {
-        self.device.read().await.flush().await
+        device(&*self.opened.read().await)?.flush().await
     }
 
     async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
-        self.device.read().await.extents(range).await
+        device(&*self.opened.read().await)?.extents(range).await
     }
 
     async fn close(&self) -> Result<(), DeviceError> {
-        self.device.read().await.close().await
+        match &*self.opened.read().await {
+            Some(opened) => opened.as_device().close().await,
+            None => Ok(()),
+        }
     }
 }

@@ -9,6 +9,8 @@ mod depth;
 mod encrypted;
 #[cfg(feature = "client")]
 mod kills;
+#[cfg(feature = "client")]
+mod leases;
 mod limits;
 #[cfg(feature = "client")]
 mod meet;

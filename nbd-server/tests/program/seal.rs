@@ -47,7 +47,7 @@ fn an_image_that_two_exports_write_is_not_sealed_by_one_of_them() {
     let exports = ["--export=one=disk.img,format=raw,seal", "--export=two=disk.img,format=raw"];
     let mut server = Running::start(dir, &["--listen=unix:socket", exports[0], exports[1]]);
     assert!(!server.child.wait().unwrap().success());
-    assert!(server.errors().contains("another export writes to the image that it is to seal"));
+    assert!(server.errors().contains("the export \"two\" writes to the image, too"));
 }
 
 #[test]

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use block::{BlockDevice, DeviceError};
+use block::{BlockDevice, ByteRange, DeviceError};
 use nbd_server::wire::{self, command, error, option, transmission_flag};
 use nbd_server::{
-    Attendant, Export, Limits, Peer, Removal, Server, ServerConfig, TurnedAway, Writers,
+    Attendant, Export, Lease, Limits, Peer, Removal, Server, ServerConfig, TurnedAway, Window,
+    Writers,
 };
 use parking_lot::Mutex;
 
@@ -30,15 +31,23 @@ async fn user(server: &Server, uid: u32) -> Raw {
 }
 
 async fn enter(server: &Server, uid: u32) -> (Raw, Entered) {
+    enter_as(server, uid, "disk").await
+}
+
+async fn enter_as(server: &Server, uid: u32, name: &str) -> (Raw, Entered) {
     let mut raw = user(server, uid).await;
-    let entered = raw.go("disk").await;
+    let entered = raw.go(name).await;
     (raw, entered)
 }
 
 async fn is_refused(server: &Server, uid: u32) {
+    is_refused_as(server, uid, "disk").await;
+}
+
+async fn is_refused_as(server: &Server, uid: u32, name: &str) {
     let mut raw = user(server, uid).await;
     for option in [option::INFO, option::GO] {
-        let replies = raw.option(option, &go("disk")).await;
+        let replies = raw.option(option, &go(name)).await;
         let [(kind, text)] = &replies[..] else { panic!("{replies:?}") };
         assert_eq!(*kind, wire::reply::ERR_POLICY);
         assert_eq!(text, b"another client is writing to the export");
@@ -285,4 +294,85 @@ async fn an_export_that_changes_keeps_its_writer_and_its_seal() {
     server.replace_exports([], Removal::Drain).unwrap();
     server.replace_exports([shape("newer")], Removal::Drain).unwrap();
     assert!(!server.exports()[0].is_sealed, "one that was removed and added is a new one");
+}
+
+#[tokio::test]
+async fn a_writer_keeps_others_from_its_device_whatever_exports_of_it_are_called() {
+    let (server, device) = server(|export| export.writers(Writers::OneClient));
+    let export = |name: &str| Export::new(name, Arc::clone(&device) as _);
+    let sole = |name: &str| export(name).writers(Writers::OneClient);
+    server.add_export(export("all")).unwrap();
+    server.add_export(export("view").read_only(true)).unwrap();
+    let (first, _) = enter(&server, 1).await;
+    is_refused_as(&server, 2, "all").await;
+    let _reader = enter_as(&server, 2, "view").await;
+    // Renamed.
+    server.replace_exports([sole("new")], Removal::Drain).unwrap();
+    is_refused_as(&server, 2, "new").await;
+    // Removed, and added again while its writer is still there.
+    server.replace_exports([], Removal::Drain).unwrap();
+    server.add_export(sole("disk")).unwrap();
+    is_refused(&server, 2).await;
+    let (second, _) = enter(&server, 1).await;
+    drop((first, second));
+    loop {
+        let mut raw = user(&server, 2).await;
+        let replies = raw.option(option::GO, &go("disk")).await;
+        if replies.last().unwrap().0 == wire::reply::ACK {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn windows_of_one_lease_keep_each_other_out_where_they_overlap() {
+    let device: Arc<dyn BlockDevice> = TestDevice::new(SIZE);
+    let (server, lease) = (Server::new(ServerConfig::default()), Lease::new());
+    let part = |name: &str, start: u64, end: u64| {
+        let range = ByteRange::between(start, end);
+        let window = Window::new(Arc::clone(&device), range).unwrap();
+        Export::new(name, window).writers(Writers::OneClient).lease(Arc::clone(&lease), range)
+    };
+    let half = SIZE / 2;
+    let table = [part("left", 0, half), part("right", half, SIZE), part("disk", 0, SIZE)];
+    server.replace_exports(table, Removal::Drain).unwrap();
+    let (_left, _right) = (enter_as(&server, 1, "left").await, enter_as(&server, 2, "right").await);
+    is_refused_as(&server, 2, "left").await;
+    is_refused_as(&server, 1, "right").await;
+    is_refused(&server, 1).await;
+    // A table of new windows finds the same writers.
+    let table = [part("left", 0, half).description("new"), part("middle", 4096, half + 1)];
+    server.replace_exports(table, Removal::Drain).unwrap();
+    is_refused_as(&server, 2, "left").await;
+    is_refused_as(&server, 1, "middle").await;
+    enter_as(&server, 1, "left").await;
+}
+
+#[tokio::test]
+async fn a_seal_is_on_all_that_has_its_lease_and_lasts_as_long() {
+    let (server, device) = server(|export| export.seal_on_disconnect(true));
+    let export = |name: &str| Export::new(name, Arc::clone(&device) as _);
+    let (mut writer, _) = enter(&server, 1).await;
+    flush(&mut writer).await;
+    disconnect(&server, writer).await;
+    assert!(server.exports()[0].is_sealed);
+    // Under another name, and not asking for it any more.
+    let replaced = server.replace_exports([export("new")], Removal::Drain).unwrap();
+    let (mut late, entered) = enter_as(&server, 1, "new").await;
+    assert!(is_read_only(entered) && server.exports()[0].is_sealed);
+    late.request(command::WRITE, 0, 1, 0, 3).await;
+    late.send(b"abc").await;
+    assert_eq!(late.reply().await.error, error::EPERM);
+    // Nothing is left of it but a connection, and then nothing at all.
+    server.replace_exports([], Removal::Drain).unwrap();
+    server.replace_exports([export("newer")], Removal::Drain).unwrap();
+    assert!(server.exports()[0].is_sealed);
+    server.replace_exports([], Removal::Drain).unwrap();
+    drop(late);
+    replaced.retired[0].unused().await;
+    while server.connections() > 0 {
+        tokio::task::yield_now().await;
+    }
+    server.replace_exports([export("newest")], Removal::Drain).unwrap();
+    assert!(!server.exports()[0].is_sealed);
 }

@@ -221,13 +221,13 @@ pub(crate) const EXPORT: &[Key] = &[
         "writers",
         "any|client|connection",
         "Who may have it at once, where it can be written: everybody, the connections of one client, or one connection; \
-         others are refused with that reason [default: any]",
+         others are refused with that reason. Of two exports that write to the same, the narrower counts [default: any]",
     ),
     key(
         "seal",
         "true|false",
-        "Once its client has disconnected, and lost no connection, close the image and serve it read-only until the export \
-         is removed. One client at a time may have it, then",
+        "Once its client has disconnected, and lost no connection, close the image and serve it read-only until all exports \
+         of it are removed. One client at a time may have it, then",
     ),
     key(
         "maxconnections",

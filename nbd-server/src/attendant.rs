@@ -34,6 +34,8 @@ pub trait Attendant: Send + Sync {
         Ok(())
     }
 
-    /// A client that was let in has left. Not told where the whole server is stopped by force.
+    /// A client that was let in has left, or its connection was dropped: told once for each, and the export has the
+    /// connection until this is done. Where the server stops, what is left of its time is the bound, at which the future
+    /// is dropped.
     async fn left(&self, peer: &Peer);
 }

@@ -27,10 +27,15 @@ use crate::intake::Intake;
 use crate::memory::{Account, Share};
 use crate::negotiate::Entered;
 use crate::outlet::{Outgoing, write_replies};
+use crate::pace::Pace;
 use crate::reply::{Answer, Asked};
 use crate::request::{Command, Refusal, Verdict, judge, judge_filter, payload_bytes};
 use crate::server::Shared;
 use crate::wire::{Headers, Request};
+
+/// How long a client of a connection that closes may send nothing, with everything answered, before it counts as done:
+/// longer than what is on its way takes on most networks.
+const QUIET: Duration = Duration::from_millis(250);
 
 /// Why no more requests are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +51,7 @@ enum End {
     Stalled,
     /// The client had nothing in flight for too long.
     Idle,
-    /// The export is leaving, and everything that was in flight is answered.
+    /// The export is leaving, what was asked is done, and the client asks no more, or never stops to.
     Closed,
 }
 
@@ -115,6 +120,7 @@ struct Session {
     account: Arc<Account>,
     /// Requests that the device has not finished, or whose answer is not handed on.
     executing: Arc<Gauge>,
+    pace: Pace,
 }
 
 /// Ends a task with its owner.
@@ -149,6 +155,7 @@ where
         attachment,
         budget: Budget::new(limits.in_flight_requests, limits.in_flight_bytes),
         executing: Arc::default(),
+        pace: Pace::default(),
     });
     // As many places as tickets: handing a reply on never waits.
     let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
@@ -158,7 +165,7 @@ where
     let mut intake = Intake::new(reader, input, Arc::clone(&shared.arriving), Arc::clone(&account));
     let end = tokio::select! {
         end = take_requests(&session, &mut intake, &replies) => end,
-        () = session.finished() => End::Closed,
+        () = session.quiet() => End::Closed,
         () = replies.closed() => End::Gone,
         () = account.evicted.raised() => {
             tracing::warn!("a client does not read its replies while others wait for their memory");
@@ -222,7 +229,7 @@ async fn take_requests<R: AsyncRead + Unpin>(
     loop {
         let idle = session.attachment.export.idle_timeout;
         let next = tokio::select! {
-            next = next_request(intake, session.agreement.headers) => next,
+            next = session.pace.wait(next_request(intake, session.agreement.headers)) => next,
             () = session.budget.idle(idle) => {
                 tracing::info!(export = session.agreement.facts.name, limit = ?idle, "a client was idle for too long");
                 return End::Idle;
@@ -241,6 +248,10 @@ async fn take_requests<R: AsyncRead + Unpin>(
                 // An error means that the client is gone.
                 let _ = decline(session, replies, &request, refusal).await;
                 return End::NoRequest;
+            }
+            // Without the memory that doing it would take.
+            Verdict::Execute(_) | Verdict::Filter { .. } if session.is_closing() => {
+                refuse(session, intake, replies, &request, Refusal::ShuttingDown).await
             }
             Verdict::Filter { payload_bytes } => {
                 filter(session, intake, replies, &request, payload_bytes).await
@@ -456,6 +467,14 @@ impl Session {
             () = self.shared.stopping.raised() => {}
         }
         self.executing.idle().await;
+    }
+
+    /// Waits, further, until the client asks for nothing any more: what it had sent before it could know is answered, too.
+    /// One that goes on asking is not listened to for ever.
+    async fn quiet(&self) {
+        self.finished().await;
+        // An error means that it goes on.
+        let _ = timeout(self.shared.limits.close_timeout, self.pace.rests(QUIET)).await;
     }
 
     async fn admit(&self, bytes: u32) -> io::Result<Ticket> {

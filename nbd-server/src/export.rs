@@ -282,8 +282,9 @@ pub enum ExportError {
 pub enum Removal {
     /// They go on until their clients leave.
     Drain,
-    /// What they have in flight is finished and answered, later requests get `ESHUTDOWN`, then they are closed: at
-    /// the latest [`Limits::close_timeout`] after the device finished the last request.
+    /// What they have in flight is finished and answered, later requests get `ESHUTDOWN`, then they are closed: when
+    /// their client asks for nothing any more, at the latest twice [`Limits::close_timeout`] after the device finished the
+    /// last request.
     Cut,
 }
 

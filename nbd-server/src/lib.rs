@@ -103,6 +103,7 @@ mod memory;
 mod metrics;
 mod negotiate;
 mod outlet;
+mod pace;
 pub mod partition;
 mod peer;
 mod replace;
@@ -110,6 +111,7 @@ pub mod reply;
 pub mod request;
 #[cfg(feature = "tls")]
 mod secure;
+mod serve;
 mod server;
 mod signal;
 mod socket;

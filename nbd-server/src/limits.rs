@@ -53,7 +53,8 @@ pub struct Limits {
     pub payload_timeout: Duration,
     /// Extents in one reply to BLOCK_STATUS, for each context. Default 8192.
     pub status_extents: usize,
-    /// How long a connection that the server closes may take to accept its last replies. Default 2 s.
+    /// How long a connection that the server closes may go on to ask, and then how long it may take to accept its last
+    /// replies. Default 2 s each.
     pub close_timeout: Duration,
 }
 

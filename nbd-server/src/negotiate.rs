@@ -151,7 +151,7 @@ async fn within<T>(
 ) -> Option<T> {
     let stopped = async {
         shared.stopping.raised().await;
-        sleep(shared.limits.close_timeout).await;
+        let _ = shared.unless_dropped(sleep(shared.limits.close_timeout)).await;
     };
     tokio::select! {
         done = deadline.within(part) => {

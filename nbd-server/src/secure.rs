@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::connection;
 use crate::negotiate::Negotiation;
-use crate::server::{Shared, go_on};
+use crate::serve::{go_on, see_off};
+use crate::server::Shared;
 
 /// Serves a client to whom the beginning of TLS was acknowledged. There is no way back: without TLS the connection ends.
 pub(crate) async fn serve<R, W>(
@@ -27,8 +27,7 @@ pub(crate) async fn serve<R, W>(
             tracing::warn!(peer = %negotiation.peer(), %error, "TLS with a client failed");
             // The client is to hear why.
             let (mut reader, mut writer) = stream.into_inner();
-            let limit = shared.limits.close_timeout;
-            connection::linger(&mut reader, &mut writer, limit).await;
+            see_off(shared, &mut reader, &mut writer).await;
             return;
         }
         None => return,

@@ -1,5 +1,5 @@
 //! The server: the table of exports, what is listening, and the way down. What is said on a connection is told in
-//! `negotiate` and `connection`.
+//! `negotiate` and `connection`, and what one client goes through in `serve`.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,14 +13,12 @@ use futures_util::future::join_all;
 use parking_lot::{Mutex, RwLock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::access::Protection;
 use crate::admission::Admission;
 use crate::census::{Census, Counted};
 use crate::clients::{Client, Clients, ConnectionStatus};
-use crate::connection;
 use crate::deadline::Deadline;
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
@@ -30,9 +28,9 @@ use crate::leases::Leases;
 use crate::limits::Limits;
 use crate::listener;
 use crate::memory::Memory;
-use crate::negotiate::{Entered, Negotiation, Next};
 use crate::peer::Peer;
 use crate::replace::{Replaced, Retired, settle};
+use crate::serve::serve;
 use crate::signal::Signal;
 use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
 #[cfg(feature = "tls")]
@@ -78,7 +76,7 @@ pub struct Server {
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct ShutdownReport {
-    /// Connections that did not close in time and were dropped.
+    /// Connections that did not close in time and were dropped, those with whose attendants the server still was included.
     pub dropped_connections: usize,
     /// Exports whose device could not be flushed; no error where the flush was not over in time.
     pub unflushed: Vec<(String, Option<DeviceError>)>,
@@ -98,9 +96,11 @@ pub(crate) struct Shared {
     /// Nothing new is accepted, what is open comes to its end.
     pub(crate) stopping: Signal,
     /// A client that had entered an export has left.
-    left: Signal,
-    /// Whatever is still open is dropped.
+    pub(crate) left: Signal,
+    /// Connections that are still open are dropped.
     forced: Signal,
+    /// Nobody is waited for any more, neither clients nor attendants.
+    over: Signal,
     connections: Arc<Gauge>,
     census: Arc<Census>,
     clients: Arc<Clients>,
@@ -169,6 +169,7 @@ impl Server {
             stopping: Signal::default(),
             left: Signal::default(),
             forced: Signal::default(),
+            over: Signal::default(),
             connections: Arc::default(),
             census: Arc::default(),
             clients: Arc::default(),
@@ -262,10 +263,7 @@ impl Server {
         let span = client.span();
         let serving = async move {
             let _held: (Held, Counted) = (held, counted);
-            tokio::select! {
-                () = serve(&shared, reader, writer, &client) => {}
-                () = shared.forced.raised() => {}
-            }
+            serve(&shared, reader, writer, &client).await;
         };
         tokio::spawn(serving.instrument(span));
     }
@@ -410,10 +408,12 @@ impl Server {
     }
 
     /// Stops: accepts nothing more, finishes and answers what is in flight, answers later requests with `ESHUTDOWN`,
-    /// closes the connections, flushes every device. Exports stay in the table; the caller closes their devices.
+    /// closes the connections once nothing more comes, flushes every device. Exports stay in the table; the caller closes
+    /// their devices.
     ///
-    /// Returns within `grace`, whatever clients and devices do: after three quarters of it, connections that are still
-    /// open are dropped, and the rest is left for flushing. A `grace` beyond what the clock can tell has no end.
+    /// Returns within `grace`, whatever clients, devices and attendants do: after three quarters of it, connections that
+    /// are still open are dropped, and the rest is left for flushing, and for attendants, each of which is told that its
+    /// client has left. A `grace` beyond what the clock can tell has no end.
     pub async fn shutdown(&self, grace: Duration) -> ShutdownReport {
         let (flushed_by, closed_by) = (Deadline::after(grace), Deadline::after(grace / 4 * 3));
         let exports: Vec<_> = {
@@ -439,7 +439,15 @@ impl Server {
                 None => Some((export.facts.name.clone(), None)),
             }
         });
-        report.unflushed = join_all(flushes).await.into_iter().flatten().collect();
+        // Those that were dropped still have their attendants told.
+        let told = flushed_by.within(self.shared.connections.idle());
+        let (unflushed, told) = tokio::join!(join_all(flushes), told);
+        if told.is_none() {
+            let connections = self.shared.connections.count();
+            tracing::warn!(connections, "attendants of clients that have left are given up");
+        }
+        self.shared.over.raise();
+        report.unflushed = unflushed.into_iter().flatten().collect();
         report
     }
 }
@@ -464,6 +472,16 @@ impl Shared {
         false
     }
 
+    /// The outcome of a part of a connection; `None` where connections are dropped before.
+    pub(crate) async fn unless_dropped<T>(&self, part: impl Future<Output = T>) -> Option<T> {
+        self.forced.bounds(part).await
+    }
+
+    /// The outcome of what comes after a connection; `None` where it is given up.
+    pub(crate) async fn unless_over<T>(&self, part: impl Future<Output = T>) -> Option<T> {
+        self.over.bounds(part).await
+    }
+
     /// Begins TLS with these certificates from now on, where it is spoken at all.
     #[cfg(feature = "tls")]
     fn use_tls(&self, tls: ServerTls) {
@@ -471,66 +489,6 @@ impl Shared {
             *self.tls.write() = Some(tls);
         }
     }
-}
-
-/// One client from its first byte to its last.
-async fn serve<R, W>(shared: &Arc<Shared>, mut reader: R, mut writer: W, client: &Arc<Client>)
-where
-    R: AsyncRead + Send + Unpin + 'static,
-    W: AsyncWrite + Send + Unpin + 'static,
-{
-    let mut negotiation = Negotiation::new(shared, client);
-    match negotiation.run(&mut reader, &mut writer).await {
-        #[cfg(feature = "tls")]
-        Ok(Next::StartTls) => crate::secure::serve(shared, negotiation, reader, writer).await,
-        Ok(next) => go_on(shared, next, reader, writer).await,
-        Err(error) => tracing::debug!(%error, "a client left during the handshake"),
-    }
-}
-
-/// What comes after a negotiation, other than TLS.
-pub(crate) async fn go_on<R, W>(shared: &Arc<Shared>, next: Next, mut reader: R, mut writer: W)
-where
-    R: AsyncRead + Send + Unpin,
-    W: AsyncWrite + Send + Unpin + 'static,
-{
-    match next {
-        Next::Enter(entered) => attend(shared, *entered, reader, writer).await,
-        Next::StartTls | Next::Close => {
-            connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await;
-        }
-    }
-}
-
-/// Transmission, between what the attendant of the export does before and after it.
-async fn attend<R, W>(shared: &Arc<Shared>, mut entered: Entered, mut reader: R, mut writer: W)
-where
-    R: AsyncRead + Send + Unpin,
-    W: AsyncWrite + Send + Unpin + 'static,
-{
-    let (export, peer) =
-        (entered.agreement.facts.name.clone(), entered.attachment.client.peer.clone());
-    // A connection enters one export.
-    let _ = entered.attachment.client.export.set(export.clone());
-    tracing::Span::current().record("export", &*export);
-    let attendant = entered.attachment.attendant();
-    let arrived = timeout(shared.limits.handshake_timeout, entered.attachment.arrive()).await;
-    let why = match arrived {
-        Ok(Ok(())) => {
-            let attachment = entered.attachment.clone();
-            let by_word = connection::transmit(shared, entered, reader, writer).await;
-            attachment.leave(by_word).await;
-            if let Some(attendant) = attendant {
-                attendant.left(&peer).await;
-            }
-            shared.left.raise();
-            return;
-        }
-        Ok(Err(why)) => why.to_string(),
-        Err(_) => "its attendant took too long".to_owned(),
-    };
-    tracing::warn!(%peer, export, why, "a client is turned away");
-    connection::linger(&mut reader, &mut writer, shared.limits.close_timeout).await;
 }
 
 /// The table as one negotiating client sees it.

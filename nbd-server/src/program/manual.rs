@@ -22,8 +22,8 @@ anything is wrong, not at all: then what is wrong is told by file and line, and 
 exports that stay are not opened again. Open connections stay with an export that changed; removal says what becomes of \
 those to one that is gone. Addresses, limits, user and group change with the next start.";
 
-const STOPPING: &str = "Answers what is in flight, closes the connections, flushes and closes the images, and ends with \
-0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal ends at once, \
+const STOPPING: &str = "Answers what is in flight, and what clients ask until they hear of it with ESHUTDOWN, closes the \
+connections, flushes and closes the images, and ends with 0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal ends at once, \
 with 1.";
 
 /// Prints the manual.

@@ -139,7 +139,7 @@ fn a_killed_server_leaves_its_bitmap_marked_as_not_saved() {
     let mut server = serve(dir, ",bitmap=on");
     run(dir, "qemu-io", &["-f", "raw", "-c", "write 20M 1M", "-c", "flush", URI]);
     server.child.kill().unwrap();
-    server.child.wait().unwrap();
+    server.status();
     drop(server);
     let info = run(dir, "qemu-img", &["info", "disk.qcow2"]);
     assert!(info.contains("in-use"), "{info}");
@@ -147,7 +147,7 @@ fn a_killed_server_leaves_its_bitmap_marked_as_not_saved() {
     // It is not served again, and the image is, with what else it has.
     let export = "--export=one=disk.qcow2,bitmap=on";
     let mut refused = Running::start(dir, &["--listen=unix:socket", export]);
-    assert!(!refused.child.wait().unwrap().success());
+    assert!(!refused.status().success());
     let errors = refused.errors();
     assert!(errors.contains("not saved"), "{errors}");
     let server = serve(dir, ",bitmap=off");
@@ -186,7 +186,7 @@ fn bitmaps_and_snapshots_that_are_not_there_are_refused_by_name() {
     ] {
         let export = format!("--export=one=disk.qcow2{options}");
         let mut server = Running::start(dir, &["--listen=unix:socket", &export]);
-        assert!(!server.child.wait().unwrap().success(), "{options}");
+        assert!(!server.status().success(), "{options}");
         let errors = server.errors();
         assert!(errors.contains(reason), "{options}: {errors}");
     }

@@ -131,7 +131,7 @@ fn files_are_checked_without_touching_what_is_served() {
     ] {
         write(dir, "conf.d/two.conf", text);
         let mut check = Running::start(dir, &["--config=config", "--check-config"]);
-        assert_eq!(check.child.wait().unwrap().code(), Some(1));
+        assert_eq!(check.status().code(), Some(1));
         let errors = check.errors();
         assert!(errors.contains(expected), "{errors}");
     }
@@ -146,7 +146,7 @@ fn a_raw_image_that_looks_like_another_format_is_not_served_by_accident() {
     create_qcow2(dir, "two.qcow2", None);
     write(dir, "config", "[generic]\nunixsock = socket\n[two]\nexportname = two.qcow2\n");
     let mut server = Running::start(dir, &["--config=config"]);
-    assert_eq!(server.child.wait().unwrap().code(), Some(1));
+    assert_eq!(server.status().code(), Some(1));
     let errors = server.errors();
     assert!(errors.contains("config:3: ") && errors.contains("say format = qcow2"), "{errors}");
 }

@@ -96,6 +96,6 @@ fn a_raw_image_has_no_layers_to_tell_of() {
     create(dir.path());
     let export = "--export=one=base.img,format=raw,allocation-depth";
     let mut server = Running::start(dir.path(), &["--listen=unix:socket", export]);
-    assert_eq!(server.child.wait().unwrap().code(), Some(2));
+    assert_eq!(server.status().code(), Some(2));
     assert!(server.errors().contains("layers"));
 }

@@ -65,7 +65,7 @@ fn an_encrypted_image_is_not_served_without_its_passphrase() {
     ] {
         let export = format!("--export=one=disk.qcow2{options}");
         let mut server = Running::start(dir, &["--listen=unix:socket", &export]);
-        assert!(!server.child.wait().unwrap().success(), "{options}");
+        assert!(!server.status().success(), "{options}");
         let errors = server.errors();
         assert!(errors.contains(reason) && !errors.contains("sesame"), "{options}: {errors}");
     }
@@ -88,7 +88,7 @@ fn a_key_slot_that_asks_for_too_much_work_is_not_tried() {
                 assert!(server.stop());
             }
             Some(reason) => {
-                assert!(!server.child.wait().unwrap().success(), "{seconds}");
+                assert!(!server.status().success(), "{seconds}");
                 let errors = server.errors();
                 assert!(errors.contains(reason), "{seconds}: {errors}");
             }

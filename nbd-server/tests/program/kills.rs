@@ -159,7 +159,7 @@ async fn a_killed_server_loses_nothing_that_was_flushed_and_restarts_at_once() {
         server.child.kill().unwrap();
         // Lest it finds the next server.
         load.0.kill().unwrap();
-        server.child.wait().unwrap();
+        server.status();
         server = Running::start(dir, &ARGUMENTS);
         server.address();
         drop(load);

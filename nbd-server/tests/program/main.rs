@@ -27,7 +27,12 @@ mod tls;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Child, ChildStderr, ChildStdout, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+/// How long a server may take to end, of which every one here needs a small part.
+const END_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A running server, killed when dropped.
 struct Running {
@@ -72,7 +77,7 @@ impl Running {
     /// Whether it ended well, where it ends instead of listening.
     fn ended_at_once(&mut self) -> Option<bool> {
         let waiting = self.out.fill_buf().unwrap().is_empty();
-        waiting.then(|| self.child.wait().unwrap().success())
+        waiting.then(|| self.status().success())
     }
 
     /// What it logs, up to a line with this text.
@@ -98,9 +103,31 @@ impl Running {
     }
 
     /// Sends SIGTERM and waits; whether it ended with 0.
-    fn stop(mut self) -> bool {
+    fn stop(self) -> bool {
         self.signal("-TERM");
-        self.child.wait().unwrap().success()
+        self.ended()
+    }
+
+    /// Waits for its end; whether that was with 0.
+    fn ended(mut self) -> bool {
+        self.status().success()
+    }
+
+    /// Waits for its end, much longer than it may take: one that hangs fails the test.
+    fn status(&mut self) -> ExitStatus {
+        let (over, waited) = mpsc::channel::<()>();
+        let pid = self.child.id().to_string();
+        let watching = std::thread::spawn(move || {
+            let hangs = waited.recv_timeout(END_TIMEOUT) == Err(RecvTimeoutError::Timeout);
+            if hangs {
+                let _ = Command::new("kill").args(["-KILL", &pid]).status();
+            }
+            hangs
+        });
+        let status = self.child.wait().unwrap();
+        drop(over);
+        assert!(!watching.join().unwrap(), "it did not end: {}", self.errors());
+        status
     }
 }
 
@@ -191,7 +218,7 @@ fn references_outside_the_directory_need_leave() {
     create_qcow2(&inner, "top.qcow2", Some(("../disk.img", "raw")));
     let export = "--export=one=inner/top.qcow2,read-only";
     let mut server = Running::start(dir.path(), &["--listen=unix:socket", export]);
-    assert!(!server.child.wait().unwrap().success());
+    assert!(!server.status().success());
     assert!(server.errors().contains("disk.img"));
     for leave in ["--allow-references=.", "--allow-references=any"] {
         let mut server = Running::start(dir.path(), &["--listen=unix:socket", export, leave]);
@@ -239,7 +266,7 @@ fn what_cannot_be_served_is_refused_with_its_reason() {
         ("--export=one=disk.img,format=raw,snapshot=x", "snapshot=x"),
     ] {
         let mut server = Running::start(dir.path(), &["--listen=unix:socket", export]);
-        assert!(!server.child.wait().unwrap().success(), "{export}");
+        assert!(!server.status().success(), "{export}");
         let errors = server.errors();
         assert!(errors.contains(reason), "{export}: {errors}");
         assert!(!dir.path().join("socket").exists());
@@ -247,6 +274,6 @@ fn what_cannot_be_served_is_refused_with_its_reason() {
     let mut twice = vec!["--listen=unix:socket"];
     twice.extend(["--export=one=disk.img,format=raw,read-only"; 2]);
     let mut server = Running::start(dir.path(), &twice);
-    assert!(!server.child.wait().unwrap().success());
+    assert!(!server.status().success());
     assert!(server.errors().contains("already an export named"));
 }

@@ -331,7 +331,7 @@ async fn meet(dir: &Path, owners: Vec<Owner>, kill: Option<(&mut Running, u64)>)
     if let Some((server, after)) = kill {
         seen.wait_for(|count| *count >= after).await.unwrap();
         server.child.kill().unwrap();
-        server.child.wait().unwrap();
+        server.status();
     }
     join_all(tasks).await.into_iter().map(Result::unwrap).collect()
 }

@@ -56,7 +56,7 @@ fn partitions_are_served_as_nbdkit_makes_and_finds_them() {
         assert!(std::fs::read(dir.join("other.img")).unwrap() == expected);
         let missing = format!("--export=p=disk.img,format=raw,partition={}", number(count));
         let mut server = Running::start(dir, &["--listen=unix:socket", &missing]);
-        assert!(!server.child.wait().unwrap().success());
+        assert!(!server.status().success());
         assert!(server.errors().contains("no partition"));
     }
 }
@@ -79,7 +79,7 @@ fn a_part_of_an_image_is_served_by_offset_and_size() {
     assert!(server.stop());
     let past = "--export=a=disk.img,format=raw,offset=200K,size=200K";
     let mut server = Running::start(dir, &["--listen=unix:socket", past]);
-    assert!(!server.child.wait().unwrap().success());
+    assert!(!server.status().success());
     assert!(server.errors().contains("passes the end of the device"));
 }
 

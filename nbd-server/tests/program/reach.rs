@@ -25,7 +25,7 @@ fn once_ends_with_the_last_client_that_used_an_export() {
     // Looking around is no use.
     run(dir, "nbdinfo", &["--list", "--no-content", "nbd+unix:///?socket=socket"]);
     run(dir, "qemu-io", &["-f", "raw", "-c", "write -P 9 0 4k", "-c", "flush", URI]);
-    assert!(server.child.wait().unwrap().success());
+    assert!(server.status().success());
     assert!(!dir.join("socket").exists());
     let mut server = Running::start(dir, &["--listen=unix:socket", EXPORT, "--persistent"]);
     server.address();
@@ -167,7 +167,7 @@ fn another_user_is_become_before_images_are_opened() {
     run(path, "chmod", &["600", "disk.img"]);
     run(path, "chmod", &["755", "."]);
     let mut server = Running::start(path, &["--config=config"]);
-    assert!(!server.child.wait().unwrap().success());
+    assert!(!server.status().success());
     assert!(server.errors().contains("ermission denied"));
     run(path, "chown", &["nobody", "disk.img", "."]);
     let mut server = Running::start(path, &["--config=config"]);

@@ -46,7 +46,7 @@ fn an_image_that_two_exports_write_is_not_sealed_by_one_of_them() {
     image(dir);
     let exports = ["--export=one=disk.img,format=raw,seal", "--export=two=disk.img,format=raw"];
     let mut server = Running::start(dir, &["--listen=unix:socket", exports[0], exports[1]]);
-    assert!(!server.child.wait().unwrap().success());
+    assert!(!server.status().success());
     assert!(server.errors().contains("the export \"two\" writes to the image, too"));
 }
 

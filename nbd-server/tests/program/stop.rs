@@ -27,6 +27,64 @@ fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
 }
 
 #[test]
+fn whatever_was_sent_before_the_signal_gets_one_reply() {
+    const REQUESTS: u64 = 400;
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create_qcow2(dir, "disk.qcow2", None);
+    for _ in 0..3 {
+        let arguments = ["--listen=unix:socket", "--export=one=disk.qcow2"];
+        let mut server = Running::start(dir, &arguments);
+        server.address();
+        let mut client = entered(dir);
+        let commands = [(3, 0), (4, 4096), (6, 4096)].into_iter().cycle();
+        let requests = (0..REQUESTS).zip(commands);
+        let sent: Vec<u8> = requests
+            .flat_map(|(cookie, (command, len))| request(command, cookie, 0, len))
+            .collect();
+        client.write_all(&sent).unwrap();
+        server.signal("-TERM");
+        let mut replies = Vec::new();
+        client.read_to_end(&mut replies).unwrap();
+        let mut cookies: Vec<u64> = Vec::new();
+        for reply in replies.chunks(16) {
+            let (error, cookie) = reply[4..].split_at(4);
+            assert!(matches!(error, [0, 0, 0, 0 | 108]), "{error:?}");
+            cookies.push(u64::from_be_bytes(cookie.try_into().unwrap()));
+        }
+        cookies.sort_unstable();
+        assert_eq!(cookies, (0..REQUESTS).collect::<Vec<_>>());
+        drop(client);
+        assert!(server.ended());
+    }
+}
+
+#[test]
+fn what_is_run_behind_a_client_is_run_once_for_each_also_for_those_that_are_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let export = "exportname = disk.img\ndefault = true\nprerun = echo came >>log\npostrun = echo went >>log\n";
+    let text = format!("[generic]\nunixsock = socket\nshutdown_timeout = 1\n[one]\n{export}");
+    std::fs::write(dir.join("config"), text).unwrap();
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    drop(entered(dir));
+    // In the middle of a payload it is waited for, until there is no time left.
+    let mut halfway = entered(dir);
+    halfway.write_all(&request(1, 1, 0, 4096)).unwrap();
+    halfway.write_all(&[9; 100]).unwrap();
+    // What was sent before has been read once another client is served.
+    let silent = UnixStream::connect(dir.join("socket")).unwrap();
+    drop(entered(dir));
+    assert!(server.stop());
+    drop((halfway, silent));
+    let log = std::fs::read_to_string(dir.join("log")).unwrap();
+    let count = |word| log.lines().filter(|line| *line == word).count();
+    assert_eq!((count("came"), count("went")), (3, 3), "{log}");
+}
+
+#[test]
 fn it_ends_with_0_in_time_with_clients_that_hang_and_keeps_what_it_answered() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -75,7 +133,7 @@ fn a_second_signal_ends_it_at_once_and_says_so() {
         std::thread::yield_now();
     }
     server.signal("-TERM");
-    assert_eq!(server.child.wait().unwrap().code(), Some(1));
+    assert_eq!(server.status().code(), Some(1));
     assert!(server.errors().contains("stopped by a second signal; images may need a check"));
     drop(stays);
 }

@@ -60,7 +60,7 @@ fn required_tls_with_client_certificates_serves_each_client_its_exports() {
     run(dir.path(), "nbdinfo", &[&uri("open", certificates.path())]);
     let pid = server.child.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    assert!(server.child.wait().unwrap().success());
+    assert!(server.status().success());
     let log = server.errors();
     assert_eq!(log.matches("TLS with a client failed").count(), 2, "{log}");
     assert!(log.contains("cn:client of a test"), "{log}");
@@ -117,7 +117,7 @@ fn certificates_that_cannot_be_used_keep_it_from_starting_and_are_named() {
             &format!("--tls-certificates={}", directory.path().display()),
         ];
         let mut server = Running::start(dir.path(), &arguments);
-        assert!(!server.child.wait().unwrap().success());
+        assert!(!server.status().success());
         let errors = server.errors();
         assert!(errors.contains(reason), "{errors}");
         assert!(!dir.path().join("socket").exists());
@@ -140,7 +140,7 @@ fn an_export_that_names_its_clients_needs_certificates_of_clients() {
     ] {
         let arguments = [&["--listen=unix:socket"], more].concat();
         let mut server = Running::start(dir.path(), &arguments);
-        assert!(!server.child.wait().unwrap().success());
+        assert!(!server.status().success());
         let errors = server.errors();
         assert!(errors.contains(reason), "{errors}");
     }
@@ -288,12 +288,12 @@ fn a_check_looks_at_certificates_and_at_what_exports_demand() {
     ] {
         configure(dir, folder, "", exports);
         let mut check = Running::start(dir, &["--config=config", "--check-config"]);
-        assert_eq!(check.child.wait().unwrap().success(), expected.is_none());
+        assert_eq!(check.status().success(), expected.is_none());
         let errors = check.errors();
         assert!(errors.contains(expected.unwrap_or_default()), "{errors}");
     }
     std::fs::write(dir.join("config"), format!("[generic]\nunixsock = socket\n{EXPORTS}")).unwrap();
     let mut check = Running::start(dir, &["--config=config", "--check-config"]);
-    assert!(!check.child.wait().unwrap().success());
+    assert!(!check.status().success());
     assert!(check.errors().contains("config:6: the export \"secret\" needs TLS"));
 }

@@ -2,10 +2,16 @@
 
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use nbd_server::wire::{self, command, error, option};
-use nbd_server::{Export, ExportError, Limits, Removal, Server, ServerConfig};
+use async_trait::async_trait;
+use block::BlockDevice;
+use bytes::BytesMut;
+use nbd_server::wire::{self, Request, command, error, option};
+use nbd_server::{
+    Attendant, Export, ExportError, Limits, Peer, Removal, Server, ServerConfig, TurnedAway,
+};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::device::{Call, TestDevice};
@@ -188,6 +194,159 @@ async fn shutdown_answers_refuses_flushes_and_closes() {
     assert_eq!((report.dropped_connections, report.unflushed.len()), (0, 0));
     assert_eq!(device.log().last(), Some(&Call::Flush));
     assert_eq!(server.connections(), 0);
+}
+
+/// Stops the server, and returns once it has begun to.
+async fn stopping(server: &Server) -> tokio::task::JoinHandle<nbd_server::ShutdownReport> {
+    let stopping = server.clone();
+    let stopping = tokio::spawn(async move { stopping.shutdown(GRACE).await });
+    let late = || Export::new("late", TestDevice::new(SIZE));
+    while server.add_export(late()) != Err(ExportError::ShuttingDown) {
+        let _ = server.remove_export("late", Removal::Drain).await;
+        tokio::task::yield_now().await;
+    }
+    stopping
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_was_sent_before_a_shutdown_gets_one_reply_each() {
+    // One at a time is let in, so that the rest has been sent, but not read.
+    let mut limits = Limits::default();
+    limits.in_flight_requests = 1;
+    let (server, device) = with_limits(limits);
+    let mut raw = Raw::entered(&server).await;
+    device.hold(|call| matches!(call, Call::Read(..)));
+    for cookie in 0..20 {
+        raw.request(command::READ, 0, cookie, 0, 512).await;
+    }
+    device.held(1).await;
+    // As if from afar.
+    let stopped = stopping(&server).await;
+    device.release();
+    let mut errors = Vec::new();
+    for cookie in 0..20 {
+        let reply = raw.reply().await;
+        assert_eq!(reply.cookie, cookie);
+        errors.push(reply.error);
+    }
+    assert_eq!(errors[0], 0);
+    assert!(errors[1..].iter().all(|error| *error == error::ESHUTDOWN), "{errors:?}");
+    assert!(raw.rest().await.is_empty());
+    drop(raw);
+    assert_eq!(stopped.await.unwrap().dropped_connections, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_payload_that_a_shutdown_cuts_in_two_is_taken_and_answered() {
+    let (server, device) = server();
+    let mut raw = Raw::entered(&server).await;
+    raw.request(command::WRITE, 0, 7, 0, 8192).await;
+    raw.send(&[1; 4096]).await;
+    let stopped = stopping(&server).await;
+    for _ in 0..8 {
+        // Slower than a client without anything to say may be.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        raw.send(&[1; 512]).await;
+    }
+    let reply = raw.reply().await;
+    assert_eq!((reply.cookie, reply.error), (7, error::ESHUTDOWN));
+    assert!(raw.rest().await.is_empty());
+    assert_eq!(stopped.await.unwrap().dropped_connections, 0);
+    assert_eq!(device.log(), [Call::Flush], "nothing was written");
+}
+
+#[tokio::test]
+async fn a_client_that_never_stops_to_ask_is_answered_and_closed_in_time() {
+    let mut limits = Limits::default();
+    limits.close_timeout = Duration::from_millis(400);
+    let (server, _) = with_limits(limits);
+    let mut raw = Raw::entered(&server).await;
+    raw.request(command::READ, 0, 0, 0, 512).await;
+    assert_eq!(raw.reply().await.error, 0);
+    let stopped = stopping(&server).await;
+    let flood = async {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (mut reader, mut writer) = tokio::io::split(raw.stream);
+        let asking = async {
+            let mut flush = BytesMut::new();
+            let request =
+                Request { flags: 0, command: command::FLUSH, cookie: 1, offset: 0, len: 0 };
+            request.encode(&mut flush);
+            while writer.write_all(&flush).await.is_ok() {}
+            // It takes no more. What it said last is still to be read.
+            std::future::pending::<()>().await;
+        };
+        let mut heard = Vec::new();
+        tokio::select! {
+            () = asking => unreachable!(),
+            read = reader.read_to_end(&mut heard) => read.unwrap(),
+        }
+    };
+    // Generous: a hang fails.
+    let heard = tokio::time::timeout(Duration::from_secs(60), flood).await.unwrap();
+    assert!(heard > 0);
+    let report = stopped.await.unwrap();
+    assert_eq!(report.dropped_connections, 0);
+}
+
+/// Counts who comes and goes; whoever leaves takes a while to be seen off.
+#[derive(Default)]
+struct Porter {
+    arrived: AtomicUsize,
+    leaving: AtomicUsize,
+    left: AtomicUsize,
+    takes: Duration,
+}
+
+impl Porter {
+    fn counts(&self) -> [usize; 3] {
+        [&self.arrived, &self.leaving, &self.left].map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+#[async_trait]
+impl Attendant for Porter {
+    async fn arrived(&self, _: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway> {
+        self.arrived.fetch_add(1, Ordering::Relaxed);
+        Ok(None)
+    }
+
+    async fn left(&self, _: &Peer) {
+        self.leaving.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(self.takes).await;
+        self.left.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A server with one client that went by itself, and one that is dropped when the server stops: its write never ends.
+async fn stopped_with_a_porter(takes: Duration) -> [usize; 3] {
+    let (device, porter) = (TestDevice::new(SIZE), Arc::new(Porter { takes, ..Porter::default() }));
+    let server = Server::new(ServerConfig::default());
+    let export = Export::new("disk", Arc::clone(&device) as _).attendant(Arc::clone(&porter) as _);
+    server.add_export(export).unwrap();
+    let mut goes = Raw::entered(&server).await;
+    goes.request(command::DISC, 0, 1, 0, 0).await;
+    assert!(goes.rest().await.is_empty());
+    let mut stuck = Raw::entered(&server).await;
+    device.hold(|call| matches!(call, Call::Write(..)));
+    stuck.request(command::WRITE, 0, 1, 0, 1).await;
+    stuck.send(b"x").await;
+    device.held(1).await;
+    let begun = tokio::time::Instant::now();
+    let report = server.shutdown(GRACE).await;
+    assert!(begun.elapsed() <= GRACE);
+    assert!(report.dropped_connections > 0);
+    porter.counts()
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attendant_hears_once_of_each_client_that_left_or_was_dropped() {
+    assert_eq!(stopped_with_a_porter(Duration::from_secs(1)).await, [2, 2, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attendant_that_hangs_does_not_keep_the_server_from_stopping() {
+    assert_eq!(stopped_with_a_porter(Duration::MAX).await, [2, 2, 0]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,0 +1,87 @@
+//! One client from its first byte to its last: the negotiation, then transmission between what the attendant of the
+//! export does before and after it. What is said is told in `negotiate` and `connection`.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+
+use crate::clients::Client;
+use crate::connection;
+use crate::negotiate::{Entered, Negotiation, Next};
+use crate::server::Shared;
+
+/// Serves a client.
+pub(crate) async fn serve<R, W>(
+    shared: &Arc<Shared>,
+    mut reader: R,
+    mut writer: W,
+    client: &Arc<Client>,
+) where
+    R: AsyncRead + Send + Unpin + 'static,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    let mut negotiation = Negotiation::new(shared, client);
+    match negotiation.run(&mut reader, &mut writer).await {
+        #[cfg(feature = "tls")]
+        Ok(Next::StartTls) => crate::secure::serve(shared, negotiation, reader, writer).await,
+        Ok(next) => go_on(shared, next, reader, writer).await,
+        Err(error) => tracing::debug!(%error, "a client left during the handshake"),
+    }
+}
+
+/// What comes after a negotiation, other than TLS.
+pub(crate) async fn go_on<R, W>(shared: &Arc<Shared>, next: Next, mut reader: R, mut writer: W)
+where
+    R: AsyncRead + Send + Unpin,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    match next {
+        Next::Enter(entered) => attend(shared, *entered, reader, writer).await,
+        Next::StartTls | Next::Close => see_off(shared, &mut reader, &mut writer).await,
+    }
+}
+
+/// Closes a connection that does not enter an export.
+pub(crate) async fn see_off<R, W>(shared: &Shared, reader: &mut R, writer: &mut W)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let closing = connection::linger(reader, writer, shared.limits.close_timeout);
+    // Dropped or not: it is closed next.
+    let _ = shared.unless_dropped(closing).await;
+}
+
+/// Transmission, between what the attendant of the export does before and after it. Whoever was let in is told to have
+/// left, however that came about.
+async fn attend<R, W>(shared: &Arc<Shared>, mut entered: Entered, mut reader: R, mut writer: W)
+where
+    R: AsyncRead + Send + Unpin,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    let (export, peer) =
+        (entered.agreement.facts.name.clone(), entered.attachment.client.peer.clone());
+    // A connection enters one export.
+    let _ = entered.attachment.client.export.set(export.clone());
+    tracing::Span::current().record("export", &*export);
+    let arriving = timeout(shared.limits.handshake_timeout, entered.attachment.arrive());
+    let why = match shared.unless_dropped(arriving).await {
+        Some(Ok(Ok(()))) => {
+            let attachment = entered.attachment.clone();
+            let transmission = connection::transmit(shared, entered, reader, writer);
+            let by_word = shared.unless_dropped(transmission).await.unwrap_or(false);
+            let _ = shared.unless_dropped(attachment.leave(by_word)).await;
+            if let Some(attendant) = attachment.attendant() {
+                let _ = shared.unless_over(attendant.left(&peer)).await;
+            }
+            shared.left.raise();
+            return;
+        }
+        Some(Ok(Err(why))) => why.to_string(),
+        Some(Err(_)) => "its attendant took too long".to_owned(),
+        None => return,
+    };
+    tracing::warn!(%peer, export, why, "a client is turned away");
+    see_off(shared, &mut reader, &mut writer).await;
+}

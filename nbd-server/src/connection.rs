@@ -103,11 +103,11 @@ impl Budget {
 
     /// Waits for room. A request that alone is over the budget takes all of it. `None` never happens: nobody closes
     /// the semaphores.
-    async fn admit(&self, bytes: u32, in_flight: InFlight) -> Option<Ticket> {
+    async fn admit(&self, bytes: u32, in_flight: impl FnOnce() -> InFlight) -> Option<Ticket> {
         let request = Arc::clone(&self.requests).acquire_owned().await.ok()?;
         let bytes = bytes.min(self.max_bytes);
         let bytes = Arc::clone(&self.bytes).acquire_many_owned(bytes).await.ok()?;
-        Some(Ticket { _request: request, _bytes: bytes, _share: None, _in_flight: in_flight })
+        Some(Ticket { _request: request, _bytes: bytes, _share: None, _in_flight: in_flight() })
     }
 }
 
@@ -478,7 +478,8 @@ impl Session {
     }
 
     async fn admit(&self, bytes: u32) -> io::Result<Ticket> {
-        let in_flight = InFlight::new(self.tallies().map(Arc::clone));
+        // One that waits to be let in is not in flight.
+        let in_flight = || InFlight::new(self.tallies().map(Arc::clone));
         self.budget.admit(bytes, in_flight).await.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
     }
 

@@ -14,8 +14,9 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
+use crate::failures::Failures;
 use crate::server::Server;
 
 /// Connections at once; further ones wait to be accepted.
@@ -23,9 +24,6 @@ const CONNECTIONS: usize = 16;
 
 /// How long a connection may take in all; each asks one question.
 const TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long accepting rests after it failed.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl Server {
     /// Answers `GET /metrics` on a TCP address with [`Server::prometheus`], until the server stops. Returns the actual
@@ -50,13 +48,13 @@ impl Server {
 
 async fn accept(server: &Server, listener: &TcpListener) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut failures = Failures::of("cannot accept a connection for metrics");
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection for metrics");
-                sleep(ACCEPT_PAUSE).await;
+                failures.rest(&error).await;
                 continue;
             }
         };

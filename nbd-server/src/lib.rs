@@ -93,6 +93,7 @@ mod export;
 #[cfg(feature = "metrics")]
 mod exposition;
 mod extent_source;
+mod failures;
 mod gauge;
 pub mod handshake;
 mod intake;

@@ -31,7 +31,7 @@ pub struct Limits {
     /// each export.
     pub options: u32,
     /// The data of one option in bytes; longer data is discarded and answered `ERR_TOO_BIG`. Default 256 KiB: room
-    /// for GO with every information type there can be.
+    /// for GO with every information type there can be. At least 4 KiB, for a name.
     pub option_bytes: u32,
     /// Requests of one connection that are read but whose reply is not yet written. Default 128.
     pub in_flight_requests: u32,
@@ -51,6 +51,10 @@ pub struct Limits {
     pub memory_bytes: u64,
     /// How long a payload that has begun may make no progress before its connection is dropped. Default 30 s.
     pub payload_timeout: Duration,
+    /// How long a client that comes over TCP may acknowledge nothing before its connection breaks: one that is idle, and
+    /// has vanished, or one that takes none of its replies, be it gone or not. Whole seconds, from 2 s to 18 h. Default
+    /// 120 s. The kernel keeps it; Unix sockets and vsock need none.
+    pub peer_timeout: Duration,
     /// Extents in one reply to BLOCK_STATUS, for each context. Default 8192.
     pub status_extents: usize,
     /// How long a connection that the server closes may go on to ask, and then how long it may take to accept its last
@@ -74,6 +78,7 @@ impl Default for Limits {
             arriving_bytes: 128 << 20,
             memory_bytes: 1 << 30,
             payload_timeout: Duration::from_secs(30),
+            peer_timeout: Duration::from_secs(120),
             status_extents: block::MAX_EXTENTS,
             close_timeout: Duration::from_secs(2),
         }

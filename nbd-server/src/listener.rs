@@ -4,40 +4,16 @@
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use socket2::Socket;
+use socket2::{SockRef, Socket, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
-use tokio::net::{TcpListener, UnixListener, UnixStream, tcp, unix};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix};
 
+use crate::failures::Failures;
 use crate::peer::Peer;
 use crate::server::Server;
 use crate::socket::SocketFile;
-
-/// How long accepting rests after it failed, for instance because no file descriptor is left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How far apart failures to accept are told at least.
-const TELL_PAUSE: Duration = Duration::from_secs(1);
-
-/// Failures that come often and are told seldom.
-#[derive(Debug, Default)]
-struct Failures {
-    told: Option<Instant>,
-    untold: u64,
-}
-
-impl Failures {
-    /// One more, now; where it is to be told, how many there were since the last that was.
-    fn add(&mut self, now: Instant) -> Option<u64> {
-        self.untold += 1;
-        let is_fresh = |told: Instant| now.saturating_duration_since(told) < TELL_PAUSE;
-        if self.told.is_some_and(is_fresh) {
-            return None;
-        }
-        self.told = Some(now);
-        Some(std::mem::take(&mut self.untold))
-    }
-}
 
 /// A connection: its two halves, and who is at the other end.
 pub(crate) type Accepted<R, W> = (R, W, Peer);
@@ -54,7 +30,7 @@ pub(crate) trait Listener: Send + Sync + 'static {
 
 /// Accepts until the server stops, then closes the listener.
 pub(crate) async fn accept<L: Listener>(server: Server, listener: L) {
-    let mut failures = Failures::default();
+    let mut failures = Failures::of("cannot accept a connection");
     loop {
         let accepted = tokio::select! {
             () = server.stopping() => return,
@@ -62,23 +38,36 @@ pub(crate) async fn accept<L: Listener>(server: Server, listener: L) {
         };
         match accepted {
             Ok((reader, writer, peer)) => server.serve_halves(reader, writer, peer),
-            Err(error) => {
-                if let Some(failures) = failures.add(Instant::now()) {
-                    tracing::warn!(%error, failures, "cannot accept a connection");
-                }
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+            Err(error) => failures.rest(&error).await,
         }
     }
 }
 
-/// A TCP listener.
-pub(crate) struct Tcp(TcpListener);
+/// A TCP listener, and how long its clients may acknowledge nothing.
+pub(crate) struct Tcp {
+    listener: TcpListener,
+    peer_timeout: Duration,
+}
 
 impl Tcp {
-    pub(crate) fn new(socket: Socket) -> io::Result<Self> {
-        Ok(Self(TcpListener::from_std(socket.into())?))
+    pub(crate) fn new(socket: Socket, peer_timeout: Duration) -> io::Result<Self> {
+        Ok(Self { listener: TcpListener::from_std(socket.into())?, peer_timeout })
     }
+}
+
+/// Probes of an idle connection from when half of its time is over.
+const PROBES: u32 = 6;
+
+/// Has the kernel break a connection whose peer acknowledges nothing for so long: probes find it where nothing is in
+/// flight, and what is in flight does where there is something, for which alone probes would wait a quarter of an hour.
+fn watch_peer(stream: &TcpStream, limit: Duration) -> io::Result<()> {
+    let limit = limit.clamp(Duration::from_secs(2), Duration::from_secs(18 * 3600));
+    let interval = (limit / 2 / PROBES).max(Duration::from_secs(1));
+    let keepalive =
+        TcpKeepalive::new().with_time(limit / 2).with_interval(interval).with_retries(PROBES);
+    let socket = SockRef::from(stream);
+    socket.set_tcp_keepalive(&keepalive)?;
+    socket.set_tcp_user_timeout(Some(limit))
 }
 
 impl Listener for Tcp {
@@ -86,9 +75,10 @@ impl Listener for Tcp {
     type Writer = tcp::OwnedWriteHalf;
 
     async fn next(&self) -> io::Result<Accepted<Self::Reader, Self::Writer>> {
-        let (stream, address) = self.0.accept().await?;
-        // Fails only where the peer is gone already, which the first read finds out.
+        let (stream, address) = self.listener.accept().await?;
+        // These fail only where the peer is gone already, which the first read finds out.
         let _ = stream.set_nodelay(true);
+        let _ = watch_peer(&stream, self.peer_timeout);
         let (reader, writer) = stream.into_split();
         Ok((reader, writer, Peer::Tcp(address)))
     }
@@ -160,13 +150,40 @@ impl Listener for Vsock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::ListeningSocket;
 
-    #[test]
-    fn failures_are_told_once_a_second_at_most_and_counted() {
-        let (mut failures, begin) = (Failures::default(), Instant::now());
-        let told =
-            |tenths: u64| failures.add(begin + ACCEPT_PAUSE * u32::try_from(tenths).unwrap());
-        let told: Vec<u64> = (0..=25).filter_map(told).collect();
-        assert_eq!(told, [1, 10, 10]);
+    /// What the kernel was told about the peers that are accepted on a socket.
+    async fn watched(socket: ListeningSocket, limit: Duration) -> [Duration; 3] {
+        let address = socket.tcp_address().unwrap();
+        let listener = Tcp::new(socket.socket, limit).unwrap();
+        let _client = TcpStream::connect(address).await.unwrap();
+        let (reader, _writer, _) = listener.next().await.unwrap();
+        let socket = SockRef::from(reader.as_ref());
+        assert!(socket.keepalive().unwrap() && socket.tcp_nodelay().unwrap());
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), PROBES);
+        [
+            socket.tcp_keepalive_time().unwrap(),
+            socket.tcp_keepalive_interval().unwrap(),
+            socket.tcp_user_timeout().unwrap().unwrap(),
+        ]
+    }
+
+    #[tokio::test]
+    async fn who_acknowledges_nothing_is_found_out_idle_or_not() {
+        let seconds = |all: [u64; 3]| all.map(Duration::from_secs);
+        for (limit, expected) in [
+            (120, [60, 10, 120]),
+            (4, [2, 1, 4]),
+            (0, [1, 1, 2]),
+            (u64::MAX, [9 * 3600, 5400, 18 * 3600]),
+        ] {
+            let local = || "127.0.0.1:0".parse().unwrap();
+            let own = ListeningSocket::tcp(local(), false).unwrap();
+            let bare = ListeningSocket::tcp(local(), false).unwrap().socket;
+            for socket in [own, ListeningSocket::inherited(bare.into()).unwrap()] {
+                let told = watched(socket, Duration::from_secs(limit)).await;
+                assert_eq!(told, seconds(expected), "{limit} s");
+            }
+        }
     }
 }

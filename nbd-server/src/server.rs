@@ -205,7 +205,10 @@ impl Server {
     pub fn listen(&self, socket: ListeningSocket) -> io::Result<()> {
         let ListeningSocket { socket, kind } = socket;
         match kind {
-            Kind::Tcp => self.accept(listener::Tcp::new(socket)?),
+            Kind::Tcp => {
+                let limit = self.shared.limits.peer_timeout;
+                self.accept(listener::Tcp::new(socket, limit)?);
+            }
             Kind::Unix(file) => self.accept(listener::Unix::new(socket, file)?),
             Kind::Vsock => self.accept(listener::Vsock::new(socket)?),
         }

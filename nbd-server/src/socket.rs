@@ -7,9 +7,8 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 /// Connections that the kernel keeps for us until they are accepted.
 const BACKLOG: i32 = 1024;
@@ -52,12 +51,6 @@ pub(crate) struct SocketFile {
     made: (u64, u64),
 }
 
-/// Two minutes after the last word of a peer that vanished, its connection breaks.
-const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
-    .with_time(Duration::from_secs(60))
-    .with_interval(Duration::from_secs(10))
-    .with_retries(6);
-
 impl ListeningSocket {
     /// Listens on a TCP address; port 0 takes a free one. `only_v6` says whether an IPv6 address that stands for all
     /// leaves IPv4 alone.
@@ -67,8 +60,6 @@ impl ListeningSocket {
     pub fn tcp(address: SocketAddr, only_v6: bool) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
-        // Accepted sockets inherit it: a peer that vanished is found out even where nothing is in flight.
-        socket.set_tcp_keepalive(&KEEPALIVE)?;
         if only_v6 && address.is_ipv6() {
             socket.set_only_v6(true)?;
         }
@@ -129,9 +120,6 @@ impl ListeningSocket {
             Domain::VSOCK => Kind::Vsock,
             _ => return Err(wrong("the socket is neither TCP, Unix nor vsock")),
         };
-        if matches!(kind, Kind::Tcp) {
-            socket.set_tcp_keepalive(&KEEPALIVE)?;
-        }
         socket.set_nonblocking(true)?;
         Ok(Self { socket, kind })
     }
@@ -217,21 +205,6 @@ mod tests {
         std::fs::write(&path, "no socket").unwrap();
         assert!(ListeningSocket::unix(&path, &options).is_err());
         assert!(path.exists());
-    }
-
-    #[test]
-    fn a_peer_that_vanished_is_found_out() {
-        let listening = ListeningSocket::tcp("127.0.0.1:0".parse().unwrap(), false).unwrap();
-        let bare = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        bare.listen(1).unwrap();
-        let inherited = ListeningSocket::inherited(bare.into()).unwrap();
-        for socket in [listening, inherited] {
-            let _client = std::net::TcpStream::connect(socket.tcp_address().unwrap()).unwrap();
-            socket.socket.set_nonblocking(false).unwrap();
-            let (accepted, _) = socket.socket.accept().unwrap();
-            assert!(accepted.keepalive().unwrap());
-            assert_eq!(accepted.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
-        }
     }
 
     #[test]

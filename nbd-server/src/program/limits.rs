@@ -36,6 +36,27 @@ pub(crate) struct LimitOptions {
     #[arg(long = "payload-timeout", value_name = "SECONDS")]
     pub(crate) payload_secs: Option<NonZeroU32>,
 
+    /// How long a client that comes over TCP may acknowledge nothing, neither probes nor replies, before it counts as gone
+    /// [default: 120]
+    #[arg(long = "peer-timeout", value_name = "SECONDS")]
+    pub(crate) peer_secs: Option<NonZeroU32>,
+
+    /// Options that a client may send before it chooses an export [default: 8192]
+    #[arg(long = "max-options", value_name = "N")]
+    pub(crate) options: Option<NonZeroU32>,
+
+    /// The data of one such option, in bytes, or in K, M, G; at least 4K [default: 256K]
+    #[arg(long = "max-option-bytes", value_name = "BYTES", value_parser = length)]
+    pub(crate) option_bytes: Option<NonZeroU32>,
+
+    /// Requests of one connection that are read and not answered [default: 128]
+    #[arg(long = "max-in-flight", value_name = "N")]
+    pub(crate) in_flight: Option<NonZeroU32>,
+
+    /// What these requests read and write together, in bytes, or in K, M, G; one request may be longer [default: 64M]
+    #[arg(long = "max-in-flight-bytes", value_name = "BYTES", value_parser = length)]
+    pub(crate) in_flight_bytes: Option<NonZeroU32>,
+
     /// Memory for what all clients together have in flight, in bytes, or in K, M, G; at least 32M [default: 1G]
     #[arg(long = "memory-limit", value_name = "BYTES", value_parser = super::options::bytes)]
     pub(crate) memory_bytes: Option<u64>,
@@ -47,6 +68,15 @@ pub(crate) struct LimitOptions {
 
 /// How long connections may take to end, and devices to flush, after a signal.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
+
+/// A number of bytes from 1 to 4G - 1.
+pub(super) fn length(text: &str) -> Result<NonZeroU32, String> {
+    let bytes = super::options::bytes(text)?;
+    let length = u32::try_from(bytes).ok().and_then(NonZeroU32::new);
+    length.ok_or_else(|| {
+        "it is a number of bytes, or of K, M or G, from 1 to less than 4G".to_owned()
+    })
+}
 
 fn seconds(number: NonZeroU32) -> Duration {
     Duration::from_secs(number.get().into())
@@ -62,6 +92,11 @@ impl LimitOptions {
             handshake_secs: self.handshake_secs.or(others.handshake_secs),
             idle_secs: self.idle_secs.or(others.idle_secs),
             payload_secs: self.payload_secs.or(others.payload_secs),
+            peer_secs: self.peer_secs.or(others.peer_secs),
+            options: self.options.or(others.options),
+            option_bytes: self.option_bytes.or(others.option_bytes),
+            in_flight: self.in_flight.or(others.in_flight),
+            in_flight_bytes: self.in_flight_bytes.or(others.in_flight_bytes),
             memory_bytes: self.memory_bytes.or(others.memory_bytes),
             shutdown_secs: self.shutdown_secs.or(others.shutdown_secs),
         }
@@ -76,6 +111,13 @@ impl LimitOptions {
         limits.handshake_timeout = self.handshake_secs.map_or(limits.handshake_timeout, seconds);
         limits.idle_timeout = self.idle_secs.map(seconds);
         limits.payload_timeout = self.payload_secs.map_or(limits.payload_timeout, seconds);
+        limits.peer_timeout = self.peer_secs.map_or(limits.peer_timeout, seconds);
+        limits.options = self.options.map_or(limits.options, NonZeroU32::get);
+        limits.option_bytes = self.option_bytes.map_or(limits.option_bytes, NonZeroU32::get);
+        limits.in_flight_requests =
+            self.in_flight.map_or(limits.in_flight_requests, NonZeroU32::get);
+        limits.in_flight_bytes =
+            self.in_flight_bytes.map_or(limits.in_flight_bytes, NonZeroU32::get);
         limits.memory_bytes = self.memory_bytes.unwrap_or(limits.memory_bytes);
         limits
     }
@@ -109,5 +151,35 @@ mod tests {
         assert_eq!((limits.memory_bytes, limits.connections_per_export), (64 << 20, None));
         assert_eq!(limits.handshake_timeout, Limits::default().handshake_timeout);
         assert_eq!(LimitOptions::default().shutdown_grace(), SHUTDOWN_GRACE);
+    }
+
+    #[test]
+    fn what_one_connection_may_is_said_by_options_and_reaches_the_server() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            limits: LimitOptions,
+        }
+        let parse = |arguments: &[&str]| {
+            <Line as clap::Parser>::try_parse_from(["x"].iter().chain(arguments))
+        };
+        let said = [
+            "--max-options=3",
+            "--max-option-bytes=8K",
+            "--max-in-flight=4",
+            "--max-in-flight-bytes=1M",
+            "--peer-timeout=5",
+        ];
+        let said = parse(&said).unwrap().limits;
+        for limits in [said.clone().or(&LimitOptions::default()), LimitOptions::default().or(&said)]
+        {
+            let limits = limits.of_server();
+            assert_eq!((limits.options, limits.option_bytes), (3, 8192));
+            assert_eq!((limits.in_flight_requests, limits.in_flight_bytes), (4, 1 << 20));
+            assert_eq!(limits.peer_timeout, Duration::from_secs(5));
+        }
+        for wrong in ["--max-options=0", "--max-option-bytes=0", "--max-in-flight-bytes=4G"] {
+            assert!(parse(&[wrong]).is_err(), "{wrong}");
+        }
     }
 }

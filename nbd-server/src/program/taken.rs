@@ -274,6 +274,17 @@ mod tests {
     }
 
     #[test]
+    fn a_part_takes_what_the_manual_says() {
+        // A node of a tree is half full at least.
+        let place = 2 * size_of::<(u64, Part)>();
+        let part = place + size_of::<[u64; MAP_WORDS]>() + 2 * size_of::<usize>();
+        assert!(part <= 600, "{part}");
+        assert!(Room::PARTS * 600 <= 75 << 20);
+        let parts_of_a_gib = (1 << 30) / (4096 * usize::try_from(MAP_BLOCKS).unwrap());
+        assert!(parts_of_a_gib * 600 <= 38 << 10);
+    }
+
+    #[test]
     fn scattered_writes_run_out_of_room_and_leave_half_of_it_to_others() {
         let room = Room::new(100);
         let scatter = |taken: &mut Taken| {

@@ -100,6 +100,99 @@ fn a_configuration_limits_connections_and_idle_time() {
     assert!(server.stop());
 }
 
+/// Sends an option, and reads the type of its reply; nothing where the connection ends instead.
+fn option(stream: &mut UnixStream, number: u8, data: &[u8]) -> Option<u32> {
+    let mut option = b"IHAVEOPT\0\0\0".to_vec();
+    option.push(number);
+    option.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
+    option.extend(data);
+    stream.write_all(&option).unwrap();
+    let mut header = [0; 20];
+    stream.read_exact(&mut header).ok()?;
+    let len = u32::from_be_bytes(header[16..].try_into().unwrap());
+    stream.read_exact(&mut vec![0; usize::try_from(len).unwrap()]).unwrap();
+    Some(u32::from_be_bytes(header[12..16].try_into().unwrap()))
+}
+
+#[test]
+fn the_command_line_limits_the_options_of_a_client() {
+    const UNSUPPORTED: Option<u32> = Some(1 << 31 | 1);
+    const INVALID: Option<u32> = Some(1 << 31 | 3);
+    const TOO_BIG: Option<u32> = Some(1 << 31 | 9);
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let arguments = [
+        "--listen=unix:socket",
+        "--export=one=disk.img,format=raw",
+        "--max-options=3",
+        "--max-option-bytes=5000",
+    ];
+    let mut server = Running::start(dir, &arguments);
+    server.address();
+    let mut client = greeted(dir).unwrap();
+    // INFO, whose name is said to be longer than its data.
+    assert_eq!(option(&mut client, 6, &[1; 5000]), INVALID);
+    assert_eq!(option(&mut client, 6, &[1; 5001]), TOO_BIG);
+    assert_eq!(option(&mut client, 77, &[]), UNSUPPORTED);
+    assert_eq!(option(&mut client, 77, &[]), None);
+    drop(client);
+    assert!(server.stop());
+}
+
+/// The requests that are under way, of a client that has sent many and reads no reply, once that number stays.
+#[cfg(feature = "metrics")]
+fn in_flight(limit: &str) -> u64 {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let text = format!(
+        "[generic]\nunixsock = socket\nmetrics = 0\n{limit}\n[one]\nexportname = disk.img\n"
+    );
+    std::fs::write(dir.join("config"), text).unwrap();
+    let mut server = Running::start(dir, &["--config=config"]);
+    let metrics = super::metrics::address(&mut server);
+    server.address();
+    let mut client = greeted(dir).unwrap();
+    assert_eq!(go(&mut client, "one"), ACK);
+    let mut reads = Vec::new();
+    for _ in 0..100 {
+        reads.extend([0x25, 0x60, 0x95, 0x13, 0, 0, 0, 0]);
+        reads.extend([7; 8]);
+        reads.extend([0; 8]);
+        reads.extend((64_u32 << 10).to_be_bytes());
+    }
+    client.write_all(&reads).unwrap();
+    let told = || {
+        let page = super::metrics::ask(&metrics, "GET /metrics");
+        let mut lines = page.lines();
+        let value =
+            lines.find_map(|line| line.strip_prefix("nbd_export_in_flight{export=\"one\"} "));
+        value.unwrap().trim().parse::<u64>().unwrap()
+    };
+    let (mut now, mut since) = (told(), 0);
+    while now == 0 || since < 50 {
+        let next = told();
+        since = if next == now { since + 1 } else { 0 };
+        now = next;
+    }
+    // All of them are answered in the end.
+    let mut replies = vec![0; 100 * (16 + (64 << 10))];
+    client.read_exact(&mut replies).unwrap();
+    drop(client);
+    assert!(server.stop());
+    now
+}
+
+#[cfg(feature = "metrics")]
+#[test]
+fn a_configuration_limits_what_a_connection_has_in_flight() {
+    assert_eq!(in_flight("max_in_flight = 3"), 3);
+    // A third would be longer than what is left.
+    assert_eq!(in_flight("max_in_flight_bytes = 160K"), 2);
+    assert!(in_flight("") > 50, "most fit neither into the socket nor a limit");
+}
+
 #[test]
 fn it_may_open_as_many_files_as_the_host_allows_it() {
     let dir = tempfile::tempdir().unwrap();

@@ -24,6 +24,7 @@ mod stop;
 mod storm;
 #[cfg(all(feature = "client", feature = "tls"))]
 mod tls;
+mod vanish;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;

@@ -5,8 +5,15 @@ use std::net::TcpStream;
 
 use super::{Running, image, run};
 
+/// Where a server tells its counters, as its log says.
+pub(super) fn address(server: &mut Running) -> String {
+    let log = server.log_until("/metrics").concat();
+    let (_, address) = log.split_once("http://").unwrap();
+    address.split_once('/').unwrap().0.to_owned()
+}
+
 /// What a server answers to a request without a body.
-fn ask(address: &str, request: &str) -> String {
+pub(super) fn ask(address: &str, request: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
     let mut text = String::new();
@@ -26,9 +33,7 @@ fn counters_are_told_over_http_and_the_log_is_json_that_names_connections() {
         "--log-format=json",
     ];
     let mut server = Running::start(dir, &arguments);
-    let log = server.log_until("/metrics").concat();
-    let (_, address) = log.split_once("http://").unwrap();
-    let address = address.split_once('/').unwrap().0.to_owned();
+    let address = address(&mut server);
     assert!(address.starts_with("127.0.0.1:"), "{address}");
     server.address();
     run(dir, "qemu-io", &["-f", "raw", "-c", "write 0 4k", "nbd+unix:///one?socket=socket"]);

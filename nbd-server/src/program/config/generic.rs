@@ -1,6 +1,6 @@
 //! The section [generic]. Exports have their own file beside this one.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -110,8 +110,24 @@ fn limits(keys: &mut Keys<'_>) -> LimitOptions {
         handshake_secs: number(keys, "handshake_timeout"),
         idle_secs: unless_zero(keys, "timeout"),
         payload_secs: number(keys, "payload_timeout"),
+        peer_secs: number(keys, "peer_timeout"),
+        options: number(keys, "max_options"),
+        option_bytes: length(keys, "max_option_bytes"),
+        in_flight: number(keys, "max_in_flight"),
+        in_flight_bytes: length(keys, "max_in_flight_bytes"),
         memory_bytes: keys.bytes("memory_limit"),
         shutdown_secs: number(keys, "shutdown_timeout"),
+    }
+}
+
+fn length(keys: &mut Keys<'_>, name: &'static str) -> Option<NonZeroU32> {
+    let entry = keys.entry(name)?;
+    match crate::program::limits::length(entry.value.trim_end()) {
+        Ok(length) => Some(length),
+        Err(wants) => {
+            keys.wrong(name, entry, &wants);
+            None
+        }
     }
 }
 

@@ -77,6 +77,15 @@ pub(crate) const GENERIC: &[Key] = &[
         "SECONDS",
         "How long the data of a write may make no progress, as --payload-timeout",
     ),
+    key(
+        "peer_timeout",
+        "SECONDS",
+        "How long a client over TCP may acknowledge nothing, as --peer-timeout",
+    ),
+    key("max_options", "N", "Options that a client may send, as --max-options"),
+    key("max_option_bytes", "BYTES", "The data of one option, as --max-option-bytes"),
+    key("max_in_flight", "N", "Requests of a connection without an answer, as --max-in-flight"),
+    key("max_in_flight_bytes", "BYTES", "What these read and write, as --max-in-flight-bytes"),
     key("metrics", "[HOST:]PORT", "Where to tell counters over HTTP, as --metrics"),
     key("memory_limit", "BYTES", "Memory for what is in flight, as --memory-limit"),
     key(

@@ -148,6 +148,7 @@ fn our_own_keys_are_read() {
         "[generic]\nlisten = unix:/s\nlisten = vsock:any:10809\nunixsock_mode = 0660\nunixsock_owner = root:root\n\
          handshake_timeout = 7\nmax_connections = 9\nmax_threads = 2\nremoval = cut\n\
          maxconnections = 3\nmax_connections_per_client = 4\ntimeout = 60\npayload_timeout = 8\nmemory_limit = 64M\n\
+         peer_timeout = 9\nmax_options = 10\nmax_option_bytes = 11K\nmax_in_flight = 12\nmax_in_flight_bytes = 13M\n\
          shutdown_timeout = 5\nallow = 10.0.0.0/8, uid:root\n\
          deny = 10.0.0.1\nallow_references = any\n\
          [a]\nexportname = /a\nformat = qcow2\ndescription = one, two\ndefault = true\nbitmap = x\nbitmap = y\n\
@@ -165,6 +166,9 @@ fn our_own_keys_are_read() {
     assert_eq!((limits.handshake_timeout, limits.connections), (seconds(7), 9));
     assert_eq!((limits.connections_per_export, limits.connections_per_client), (Some(3), Some(4)));
     assert_eq!((limits.idle_timeout, limits.payload_timeout), (Some(seconds(60)), seconds(8)));
+    assert_eq!((limits.options, limits.option_bytes), (10, 11 << 10));
+    assert_eq!((limits.in_flight_requests, limits.in_flight_bytes), (12, 13 << 20));
+    assert_eq!(limits.peer_timeout, seconds(9));
     assert_eq!((limits.memory_bytes, generic.limits.shutdown_grace()), (64 << 20, seconds(5)));
     assert_eq!(generic.removal, Removal::Cut);
     assert!(generic.admission.permits(&Peer::Unix { uid: 0 }));
@@ -215,6 +219,8 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         (&format!("{export}timeout = soon\n"), "config:4: timeout = \"soon\""),
         ("[generic]\ntimeout = soon\n", "config:2: timeout = \"soon\""),
         ("[generic]\nmemory_limit = much\n", "config:2: memory_limit = \"much\""),
+        ("[generic]\nmax_in_flight_bytes = 4G\n", "config:2: max_in_flight_bytes = \"4G\""),
+        ("[generic]\nmax_options = 0\n", "config:2: max_options = \"0\""),
         (&format!("{export}virtstyle = moon\n"), "config:4: virtstyle = \"moon\""),
         (&format!("{export}bitmap = x\n"), "config:2: [a]: a raw image has neither"),
         (&format!("{export}temporary = true\n"), "config:2: [a]: a temporary disk"),

@@ -277,7 +277,8 @@ pub enum ExportError {
     ShuttingDown,
 }
 
-/// What becomes of the connections of an export that is removed. In both cases it is at once unknown to new ones.
+/// What becomes of the connections of an export that is removed, those included that chose it before it was changed. In
+/// both cases it is at once unknown to new ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Removal {
     /// They go on until their clients leave.
@@ -335,6 +336,14 @@ pub(crate) struct Served {
     /// What of it is written here.
     part: ByteRange,
     pub(crate) connections: Arc<Gauge>,
+    /// Those that had its place and its name, and still have connections.
+    before: Vec<Predecessor>,
+}
+
+/// An export in whose place another one is.
+struct Predecessor {
+    closing: Signal,
+    connections: Arc<Gauge>,
 }
 
 impl std::fmt::Debug for Served {
@@ -490,6 +499,7 @@ impl Served {
             origin,
             closing: Signal::default(),
             connections: Arc::default(),
+            before: Vec::new(),
         })
     }
 
@@ -574,6 +584,24 @@ impl Served {
         facts
     }
 
+    /// Takes the place of another one of its name, which gets no connection any more.
+    pub(crate) fn succeed(&mut self, other: &Self) {
+        let all = other.before.iter().map(|one| (&one.closing, &one.connections));
+        let all = all.chain([(&other.closing, &other.connections)]);
+        let used = all.filter(|(_, connections)| connections.count() > 0);
+        let before = used.map(|(closing, connections)| Predecessor {
+            closing: closing.clone(),
+            connections: Arc::clone(connections),
+        });
+        self.before = before.collect();
+    }
+
+    /// Closes all connections to what has its name.
+    pub(crate) fn cut(&self) {
+        self.closing.raise();
+        self.before.iter().for_each(|one| one.closing.raise());
+    }
+
     pub(crate) fn is_default(&self) -> bool {
         self.origin.is_default()
     }
@@ -593,9 +621,12 @@ impl Served {
         self.connections.count()
     }
 
-    /// Waits until no connection holds it.
+    /// Waits until no connection holds it, or what had its place: those may use the same device.
     pub(crate) async fn unheld(&self) {
         self.connections.idle().await;
+        for one in &self.before {
+            one.connections.idle().await;
+        }
     }
 
     pub(crate) fn status(&self, is_default: bool) -> ExportStatus {

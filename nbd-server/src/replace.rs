@@ -77,7 +77,7 @@ impl Retired {
         self.connections.count()
     }
 
-    /// Closes the connections that it still has, as [`Removal::Cut`] does.
+    /// Closes the connections that it still has itself, as [`Removal::Cut`] does.
     pub fn cut(&self) {
         self.closing.raise();
     }
@@ -152,6 +152,10 @@ pub(crate) fn settle(old: &BTreeMap<String, Arc<Served>>, next: &mut Table) -> R
                 replaced.kept.push(name.clone());
             }
             Some(known) => {
+                // Nobody else has it yet.
+                if let Some(served) = Arc::get_mut(served) {
+                    served.succeed(known);
+                }
                 replaced.changed.push(name.clone());
                 replaced.retired.push(Retired::of(known));
             }

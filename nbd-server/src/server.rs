@@ -29,7 +29,7 @@ use crate::limits::Limits;
 use crate::listener;
 use crate::memory::Memory;
 use crate::peer::Peer;
-use crate::replace::{Replaced, Retired, settle};
+use crate::replace::{Replaced, settle};
 use crate::serve::serve;
 use crate::signal::Signal;
 use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
@@ -334,11 +334,11 @@ impl Server {
         }
         let mut replaced = settle(&table.exports, &mut next);
         replaced.default_changed = table.default != next.default;
-        *table = next;
+        let before = std::mem::replace(&mut *table, next);
         drop(table);
         if how == Removal::Cut {
-            let gone = |name: &str| replaced.removed.iter().any(|removed| removed == name);
-            replaced.retired.iter().filter(|one| gone(one.name())).for_each(Retired::cut);
+            let gone = replaced.removed.iter().filter_map(|name| before.exports.get(name));
+            gone.for_each(|served| served.cut());
         }
         Ok(replaced)
     }
@@ -375,7 +375,7 @@ impl Server {
             served.ok_or_else(|| ExportError::Unknown(name.to_owned()))?
         };
         if how == Removal::Cut {
-            served.closing.raise();
+            served.cut();
         }
         served.unheld().await;
         Ok(Arc::clone(&served.device))

@@ -1,11 +1,12 @@
 //! Reloads under clients: a storm of them loses nothing, and an image whose path changed stays until its last client.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use block::{BlockDevice, ByteRange, Durability};
 use bytes::Bytes;
+use futures_util::future::join_all;
 use nbd_server::client::{Address, ClientOptions, NbdDevice};
 
 use super::{Running, create_qcow2, run};
@@ -100,6 +101,154 @@ async fn a_storm_of_reloads_under_load_loses_nothing() {
     run(dir, "qemu-img", &["convert", "-O", "raw", "stays.qcow2", "stays.img"]);
     let disk = std::fs::read(dir.join("stays.img")).unwrap();
     for (slot, byte) in held.into_iter().flatten().enumerate() {
+        assert!(disk[slot * 4096..][..4096] == vec![byte; 4096], "slot {slot}");
+    }
+}
+
+/// How often the export that is in use changes or goes.
+const CUTS: usize = 40;
+/// What one client has in flight.
+const AT_ONCE: usize = 4;
+
+/// A client that comes back whenever it is cut off, and knows what each place of its part holds.
+struct Stubborn {
+    part: u64,
+    /// What was answered last, or found.
+    held: Vec<u8>,
+    /// What may be there instead, because its write was not answered.
+    doubted: Vec<Option<u8>>,
+    next: u8,
+    /// How many writes were answered.
+    answered: Arc<AtomicUsize>,
+    /// How often it was cut off.
+    cuts: usize,
+}
+
+impl Stubborn {
+    fn new(part: u64, answered: Arc<AtomicUsize>) -> Self {
+        let (held, doubted) = (vec![0; 16], vec![None; 16]);
+        Self { part, held, doubted, next: 0, answered, cuts: 0 }
+    }
+
+    /// The byte that a place holds throughout; `None` where the connection is gone.
+    async fn found(&self, device: &NbdDevice, slot: usize) -> Option<u8> {
+        let at = (self.part * 16 + slot as u64) * 4096;
+        let bytes = device.read(ByteRange::between(at, at + 4096)).await.ok()?.to_vec();
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]), "part {}, slot {slot}", self.part);
+        Some(bytes[0])
+    }
+
+    /// Every place holds what was answered last, or what may be there instead. `None` where the connection is gone.
+    async fn look(&mut self, device: &NbdDevice) -> Option<()> {
+        for slot in 0..self.held.len() {
+            let found = self.found(device, slot).await?;
+            let fits = found == self.held[slot] || Some(found) == self.doubted[slot];
+            let (held, doubted) = (self.held[slot], self.doubted[slot]);
+            assert!(fits, "part {}, slot {slot}: {found}, not {held} or {doubted:?}", self.part);
+            (self.held[slot], self.doubted[slot]) = (found, None);
+        }
+        Some(())
+    }
+
+    /// Some writes at once. `None` where the connection is gone.
+    async fn write(&mut self, device: &NbdDevice, round: usize) -> Option<()> {
+        let slots: Vec<_> = (0..AT_ONCE).map(|index| (round * AT_ONCE + index) % 16).collect();
+        self.next = self.next % 250 + 1;
+        let byte = self.next;
+        let writes = slots.iter().map(|slot| {
+            let at = (self.part * 16 + *slot as u64) * 4096;
+            device.write(at, Bytes::from(vec![byte; 4096]), Durability::Deferred)
+        });
+        let results = join_all(writes).await;
+        let all = results.iter().all(Result::is_ok);
+        for (slot, result) in slots.into_iter().zip(results) {
+            match result {
+                Ok(()) => self.held[slot] = byte,
+                Err(_) => self.doubted[slot] = Some(byte),
+            }
+        }
+        all.then_some(())
+    }
+
+    /// Works until it is told to stop, and then until nothing is in doubt.
+    async fn work(mut self, dir: PathBuf, stop: Arc<AtomicBool>) -> Self {
+        loop {
+            let Some(device) = try_connect(&dir, "stays").await else {
+                tokio::task::yield_now().await;
+                continue;
+            };
+            let (mut round, mut here) = (0, self.look(&device).await);
+            while here.is_some() && !stop.load(Ordering::Relaxed) {
+                here = self.write(&device, round).await;
+                if here.is_some() {
+                    self.answered.fetch_add(1, Ordering::Relaxed);
+                }
+                round += 1;
+            }
+            match here {
+                Some(()) => return self,
+                None => self.cuts += 1,
+            }
+        }
+    }
+}
+
+async fn try_connect(dir: &Path, name: &str) -> Option<Arc<NbdDevice>> {
+    let address = Address::Unix(dir.join("socket"));
+    NbdDevice::connect(&address, name, ClientOptions::default()).await.ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_export_that_is_changed_and_cut_under_load_loses_nothing_that_was_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    create_qcow2(dir, "stays.qcow2", None);
+    let config = |more: &str| {
+        let export = "[stays]\nexportname = stays.qcow2\nformat = qcow2\n";
+        put(dir, "config", &format!("[generic]\nunixsock = socket\nremoval = cut\n{export}{more}"));
+    };
+    config("");
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let stop = Arc::new(AtomicBool::new(false));
+    let answered: Vec<_> = (0..4).map(|_| Arc::new(AtomicUsize::new(0))).collect();
+    let mut workers = Vec::new();
+    for (part, answered) in (0..).zip(&answered) {
+        let worker = Stubborn::new(part, Arc::clone(answered));
+        workers.push(tokio::spawn(worker.work(dir.to_owned(), Arc::clone(&stop))));
+    }
+    for round in 0..CUTS {
+        // Everybody works on it before it goes.
+        let before: Vec<_> = answered.iter().map(|one| one.load(Ordering::Relaxed)).collect();
+        for (one, before) in answered.iter().zip(before) {
+            while one.load(Ordering::Relaxed) < before + 2 {
+                tokio::task::yield_now().await;
+            }
+        }
+        for number in 0..4 {
+            let sync = if number % 2 == 0 { "true" } else { "false" };
+            config(&format!("description = {round} {number}\nsync = {sync}\n"));
+            server.signal("-HUP");
+        }
+        put(dir, "config", "[generic]\nunixsock = socket\nremoval = cut\n");
+        server.signal("-HUP");
+        server.log_until(r#"removed=["stays"]"#);
+        config(&format!("description = again {round}\n"));
+        server.signal("-HUP");
+        server.log_until(r#"added=["stays"]"#);
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut held = Vec::new();
+    for worker in workers {
+        let worker = worker.await.unwrap();
+        assert!(worker.cuts > 0, "it was never cut off");
+        held.extend(worker.held);
+    }
+    assert!(server.stop());
+    run(dir, "qemu-img", &["check", "-q", "stays.qcow2"]);
+    run(dir, "qemu-img", &["convert", "-O", "raw", "stays.qcow2", "stays.img"]);
+    let disk = std::fs::read(dir.join("stays.img")).unwrap();
+    for (slot, byte) in held.into_iter().enumerate() {
         assert!(disk[slot * 4096..][..4096] == vec![byte; 4096], "slot {slot}");
     }
 }

@@ -127,6 +127,44 @@ async fn cut_connections_end_and_the_device_is_free() {
     assert!(client.read(ByteRange::between(0, 1)).await.is_err());
 }
 
+#[tokio::test]
+async fn connections_from_before_a_change_go_with_the_export() {
+    for at_once in [true, false] {
+        let (served, device) = (Served::new().await, disk());
+        served.server.add_export(export("disk", &device)).unwrap();
+        let mut clients = vec![served.connect("disk").await.unwrap()];
+        for text in ["one", "two"] {
+            let changed = export("disk", &device).description(text);
+            served.server.replace_exports([changed], Removal::Cut).unwrap();
+            write(&clients[0], 0, 1).await;
+            clients.push(served.connect("disk").await.unwrap());
+        }
+        if at_once {
+            served.server.replace_exports([], Removal::Cut).unwrap();
+        } else {
+            served.server.remove_export("disk", Removal::Cut).await.unwrap();
+        }
+        for client in &clients {
+            assert!(client.read(ByteRange::between(0, 1)).await.is_err());
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_export_is_not_given_back_while_a_client_from_before_a_change_has_its_device() {
+    let (served, device) = (Served::new().await, disk());
+    served.server.add_export(export("disk", &device)).unwrap();
+    let client = served.connect("disk").await.unwrap();
+    let changed = export("disk", &device).description("new");
+    served.server.replace_exports([changed], Removal::Drain).unwrap();
+    let mut removing = Box::pin(served.server.remove_export("disk", Removal::Drain));
+    assert!(futures_util::poll!(&mut removing).is_pending());
+    write(&client, 0, 1).await;
+    assert!(futures_util::poll!(&mut removing).is_pending());
+    drop(client);
+    removing.await.unwrap();
+}
+
 /// Writes and reads back until told to stop; how often it wrote.
 fn load(client: Arc<NbdDevice>, region: u64, stop: Arc<AtomicBool>) -> JoinHandle<u64> {
     tokio::spawn(async move {

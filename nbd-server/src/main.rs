@@ -7,6 +7,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    let hangups = program::catch_hangups();
     let options = program::Options::of_process();
     let filter =
         tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
@@ -15,7 +16,8 @@ fn main() -> ExitCode {
         program::LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
         program::LogFormat::Json => log.json().init(),
     }
-    match program::run(options) {
+    let done = hangups.map_err(Into::into).and_then(|hangups| program::run(options, hangups));
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nbd-server: {error:#}");

@@ -7,34 +7,28 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use block::{BlockDevice, ByteRange, RawDevice};
+use block::{BlockDevice, ByteRange};
 use futures_util::future::join_all;
 use nbd_server::wire::transmission_flag;
 use nbd_server::{Export, Lease, Removal, Replaced, Server, Window, WriteThrough, partition};
+use rustix::fs::Access;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::NewTls;
 use super::attendant::Doorkeeper;
-use super::config::Place;
-use super::images::{FileId, ImageKey, Opened, Opening, Sources};
+use super::images::{FileId, ImageKey, Opened, Opening, Sources, folder_of};
+use super::made::Made;
 use super::options::{AllowReferences, ExportSpec, Writes};
 use super::overlay::Overlay;
 use super::sealable::Sealable;
+use super::wanted::{Refused, Use, Wanted, clashes, uses};
 
 /// How long an image may take to close that nothing shows any more.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// An export that is asked for, and where.
-#[derive(Clone, Debug)]
-pub(super) struct Wanted {
-    pub(super) spec: ExportSpec,
-    /// `None` for the command line.
-    pub(super) place: Option<Place>,
-}
-
 /// An export that is served.
-struct Placed {
+pub(super) struct Placed {
     spec: ExportSpec,
     /// `None` where there is no image.
     key: Option<ImageKey>,
@@ -112,7 +106,8 @@ impl Catalogue {
         Self { server, how, images, placed, leases, leaving: JoinSet::new() }
     }
 
-    /// Serves what is wanted and nothing else, and with it other certificates where there are any. Where that cannot be, everything is as it was before.
+    /// Serves what is wanted and nothing else, and with it other certificates where there are any. Where that cannot be,
+    /// everything is as it was before.
     ///
     /// An export that is wanted as it is stays as it is, and its image is not opened again, unless another file has
     /// taken its place. Dropping the future leaves images open that `end` closes.
@@ -122,9 +117,9 @@ impl Catalogue {
         references: Option<&AllowReferences>,
         removal: Removal,
         tls: Option<NewTls>,
-    ) -> anyhow::Result<Replaced> {
-        let references = references.or(self.how.references.as_ref()).cloned();
-        let applied = match self.prepare(wanted, references).await {
+    ) -> Result<Replaced, Refused> {
+        let mut made = Made::default();
+        let applied = match self.prepare(wanted, references, &mut made).await {
             Ok(placed) => {
                 let exports = placed.values().map(|placed| placed.export.clone());
                 let replaced = match tls {
@@ -132,19 +127,21 @@ impl Catalogue {
                     #[cfg(feature = "tls")]
                     Some(tls) => self.server.replace_exports_and_tls(exports, tls, removal),
                 };
-                replaced.map(|replaced| (placed, replaced)).map_err(anyhow::Error::from)
+                replaced
+                    .map(|replaced| (placed, replaced))
+                    .map_err(|error| Refused::by_server(wanted, error))
             }
-            Err(error) => Err(error),
+            Err(refused) => Err(refused),
         };
-        let (placed, replaced) = match applied {
+        let (placed, mut replaced) = match applied {
             Ok(applied) => applied,
-            Err(error) => {
+            Err(refused) => {
                 self.sweep().await;
-                return Err(error);
+                return Err(refused);
             }
         };
+        made.keep();
         let before = std::mem::replace(&mut self.placed, placed);
-        let mut replaced = replaced;
         for retired in std::mem::take(&mut replaced.retired) {
             let Some(key) = before.get(retired.name()).and_then(|placed| placed.key.clone()) else {
                 continue;
@@ -205,37 +202,38 @@ impl Catalogue {
     }
 
     /// Opens what is not open yet, and makes the exports. Nobody sees them so far.
-    async fn prepare(
+    ///
+    /// # Errors
+    /// All that keeps any of them from being served.
+    pub(super) async fn prepare(
         &mut self,
         wanted: &[Wanted],
-        references: Option<AllowReferences>,
-    ) -> anyhow::Result<BTreeMap<String, Placed>> {
+        references: Option<&AllowReferences>,
+        made: &mut Made,
+    ) -> Result<BTreeMap<String, Placed>, Refused> {
+        let references = references.or(self.how.references.as_ref()).cloned();
+        let how = Opening { references, ..self.how.clone() };
+        let (mut found, mut refused) = (Vec::new(), Vec::new());
         for one in wanted {
-            make(&one.spec).await.with_context(|| blame(one))?;
-        }
-        let keys = keys(wanted.to_vec(), references).await?;
-        let uses = uses(wanted, &keys)?;
-        let mut placed = BTreeMap::new();
-        for (one, key) in wanted.iter().zip(&keys) {
-            let known = self.placed.get(&one.spec.name);
-            let known = known.filter(|known| known.spec == one.spec && known.key == *key);
-            let export = match known {
-                Some(known) => known.export.clone(),
-                None => match key {
-                    Some(key) => {
-                        let used = uses.get(key.file()).copied().unwrap_or_default();
-                        let made = self.export(&one.spec, key, used).await;
-                        made.with_context(|| blame(one))?
-                    }
-                    None => self.temporary(&one.spec),
-                },
-            };
-            let next = Placed { spec: one.spec.clone(), key: key.clone(), export };
-            if placed.insert(one.spec.name.clone(), next).is_some() {
-                bail!("{}: there is already an export named {:?}", blame(one), one.spec.name);
+            match find(&one.spec, &how, made).await {
+                Ok(key) => found.push((one, key)),
+                Err(error) => refused.push(one.blame(error)),
             }
         }
-        Ok(placed)
+        refused.extend(clashes(&found));
+        let uses = uses(&found);
+        let mut placed = BTreeMap::new();
+        for (one, key) in found {
+            let used = key.as_ref().and_then(|key| uses.get(key.file())).copied();
+            match self.export(&one.spec, key.as_ref(), used.unwrap_or_default()).await {
+                Ok(export) => {
+                    let next = Placed { spec: one.spec.clone(), key, export };
+                    placed.insert(one.spec.name.clone(), next);
+                }
+                Err(error) => refused.push(one.blame(error)),
+            }
+        }
+        if refused.is_empty() { Ok(placed) } else { Err(Refused(refused)) }
     }
 
     /// The right to write to something: there is one, whatever becomes of exports.
@@ -248,21 +246,46 @@ impl Catalogue {
         lease
     }
 
-    /// Makes an export of which each client gets an empty disk.
-    fn temporary(&mut self, spec: &ExportSpec) -> Export {
-        let disk = Overlay::empty(spec.size.unwrap_or(0), folder_of(&spec.path));
-        self.apart(spec, disk)
+    /// The export as it is served, or else a new one.
+    async fn export(
+        &mut self,
+        spec: &ExportSpec,
+        key: Option<&ImageKey>,
+        used: Use,
+    ) -> anyhow::Result<Export> {
+        if let Some(known) = self.placed.get(&spec.name)
+            && known.spec == *spec
+            && known.key.as_ref() == key
+        {
+            return Ok(known.export.clone());
+        }
+        match key {
+            Some(key) => self.export_of(spec, key, used).await,
+            None => {
+                let folder = folder_of(&spec.path);
+                self.apart(spec, Overlay::empty(spec.size.unwrap_or(0), folder), folder)
+            }
+        }
     }
 
-    /// Makes an export of which each client gets a disk of its own.
-    fn apart(&mut self, spec: &ExportSpec, disk: Arc<Overlay>) -> Export {
+    /// Makes an export of which each client gets a disk of its own, kept in a folder.
+    fn apart(
+        &mut self,
+        spec: &ExportSpec,
+        disk: Arc<Overlay>,
+        folder: &Path,
+    ) -> anyhow::Result<Export> {
+        let usable = rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK);
+        usable.with_context(|| {
+            format!("cannot keep what clients write in the folder {}", folder.display())
+        })?;
         let lease = self.lease(Written::Apart(spec.name.clone()));
         let all = ByteRange::between(0, disk.limits().size_bytes);
-        shape(spec, disk.clone(), Some(disk), None).lease(lease, all)
+        Ok(shape(spec, disk.clone(), Some(disk), None).lease(lease, all))
     }
 
     /// Makes an export over its image.
-    async fn export(
+    async fn export_of(
         &mut self,
         spec: &ExportSpec,
         key: &ImageKey,
@@ -276,13 +299,10 @@ impl Catalogue {
         let mut export = match &spec.writes {
             Writes::Apart { folder } if !spec.read_only => {
                 let folder = folder.as_deref().unwrap_or_else(|| folder_of(&spec.path));
-                self.apart(spec, Overlay::over(device, folder))
+                self.apart(spec, Overlay::over(device, folder), folder)?
             }
             _ => shape(spec, device, None, sealable).lease(lease, range),
         };
-        if !spec.clients.is_empty() {
-            export = export.clients(spec.clients.iter().cloned());
-        }
         for (name, source) in sources {
             export = export.context(name, source);
         }
@@ -305,10 +325,9 @@ impl Catalogue {
                  reload, and add them again"
             ),
             None => {
-                let unlock_time = self.how.unlock_time;
-                let opened = Opened::open(key, writable, unlock_time).await?;
+                let opened = Opened::open(key, writable, &self.how).await?;
                 let image = if used.seals && writable {
-                    Openness::Sealable(Sealable::new(key, unlock_time, opened))
+                    Openness::Sealable(Sealable::new(key, &self.how, opened))
                 } else {
                     Openness::Fixed(opened)
                 };
@@ -325,47 +344,6 @@ impl Catalogue {
         }
         Ok(shown)
     }
-}
-
-/// What all exports together do with a file.
-#[derive(Clone, Copy, Debug, Default)]
-struct Use {
-    writable: bool,
-    seals: bool,
-}
-
-/// What becomes of each file.
-///
-/// # Errors
-/// Where two exports write to one that is to be sealed when the writer of one of them is done.
-fn uses(wanted: &[Wanted], keys: &[Option<ImageKey>]) -> anyhow::Result<HashMap<FileId, Use>> {
-    let mut writers: HashMap<&FileId, Vec<&Wanted>> = HashMap::new();
-    for (one, key) in wanted.iter().zip(keys) {
-        if let Some(key) = key
-            && is_written(&one.spec)
-        {
-            writers.entry(key.file()).or_default().push(one);
-        }
-    }
-    for writers in writers.values() {
-        for (index, one) in writers.iter().enumerate().filter(|(_, one)| one.spec.seals) {
-            let mut others = writers.iter().enumerate();
-            if let Some((_, other)) = others.find(|(at, _)| *at != index) {
-                let place = other.place.as_ref().map(|place| format!(" ({place})"));
-                bail!(
-                    "{}: the export {:?}{} writes to the image, too, which is to be sealed when one writer is done",
-                    blame(one),
-                    other.spec.name,
-                    place.unwrap_or_default()
-                );
-            }
-        }
-    }
-    let use_of = |writers: &[&Wanted]| Use {
-        writable: true,
-        seals: writers.iter().any(|one| one.spec.seals),
-    };
-    Ok(writers.into_iter().map(|(file, writers)| (file.clone(), use_of(&writers))).collect())
 }
 
 /// The export of a device; clients work on fresh copies of `overlay` where there is one.
@@ -395,58 +373,30 @@ fn shape(
     if let Some(limit) = spec.idle_timeout {
         export = export.idle_timeout(limit);
     }
+    if !spec.clients.is_empty() {
+        export = export.clients(spec.clients.iter().cloned());
+    }
     match Doorkeeper::new(spec, overlay, sealable) {
         Some(doorkeeper) => export.attendant(doorkeeper),
         None => export,
     }
 }
 
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Whether an export changes its image.
-fn is_written(spec: &ExportSpec) -> bool {
-    !spec.read_only && spec.writes == Writes::Image
-}
-
-/// What to say before an error with an export.
-fn blame(one: &Wanted) -> String {
-    let path = one.spec.path.display();
-    let what = format!("cannot open {path} for export {:?}", one.spec.name);
-    match &one.place {
-        Some(place) => format!("{place}: {what}"),
-        None => what,
+/// Finds the image of an export, and makes it where that is to be done; `None` for one that has none. It is looked for on
+/// a thread that may block.
+async fn find(
+    spec: &ExportSpec,
+    how: &Opening,
+    made: &mut Made,
+) -> anyhow::Result<Option<ImageKey>> {
+    if spec.writes == Writes::Temporary {
+        return Ok(None);
     }
-}
-
-/// Which images are wanted. They are looked at on a thread that may block.
-async fn keys(
-    wanted: Vec<Wanted>,
-    references: Option<AllowReferences>,
-) -> anyhow::Result<Vec<Option<ImageKey>>> {
-    let look = move || {
-        let key = |one: &Wanted| {
-            if one.spec.writes == Writes::Temporary {
-                return Ok(None);
-            }
-            let key = ImageKey::of(&one.spec, references.as_ref());
-            key.map(Some).with_context(|| blame(one))
-        };
-        wanted.iter().map(key).collect()
-    };
-    tokio::task::spawn_blocking(look).await?
-}
-
-/// Makes a raw image where there is none and one is to be made.
-async fn make(spec: &ExportSpec) -> anyhow::Result<()> {
-    let Some(bytes) = spec.makes_bytes else { return Ok(()) };
-    let path = spec.path.clone();
-    if spec.read_only || tokio::task::spawn_blocking(move || path.try_exists()).await?? {
-        return Ok(());
+    if !how.only_looks {
+        made.make(spec).await?;
     }
-    tracing::info!(image = %spec.path.display(), bytes, "made an image");
-    Ok(RawDevice::create(&spec.path, bytes).await?.close().await?)
+    let (spec, how) = (spec.clone(), how.clone());
+    tokio::task::spawn_blocking(move || ImageKey::of(&spec, &how).map(Some)).await?
 }
 
 /// The part of an image that an export shows, and where it lies.

@@ -1,6 +1,6 @@
 //! Opening an image by its format. The one place of this crate that knows formats.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use async_trait::async_trait;
-use block::{BlockDevice, ByteRange, DeviceError, RawDevice};
+use block::{BlockDevice, ByteRange, DeviceError, HostFile, OpenOptions as HostOptions, RawDevice};
 use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
 use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, Passphrase, References, UnlockError};
 
 use super::depth::{self, AllocationDepth};
+use super::made;
 use super::options::{AllowReferences, ExportSpec, Format};
+use super::overlay::Overlay;
 
 /// The first bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -25,6 +27,8 @@ pub(super) struct Opening {
     pub(super) references: Option<AllowReferences>,
     /// How long may be worked on a passphrase for one key slot.
     pub(super) unlock_time: Option<Duration>,
+    /// Nothing is made, changed or locked: another program may be serving the images.
+    pub(super) only_looks: bool,
 }
 
 /// Which file it is: one that was put in the place of another is another one, and a device has many names.
@@ -34,6 +38,22 @@ pub(super) enum FileId {
     File(u64, u64),
     /// The number of a block device.
     Device(u64),
+    /// One that is to be made, with its length in bytes.
+    Unmade(PathBuf, u64),
+}
+
+impl FileId {
+    /// `None` where it is neither a regular file nor a block device.
+    pub(super) fn of(metadata: &Metadata) -> Option<Self> {
+        let kind = metadata.file_type();
+        if kind.is_file() {
+            Some(Self::File(metadata.dev(), metadata.ino()))
+        } else if kind.is_block_device() {
+            Some(Self::Device(metadata.rdev()))
+        } else {
+            None
+        }
+    }
 }
 
 /// What makes two exports show one image: which file it is, and as what it is opened.
@@ -57,23 +77,24 @@ impl ImageKey {
     }
 
     /// Finds the image of an export, and its format. Blocks.
-    pub(super) fn of(
-        spec: &ExportSpec,
-        references: Option<&AllowReferences>,
-    ) -> anyhow::Result<Self> {
-        let path = std::fs::canonicalize(&spec.path)?;
-        let metadata = std::fs::metadata(&path)?;
-        let kind = metadata.file_type();
-        let file = if kind.is_file() {
-            FileId::File(metadata.dev(), metadata.ino())
-        } else if kind.is_block_device() {
-            FileId::Device(metadata.rdev())
-        } else {
-            bail!("it is neither a regular file nor a block device");
+    pub(super) fn of(spec: &ExportSpec, how: &Opening) -> anyhow::Result<Self> {
+        let unmade = if how.only_looks { made::wanting(spec) } else { None };
+        let (path, file, format) = match unmade {
+            Some(bytes) => {
+                let name = spec.path.file_name().context("it has no name")?;
+                let path = std::fs::canonicalize(folder_of(&spec.path))?.join(name);
+                (path.clone(), FileId::Unmade(path, bytes), Format::Raw)
+            }
+            None => {
+                let path = std::fs::canonicalize(&spec.path)?;
+                let file = FileId::of(&std::fs::metadata(&path)?)
+                    .context("it is neither a regular file nor a block device")?;
+                let format = format_of(spec, &path)?;
+                (path, file, format)
+            }
         };
-        let format = format_of(spec, &path)?;
         // A raw image refers to nothing: it stays what it is where others may refer to something else.
-        let references = spec.references.as_ref().or(references);
+        let references = spec.references.as_ref().or(how.references.as_ref());
         Ok(Self {
             references: references.filter(|_| format == Format::Qcow2).cloned(),
             file,
@@ -85,6 +106,11 @@ impl ImageKey {
     }
 }
 
+/// The folder that a file lies in.
+pub(super) fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Sources of metadata contexts, with their names.
 pub(super) type Sources = Vec<(String, Arc<dyn ExtentSource>)>;
 
@@ -92,6 +118,7 @@ pub(super) type Sources = Vec<(String, Arc<dyn ExtentSource>)>;
 pub(super) struct Opened {
     device: Arc<dyn BlockDevice>,
     image: Option<Image>,
+    only_looks: bool,
 }
 
 impl Opened {
@@ -108,20 +135,28 @@ impl Opened {
     pub(super) async fn open(
         key: &ImageKey,
         writable: bool,
-        unlock_time: Option<Duration>,
+        how: &Opening,
     ) -> anyhow::Result<Self> {
-        Ok(match key.format {
+        let (read_only, lock) = (!writable || how.only_looks, !how.only_looks);
+        if let FileId::Unmade(path, bytes) = &key.file {
+            let device = Overlay::empty(*bytes, folder_of(path));
+            return Ok(Self { device, image: None, only_looks: true });
+        }
+        let (device, image): (Arc<dyn BlockDevice>, _) = match key.format {
             Format::Raw => {
-                Self { device: RawDevice::open(&key.path, !writable).await?, image: None }
+                let options = HostOptions { read_only, lock, ..HostOptions::writing() };
+                (RawDevice::new(HostFile::open(&key.path, options).await?), None)
             }
             Format::Qcow2 => {
-                let mut options = qcow2_options(key, writable);
+                let mut options = qcow2_options(key, !read_only);
+                options.lock = lock;
                 options.passphrases = passphrases(key)?;
-                options.unlock_time = unlock_time.unwrap_or(options.unlock_time);
+                options.unlock_time = how.unlock_time.unwrap_or(options.unlock_time);
                 let image = Image::open(&key.path, options).await.map_err(explained)?;
-                Self { device: Arc::new(image.clone()), image: Some(image) }
+                (Arc::new(image.clone()), Some(image))
             }
-        })
+        };
+        Ok(Self { device, image, only_looks: how.only_looks })
     }
 
     /// What the image tells beside where data lies, as far as it was asked for: which layer holds what, and bitmaps, each
@@ -130,7 +165,9 @@ impl Opened {
         let mut sources = Sources::new();
         for name in &spec.bitmaps {
             let top = self.image.as_ref().context("a raw image has no bitmaps")?;
-            let source = Bitmap { image: image_with(top, name).await?, name: name.clone() };
+            let image = image_with(top, name, self.only_looks).await;
+            let image = image.with_context(|| format!("bitmap {name:?}"))?;
+            let source = Bitmap { image, name: name.clone() };
             sources.push((format!("qemu:dirty-bitmap:{name}"), Arc::new(source)));
         }
         if spec.allocation_depth {
@@ -159,14 +196,22 @@ fn format_of(spec: &ExportSpec, path: &Path) -> anyhow::Result<Format> {
 }
 
 /// The uppermost image from `top` down that has a usable bitmap of that name. One that is there and unusable hides
-/// those below it.
-async fn image_with(top: &Image, name: &str) -> Result<Image, qcow2::Error> {
+/// those below it. Who only looks finds those that record changes to be unsaved, because whoever writes has them.
+async fn image_with(top: &Image, name: &str, only_looks: bool) -> Result<Image, qcow2::Error> {
     let mut layer = top.clone();
     loop {
         let first = ByteRange::between(0, layer.limits().size_bytes.min(1));
         let missing = match layer.dirty_extents(name, first).await {
             Ok(_) => return Ok(layer),
             Err(error @ qcow2::Error::Bitmap { reason: BitmapError::Unknown, .. }) => error,
+            Err(qcow2::Error::Bitmap { reason: BitmapError::Inconsistent, .. }) if only_looks => {
+                tracing::warn!(
+                    image = %layer.path().display(),
+                    bitmap = name,
+                    "it is of no use unless a program that has the image open is recording in it"
+                );
+                return Ok(layer);
+            }
             Err(error) => return Err(error),
         };
         match layer.backing_image()? {

@@ -9,6 +9,7 @@ mod descriptors;
 mod identity;
 mod images;
 mod limits;
+mod made;
 mod manual;
 mod options;
 mod overlay;
@@ -18,8 +19,9 @@ mod sockets;
 mod taken;
 #[cfg(feature = "tls")]
 mod tls;
+mod wanted;
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -28,6 +30,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use catalogue::Catalogue;
 use config::Config;
+use images::Opening;
 pub(crate) use options::{LogFormat, Options};
 use reload::Reloading;
 
@@ -37,8 +40,17 @@ type NewTls = nbd_server::tls::ServerTls;
 #[cfg(not(feature = "tls"))]
 type NewTls = std::convert::Infallible;
 
+/// From now on SIGHUP does not end the process, but is kept for [`run`]. To be called first of all: signals come at any
+/// moment.
+pub(crate) fn catch_hangups() -> io::Result<Signal> {
+    // It outlives this runtime, which has no thread; there may be one only, until the process is the user it is to be.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let _entered = runtime.enter();
+    signal(SignalKind::hangup())
+}
+
 /// Does what the options say. An error is everything that kept an image from being served or from ending clean.
-pub(crate) fn run(options: Options) -> anyhow::Result<()> {
+pub(crate) fn run(options: Options, hangup: Signal) -> anyhow::Result<()> {
     if options.man {
         return manual::print();
     }
@@ -50,27 +62,21 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
         tracing::warn!("{remark}");
     }
     let reloading = Reloading::new(&options, config.as_ref())?;
+    let listen = sockets::asked(&options, config.as_ref());
     if options.check_config {
-        return reload::check(&reloading, config.as_ref());
+        return reload::check(&reloading, config.as_ref(), &listen, opening(&options));
     }
     descriptors::raise_limit();
     let generic = config.as_ref().map(|config| &config.generic);
-    let listen = match (&options.listen[..], generic) {
-        // Sockets that are handed over take the place of those that the file names.
-        ([], Some(generic)) if !identity::has_sockets() => &generic.listen,
-        (said, _) => said,
-    };
     let mut limits = options.limits.clone();
     if let Some(generic) = generic {
         limits = limits.or(&generic.limits);
     }
     let server_config = ServerConfig::with_limits(limits.of_server());
     #[cfg(feature = "tls")]
-    let server_config = match options.tls.find(config.as_ref())? {
-        Some((mode, tls)) => server_config.tls(mode, tls),
-        None => server_config,
-    };
-    let sockets = sockets::open(listen, &socket_options(&options, config.as_ref()))?;
+    let server_config = tls::with(server_config, options.tls.find(config.as_ref())?);
+    let addresses = sockets::resolve(&listen)?;
+    let sockets = sockets::open(addresses, &socket_options(&options, config.as_ref()))?;
     let of_config = |field: fn(&config::Generic) -> Option<&String>| {
         generic.and_then(field).map(String::as_str)
     };
@@ -85,7 +91,8 @@ pub(crate) fn run(options: Options) -> anyhow::Result<()> {
     }
     let runtime = runtime.enable_all().build()?;
     let grace = limits.shutdown_grace();
-    let done = runtime.block_on(serve(options, reloading, config, server_config, sockets, grace));
+    let start = Start { options, reloading, config, server_config, sockets, grace };
+    let done = runtime.block_on(serve(start, hangup));
     // What hangs in a device is not waited for.
     runtime.shutdown_background();
     done
@@ -101,23 +108,28 @@ fn socket_options(options: &Options, config: Option<&Config>) -> SocketFileOptio
     }
 }
 
-async fn serve(
+/// How images are opened that do not say otherwise.
+fn opening(options: &Options) -> Opening {
+    let references = options.allow_references.clone();
+    Opening { references, unlock_time: options.unlock_seconds, only_looks: false }
+}
+
+/// What there is before anything is opened.
+struct Start {
     options: Options,
-    mut reloading: Reloading,
+    reloading: Reloading,
     config: Option<Config>,
     server_config: ServerConfig,
     sockets: Vec<ListeningSocket>,
     grace: Duration,
-) -> anyhow::Result<()> {
+}
+
+async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
+    let Start { options, mut reloading, config, server_config, sockets, grace } = start;
     // Before anything is opened, so that a signal during the start leaves images clean, too.
     let mut stop = Stop::new()?;
-    let mut hangup = signal(SignalKind::hangup())?;
     let server = Server::new(server_config);
-    let how = images::Opening {
-        references: options.allow_references.clone(),
-        unlock_time: options.unlock_seconds,
-    };
-    let mut catalogue = Catalogue::new(server.clone(), how);
+    let mut catalogue = Catalogue::new(server.clone(), opening(&options));
     #[cfg(feature = "metrics")]
     let metrics = options.metrics.or(config.as_ref().and_then(|config| config.generic.metrics));
     #[cfg(feature = "metrics")]
@@ -127,21 +139,20 @@ async fn serve(
         tracing::info!("counters are told on http://{address}/metrics");
     }
     let started = tokio::select! {
-        started = start(&server, &reloading, config.as_ref(), &mut catalogue, sockets) => started,
+        started = begin(&server, &reloading, config.as_ref(), &mut catalogue, sockets) => started,
         () = stop.requested() => Ok(()),
     };
     while started.is_ok() {
         tokio::select! {
             () = stop.requested() => break,
-            _ = hangup.recv() => {
-                #[cfg(feature = "tls")]
-                options.tls.reload(&server);
-                tokio::select! {
-                    () = reloading.reload(&server, &mut catalogue) => {}
-                    () = stop.requested() => break,
-                }
-            }
-            () = catalogue.settle() => catalogue.sweep().await,
+            _ = hangup.recv() => tokio::select! {
+                () = reloading.reload(&server, &mut catalogue) => {}
+                () = stop.requested() => break,
+            },
+            () = catalogue.settle() => tokio::select! {
+                () = catalogue.sweep() => {}
+                () = stop.requested() => break,
+            },
             () = server.used_and_left(), if options.once => break,
         }
     }
@@ -153,7 +164,7 @@ async fn serve(
 }
 
 /// Opens every image, then serves: a client that is answered finds all exports.
-async fn start(
+async fn begin(
     server: &Server,
     reloading: &Reloading,
     config: Option<&Config>,

@@ -40,7 +40,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Read the configuration, look at the images without opening them, tell what is wrong by file and line, and end
+    /// Read the configuration, look at the images beside whoever has them open, tell by file and line what would keep them
+    /// from being served, and end
     #[arg(long, requires = "config")]
     pub(crate) check_config: bool,
 

@@ -2,16 +2,22 @@
 //! is the catalogue's.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::{anyhow, bail};
-use block::MemoryDevice;
-use nbd_server::{Admission, ClientRule, Export, Server, ServerConfig};
+use anyhow::bail;
+use nbd_server::{Admission, ClientRule, Removal, Server, ServerConfig};
 
 use super::NewTls;
-use super::catalogue::{Catalogue, Wanted};
+use super::catalogue::Catalogue;
 use super::config::{self, Config, Fault, Faults, Finding, Generic, Place};
-use super::images::ImageKey;
-use super::options::{ExportSpec, Options, Writes};
+use super::images::Opening;
+use super::made::Made;
+use super::options::{ExportSpec, Options};
+use super::sockets::{self, Asked};
+use super::wanted::{Refused, Wanted};
+
+/// How long images that were only looked at may take to close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Where what is served is told.
 pub(super) struct Reloading {
@@ -29,7 +35,7 @@ impl Reloading {
     /// Keeps what reading the files again needs.
     ///
     /// # Errors
-    /// Where nothing is to be served.
+    /// Where nothing is to be served, and no folder is named where exports may come to be.
     pub(super) fn new(options: &Options, config: Option<&Config>) -> Result<Self, Faults> {
         let reloading = Self {
             path: options.config.clone(),
@@ -40,16 +46,22 @@ impl Reloading {
             #[cfg(feature = "tls")]
             tls: options.tls.clone(),
         };
-        config.map_or(Ok(()), |config| reloading.check_any(config))?;
+        if let Some(config) = config
+            && !reloading.finds_any(config)
+            && config.generic.include.is_none()
+        {
+            return Err(Faults(vec![Finding { place: whole(config), what: Fault::NoExports }]));
+        }
         Ok(reloading)
     }
 
-    /// Whether there is an export at all.
-    fn check_any(&self, config: &Config) -> Result<(), Faults> {
-        if !config.exports.is_empty() || !self.exports.is_empty() {
-            return Ok(());
+    /// Whether there is an export at all; a word of warning where there is none.
+    fn finds_any(&self, config: &Config) -> bool {
+        let finds = !config.exports.is_empty() || !self.exports.is_empty();
+        if !finds {
+            tracing::warn!("{}: no export is configured, nothing is served", whole(config));
         }
-        Err(Faults(vec![Finding { place: whole(config), what: Fault::NoExports }]))
+        finds
     }
 
     /// Everything that is to be served: what the command line says, and what the files say.
@@ -69,31 +81,6 @@ impl Reloading {
         wanted
     }
 
-    /// Whether a server takes the exports, with TLS as it would be: their names, and what they demand of clients.
-    fn rehearse(&self, wanted: &[Wanted], config: Option<&Config>) -> anyhow::Result<()> {
-        let server_config = ServerConfig::default();
-        #[cfg(feature = "tls")]
-        let server_config = match self.tls.find(config)? {
-            Some((mode, tls)) => server_config.tls(mode, tls),
-            None => server_config,
-        };
-        #[cfg(not(feature = "tls"))]
-        let _ = config;
-        let server = Server::new(server_config);
-        for Wanted { spec, place } in wanted {
-            let device = MemoryDevice::new(0);
-            let mut export = Export::new(&spec.name, device)
-                .default_export(spec.is_default)
-                .tls_only(spec.tls_only);
-            if !spec.clients.is_empty() {
-                export = export.clients(spec.clients.iter().cloned());
-            }
-            let place = place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default();
-            server.add_export(export).map_err(|error| anyhow!("{place}{error}"))?;
-        }
-        Ok(())
-    }
-
     /// Sets who may connect, and whether exports are listed.
     pub(super) fn set_policy(&self, server: &Server, config: Option<&Config>) {
         let generic = config.map(|config| &config.generic);
@@ -107,10 +94,7 @@ impl Reloading {
 
     /// Reads the files again and serves what they say; whatever is wrong with them, all goes on as before.
     pub(super) async fn reload(&mut self, server: &Server, catalogue: &mut Catalogue) {
-        let Some(path) = self.path.clone() else {
-            tracing::warn!("there is no configuration to reload");
-            return;
-        };
+        let Some(path) = self.path.clone() else { return self.reload_alone(server) };
         let read = tokio::task::spawn_blocking(move || config::read(&path)).await;
         let Ok(read) = read else { return };
         let config = match read.and_then(|config| self.complete(config)) {
@@ -126,11 +110,13 @@ impl Reloading {
         for remark in &config.remarks {
             tracing::warn!("{remark}");
         }
+        self.finds_any(&config);
         let generic = &config.generic;
         let tls = match self.tls(&config) {
             Ok(tls) => tls,
             Err(error) => return tracing::error!("{error:#}; the configuration is not reloaded"),
         };
+        let has_tls = tls.is_some();
         let wanted = self.wanted(Some(&config));
         match catalogue.apply(&wanted, generic.references.as_ref(), generic.removal, tls).await {
             Ok(replaced) => {
@@ -145,13 +131,32 @@ impl Reloading {
                 let (added, changed, removed) =
                     (replaced.added, replaced.changed, replaced.removed);
                 tracing::info!(?added, ?changed, ?removed, kept = replaced.kept.len(), "reloaded");
+                if has_tls {
+                    tracing::info!("the certificates are read again");
+                }
                 catalogue.sweep().await;
             }
-            Err(error) => tracing::error!("{error:#}; the configuration is not reloaded"),
+            Err(Refused(errors)) => {
+                for error in errors {
+                    tracing::error!("{error:#}");
+                }
+                tracing::error!("the configuration is not reloaded");
+            }
         }
     }
 
-    /// The certificates that the files name, as they are now.
+    /// Reads the certificates again where there are no files to read.
+    fn reload_alone(&self, server: &Server) {
+        #[cfg(feature = "tls")]
+        if self.tls.reload(server) {
+            return;
+        }
+        #[cfg(not(feature = "tls"))]
+        let _ = server;
+        tracing::warn!("there is no configuration to reload");
+    }
+
+    /// The certificates that count, as they are now.
     fn tls(&self, config: &Config) -> anyhow::Result<Option<NewTls>> {
         #[cfg(feature = "tls")]
         return self.tls.of_reload(config);
@@ -170,39 +175,55 @@ impl Reloading {
         if !findings.is_empty() {
             return Err(Faults(findings));
         }
-        self.check_any(&config)?;
         Ok(config)
     }
 }
 
 /// The main file.
 fn whole(config: &Config) -> Place {
-    let file = config.files.first().cloned().unwrap_or_default();
-    Place { file: file.into(), line: 1 }
+    config.place(1)
 }
 
-/// Looks at the images without opening them as such, and tells what would be served.
+/// Does all that the start does short of listening and serving, with images opened beside whoever has them, and tells
+/// what would be served.
 ///
 /// # Errors
 /// All that could not be served.
-pub(super) fn check(reloading: &Reloading, config: Option<&Config>) -> anyhow::Result<()> {
+pub(super) fn check(
+    reloading: &Reloading,
+    config: Option<&Config>,
+    listen: &[Asked],
+    how: Opening,
+) -> anyhow::Result<()> {
+    let mut wrong: Vec<String> = Vec::new();
+    wrong.extend(sockets::resolve(listen).err().map(|refused| refused.to_string()));
+    #[cfg(feature = "tls")]
+    let server_config = match reloading.tls.find(config) {
+        Ok(tls) => Some(super::tls::with(ServerConfig::default(), tls)),
+        Err(error) => {
+            wrong.push(format!("{error:#}"));
+            None
+        }
+    };
+    #[cfg(not(feature = "tls"))]
+    let server_config = Some(ServerConfig::default());
     let references = config.and_then(|config| config.generic.references.as_ref());
-    let mut wrong = Vec::new();
     let wanted = reloading.wanted(config);
-    for one in &wanted {
-        let spec = &one.spec;
-        let is_made = spec.makes_bytes.is_some() && !spec.path.exists();
-        if is_made || spec.writes == Writes::Temporary {
-            continue;
-        }
-        if let Err(error) = ImageKey::of(spec, references) {
-            let place = one.place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default();
-            wrong.push(format!("{place}[{}] {}: {error:#}", spec.name, spec.path.display()));
-        }
-    }
-    if let Err(error) = reloading.rehearse(&wanted, config) {
-        wrong.push(format!("{error:#}"));
-    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let looked = runtime.block_on(async {
+        let can_serve = server_config.is_some();
+        let server = Server::new(server_config.unwrap_or_default());
+        let mut catalogue = Catalogue::new(server, Opening { only_looks: true, ..how });
+        let looked = if can_serve {
+            catalogue.apply(&wanted, references, Removal::Drain, None).await.map(drop)
+        } else {
+            // What exports demand of certificates that cannot be used is not told.
+            catalogue.prepare(&wanted, references, &mut Made::default()).await.map(drop)
+        };
+        catalogue.end(CLOSE_TIMEOUT).await;
+        looked
+    });
+    wrong.extend(looked.err().map(|refused| refused.to_string()));
     if !wrong.is_empty() {
         bail!(wrong.join("\n"));
     }

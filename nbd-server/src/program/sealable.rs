@@ -3,19 +3,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use block::{BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, Segments, ZeroMode};
 use bytes::Bytes;
 use tokio::sync::RwLock;
 
-use super::images::{ImageKey, Opened};
+use super::images::{ImageKey, Opened, Opening};
 
 /// The image, open for writing, or for reading alone once it is sealed.
 pub(super) struct Sealable {
     key: ImageKey,
-    unlock_time: Option<Duration>,
+    how: Opening,
     limits: Limits,
     sealed: AtomicBool,
     /// Who works on it shares the lock: it is not taken away from under a request. Nobody else has it, so that the file is
@@ -24,10 +23,10 @@ pub(super) struct Sealable {
 }
 
 impl Sealable {
-    pub(super) fn new(key: &ImageKey, unlock_time: Option<Duration>, opened: Opened) -> Arc<Self> {
-        let (key, limits) = (key.clone(), opened.device().limits());
+    pub(super) fn new(key: &ImageKey, how: &Opening, opened: Opened) -> Arc<Self> {
+        let (key, how, limits) = (key.clone(), how.clone(), opened.as_device().limits());
         let (sealed, opened) = (AtomicBool::new(false), RwLock::new(Some(opened)));
-        Arc::new(Self { key, unlock_time, limits, sealed, opened })
+        Arc::new(Self { key, how, limits, sealed, opened })
     }
 
     /// Closes the image, which makes it clean, and opens it for reading.
@@ -40,7 +39,7 @@ impl Sealable {
         self.sealed.store(true, Ordering::Release);
         // Its locks would keep even ourselves out.
         *opened = None;
-        match Opened::open(&self.key, false, self.unlock_time).await {
+        match Opened::open(&self.key, false, &self.how).await {
             Ok(again) => {
                 *opened = Some(again);
                 Ok(())

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use nbd_server::tls::{ClientCertificates, ServerTls};
-use nbd_server::{Server, TlsMode};
+use nbd_server::{Server, ServerConfig, TlsMode};
 
 use super::config::Config;
 
@@ -53,18 +53,19 @@ impl TlsOptions {
         Ok(self.read()?.map(|tls| (mode, tls)))
     }
 
-    /// The certificates that a configuration names as they are now, where it is what counts.
+    /// The certificates as they are now: those of the directory, or else those that a configuration names.
     pub(super) fn of_reload(&self, config: &Config) -> anyhow::Result<Option<ServerTls>> {
         match self.tls {
             None => Ok(of_files(config)?.map(|(_, tls)| tls)),
-            Some(_) => Ok(None),
+            Some(_) => self.read(),
         }
     }
 
-    /// Uses the certificates as they are now for new connections; those that cannot be used change nothing.
-    pub(super) fn reload(&self, server: &Server) {
+    /// Uses the certificates of the directory as they are now for new connections, if there is one; those that cannot be
+    /// used change nothing.
+    pub(super) fn reload(&self, server: &Server) -> bool {
         let replaced = match self.read() {
-            Ok(None) => return,
+            Ok(None) => return false,
             Ok(Some(tls)) => server.replace_tls(tls).map_err(anyhow::Error::from),
             Err(error) => Err(error),
         };
@@ -72,6 +73,7 @@ impl TlsOptions {
             Ok(()) => tracing::info!("the certificates are read again"),
             Err(error) => tracing::error!("{error:#}; the old certificates stay"),
         }
+        true
     }
 
     /// The certificates as they are in the directory now; none where TLS is off.
@@ -90,15 +92,21 @@ impl TlsOptions {
     }
 }
 
+/// A server with TLS, where there is any.
+pub(super) fn with(server: ServerConfig, tls: Option<(TlsMode, ServerTls)>) -> ServerConfig {
+    match tls {
+        Some((mode, tls)) => server.tls(mode, tls),
+        None => server,
+    }
+}
+
 /// TLS as a configuration asks for it.
 fn of_files(config: &Config) -> anyhow::Result<Option<(TlsMode, ServerTls)>> {
     let asked = &config.generic.tls;
     if asked.mode == TlsMode::Off {
         return Ok(None);
     }
-    let read = ServerTls::from_files(&asked.files).with_context(|| {
-        let file = config.files.first().map(|file| file.display().to_string()).unwrap_or_default();
-        format!("{file}:{}: cannot set up TLS", asked.line)
-    });
+    let read = ServerTls::from_files(&asked.files)
+        .with_context(|| format!("{}: cannot set up TLS", config.place(asked.line)));
     Ok(Some((asked.mode, read?)))
 }

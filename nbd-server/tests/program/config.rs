@@ -125,7 +125,7 @@ fn files_are_checked_without_touching_what_is_served() {
     for (text, expected) in [
         (
             "[two]\nexportname = /no/such/image\n",
-            "conf.d/two.conf:1: [two] /no/such/image: No such file",
+            "conf.d/two.conf:1: cannot open /no/such/image for export \"two\": No such file",
         ),
         ("[two]\nexportname = ../config\nreadonyl = true\n", "conf.d/two.conf:3: there is no key"),
     ] {
@@ -255,4 +255,113 @@ fn the_manual_and_the_completions_come_from_the_same_definition() {
     std::fs::write(dir.path().join("script"), run(dir.path(), program, &["--completions=bash"]))
         .unwrap();
     run(dir.path(), "bash", &["-n", "script"]);
+}
+
+#[test]
+fn the_last_export_can_go_and_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    two_files(dir);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    std::fs::remove_file(dir.join("conf.d/one.conf")).unwrap();
+    server.signal("-HUP");
+    let log = server.log_until("reloaded").concat();
+    assert!(log.contains("config:1: no export is configured, nothing is served"), "{log}");
+    assert!(log.contains(r#"removed=["one"]"#), "{log}");
+    assert!(!qemu_io(dir, "read 0 4k", URI));
+    two_files(dir);
+    server.signal("-HUP");
+    server.log_until(r#"added=["one"]"#);
+    assert!(qemu_io(dir, "read 0 4k", URI));
+    // Nor is a folder needed where others could come to be.
+    write(dir, "config", "[generic]\nunixsock = socket\n");
+    server.signal("-HUP");
+    server.log_until(r#"removed=["one"]"#);
+    assert!(server.stop());
+    let mut server = Running::start(dir, &["--config=config"]);
+    assert_eq!(server.ended_at_once(), Some(false));
+    assert!(server.errors().contains("config:1: no export is configured, and no includedir"));
+}
+
+#[test]
+fn the_configuration_that_the_reference_ships_with_loads_and_takes_exports_later() {
+    const SHIPPED: &str = "/usr/share/nbd-server/nbd-server.conf.tmpl";
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let program = env!("CARGO_BIN_EXE_nbd-server");
+    let told = run(dir, program, &[&format!("--config={SHIPPED}"), "--check-config"]);
+    assert!(told.ends_with("all is well\n"), "{told}");
+    // With a folder of our own, and as the user that runs this.
+    let shipped = std::fs::read_to_string(SHIPPED).unwrap();
+    let ours = |line: &&str| !["user", "group"].iter().any(|key| line.trim().starts_with(key));
+    let lines: Vec<_> = shipped.lines().filter(ours).collect();
+    let text = lines.join("\n").replace("/etc/nbd-server/conf.d", "conf.d") + "\n";
+    assert!(text.contains("includedir = conf.d"), "{text}");
+    write(dir, "config", &text);
+    std::fs::create_dir(dir.join("conf.d")).unwrap();
+    let mut server = Running::start(dir, &["--config=config", "--listen=unix:socket"]);
+    server.address();
+    server.log_until("nothing is served");
+    write(dir, "conf.d/one.conf", "[one]\nexportname = ../disk.img\n");
+    server.signal("-HUP");
+    server.log_until(r#"added=["one"]"#);
+    assert!(qemu_io(dir, "write -P 9 1M 4k", URI));
+    assert!(server.stop());
+}
+
+#[test]
+fn a_refused_reload_takes_the_images_away_that_it_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    two_files(dir);
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    let made = "[made]\nexportname = ../made.img\nfilesize = 1M\n";
+    let broken = "[broken]\nexportname = ../missing.img\n";
+    write(dir, "conf.d/two.conf", &format!("{made}{broken}"));
+    server.signal("-HUP");
+    let log = server.log_until("not reloaded").concat();
+    assert!(log.contains("conf.d/two.conf:4: "), "{log}");
+    assert!(!dir.join("made.img").exists());
+    write(dir, "conf.d/two.conf", made);
+    server.signal("-HUP");
+    server.log_until(r#"added=["made"]"#);
+    assert_eq!(std::fs::metadata(dir.join("made.img")).unwrap().len(), 1 << 20);
+    // What was there is nobody's to take away.
+    write(dir, "conf.d/two.conf", &format!("{}{broken}", made.replace("[made]", "[other]")));
+    server.signal("-HUP");
+    server.log_until("not reloaded");
+    assert!(dir.join("made.img").exists());
+    assert!(server.stop());
+}
+
+#[test]
+fn a_hangup_before_anything_is_served_reloads_what_is_served_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    run(dir, "mkfifo", &["authorized"]);
+    let text =
+        "[generic]\nunixsock = socket\n[one]\nexportname = disk.img\nauthfile = authorized\n";
+    write(dir, "config", text);
+    let mut server = Running::start(dir, &["--config=config"]);
+    // Which is opened as soon as it is read: nothing is served by then.
+    let answer = |signal: Option<&Running>| {
+        let mut fifo =
+            std::fs::OpenOptions::new().write(true).open(dir.join("authorized")).unwrap();
+        if let Some(server) = signal {
+            server.signal("-HUP");
+        }
+        std::io::Write::write_all(&mut fifo, b"unix\n").unwrap();
+    };
+    answer(Some(&server));
+    server.address();
+    answer(None);
+    server.log_until("reloaded");
+    assert!(qemu_io(dir, "write -P 9 1M 4k", URI));
+    assert!(server.stop());
 }

@@ -4,6 +4,7 @@ mod bitmaps;
 #[cfg(all(feature = "client", feature = "tls"))]
 #[path = "../certificates/mod.rs"]
 mod certificates;
+mod checks;
 mod config;
 mod depth;
 mod encrypted;

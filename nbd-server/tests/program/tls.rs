@@ -220,7 +220,8 @@ fn a_configuration_forces_tls_on_all_and_knows_clients_by_their_certificates() {
         certificates.path().display()
     );
     let exports = format!(
-        "{EXPORTS}client = cn:client of a test\n[theirs]\nexportname = disk.img\nreadonly = true\nclient = cn:x\n"
+        "{EXPORTS}client = cn:client of a test\n[theirs]\nexportname = disk.img\nreadonly = true\nclient = cn:x\n\
+         [empty]\nexportname = x\ntemporary = true\nfilesize = 1M\nclient = cn:x\n"
     );
     configure(dir.path(), certificates.path(), &generic, &exports);
     let mut server = Running::start(dir.path(), &["--config=config"]);
@@ -229,7 +230,9 @@ fn a_configuration_forces_tls_on_all_and_knows_clients_by_their_certificates() {
     for export in ["open", "secret"] {
         run(dir.path(), "nbdinfo", &[&uri(export, certificates.path())]);
     }
-    assert!(fails(dir.path(), &uri("theirs", certificates.path())));
+    for export in ["theirs", "empty"] {
+        assert!(fails(dir.path(), &uri(export, certificates.path())), "{export}");
+    }
     assert!(fails(dir.path(), &uri("open", authority.directory().path())), "no certificate");
     assert!(server.stop());
 }
@@ -296,4 +299,53 @@ fn a_check_looks_at_certificates_and_at_what_exports_demand() {
     let mut check = Running::start(dir, &["--config=config", "--check-config"]);
     assert!(!check.status().success());
     assert!(check.errors().contains("config:6: the export \"secret\" needs TLS"));
+}
+
+#[test]
+fn a_directory_of_certificates_and_files_are_read_again_together_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let (old, new) = (Authority::new(), Authority::new());
+    let certificates = old.both_sides();
+    let config = |exports: &str| {
+        let text = format!("[generic]\nunixsock = socket\nallowlist = true\n{exports}");
+        std::fs::write(dir.join("config"), text).unwrap();
+    };
+    let one = "[one]\nexportname = disk.img\nreadonly = true\n";
+    let two = one.replace("one", "two");
+    config(one);
+    let folder = certificates.path().display().to_string();
+    let directory = format!("--tls-certificates={folder}");
+    let arguments =
+        ["--config=config", "--listen=127.0.0.1:0", "--listen=unix:socket", "--tls=on", &directory];
+    let mut server = Running::start(dir, &arguments);
+    let address = server.address();
+    let port = address.rsplit(':').next().unwrap();
+    let (trusts_old, trusts_new) = (old.directory(), new.directory());
+    let serves = |certificates: &TempDir, export: &str| {
+        let folder = certificates.path().display();
+        !fails(dir, &format!("nbds://localhost:{port}/{export}?tls-certificates={folder}"))
+    };
+    assert!(serves(&trusts_old, "one"));
+    // New certificates do not come with broken files, and new exports not with broken certificates.
+    new.add(certificates.path(), &Subject::server());
+    config("[one]\nexportname = missing.img\n");
+    server.signal("-HUP");
+    let log = server.log_until("not reloaded").concat();
+    assert!(log.contains("config:4: ") && !log.contains("certificates are read again"), "{log}");
+    assert!(serves(&trusts_old, "one") && !serves(&trusts_new, "one"));
+    let key = certificates.path().join("server-key.pem");
+    let good = std::fs::read(&key).unwrap();
+    std::fs::write(&key, "no PEM").unwrap();
+    config(&format!("{one}{two}"));
+    server.signal("-HUP");
+    let log = server.log_until("not reloaded").concat();
+    assert!(log.contains("server-key.pem"), "{log}");
+    assert!(serves(&trusts_old, "one") && !serves(&trusts_old, "two"));
+    std::fs::write(&key, good).unwrap();
+    server.signal("-HUP");
+    server.log_until("the certificates are read again");
+    assert!(serves(&trusts_new, "two") && !serves(&trusts_old, "one"));
+    assert!(server.stop());
 }

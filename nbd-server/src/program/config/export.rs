@@ -22,6 +22,10 @@ pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option
         let missing = Fault::Missing { section: section.name.clone(), key: "exportname" };
         keys.log.fault(file, section.line, missing);
     }
+    if section.name.len() > MAX_STRING_BYTES {
+        let why = format!("the name of an export has at most {MAX_STRING_BYTES} bytes");
+        keys.log.fault(file, section.line, Fault::Export(why));
+    }
     let path = keys.path("exportname");
     styles(&mut keys);
     let mut spec = ExportSpec {
@@ -193,6 +197,11 @@ fn writes(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     };
     if spec.writes == Writes::Temporary {
         spec.makes_bytes = None;
+        if spec.read_only {
+            let line = keys.entry("temporary").map_or(0, |entry| entry.line);
+            let why = "the disk is empty, and with readonly it stays so";
+            keys.log.fault(keys.file, line, Fault::Refused { key: "temporary", why });
+        }
     }
 }
 

@@ -54,7 +54,7 @@ pub(crate) enum Fault {
     Refused { key: &'static str, why: &'static str },
     #[error("[{section}] does not say {key}")]
     Missing { section: String, key: &'static str },
-    #[error("no export is configured")]
+    #[error("no export is configured, and no includedir where one may come to be")]
     NoExports,
     #[error("the line has no end: is the file still being written?")]
     Unfinished,

@@ -17,7 +17,8 @@ const PORT: u16 = 10809;
 /// What holds for all exports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Generic {
-    pub(crate) listen: Vec<Listen>,
+    /// Each with the line that says it.
+    pub(crate) listen: Vec<(usize, Listen)>,
     pub(crate) socket_mode: Option<u32>,
     pub(crate) socket_owner: Option<Owner>,
     pub(crate) user: Option<String>,
@@ -40,6 +41,8 @@ impl Generic {
     pub(crate) fn starts_like(&self, other: &Self) -> bool {
         let fixed = |generic: &Self| Self {
             include: None,
+            // An address is the same on another line.
+            listen: generic.listen.iter().map(|(_, listen)| (0, listen.clone())).collect(),
             listing: false,
             admission: Admission::default(),
             references: None,
@@ -62,8 +65,8 @@ pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
         socket_mode: mode(keys),
         socket_owner: keys
             .value("unixsock_owner", "it is USER or USER:GROUP, known on this machine"),
-        user: keys.text("user"),
-        group: keys.text("group"),
+        user: user(keys),
+        group: group(keys),
         include: keys.path("includedir").map(|path| (path, include_line)),
         listing: keys.flag("allowlist").unwrap_or(false),
         admission: admission(keys, Admission::default()),
@@ -87,6 +90,33 @@ fn refuse(keys: &mut Keys<'_>) {
     keys.refuse("metrics", "this program was built without the listener for it");
     keys.refuse("oldstyle", "nobody speaks the old handshake any more");
     keys.without_effect("splice", "data is not copied needlessly anyhow");
+}
+
+/// The user to become, who has to have a group, then.
+fn user(keys: &mut Keys<'_>) -> Option<String> {
+    let name = keys.text("user")?;
+    let has_group = keys.entry("group").is_some();
+    let wants = match identity::user(&name) {
+        None => "there is no such user",
+        Some(user) if user.gid.is_none() && !has_group => {
+            "the group of the user is not known; say group, too"
+        }
+        Some(_) => return Some(name),
+    };
+    if let Some(entry) = keys.entry("user") {
+        keys.wrong("user", entry, wants);
+    }
+    None
+}
+
+fn group(keys: &mut Keys<'_>) -> Option<String> {
+    let name = keys.text("group")?;
+    if identity::group(&name).is_none()
+        && let Some(entry) = keys.entry("group")
+    {
+        keys.wrong("group", entry, "there is no such group");
+    }
+    Some(name)
 }
 
 /// A number from 1 on.
@@ -197,12 +227,12 @@ fn clients(keys: &mut Keys<'_>, name: &'static str) -> Vec<ClientRule> {
 }
 
 /// Where to listen. Without a word on it, on all addresses, as the reference server does.
-fn listen(keys: &mut Keys<'_>) -> Vec<Listen> {
+fn listen(keys: &mut Keys<'_>) -> Vec<(usize, Listen)> {
     let mut listen = Vec::new();
     let own: Vec<_> = keys.entries("listen").collect();
     for entry in &own {
         match entry.value.trim_end().parse() {
-            Ok(address) => listen.push(address),
+            Ok(address) => listen.push((entry.line, address)),
             Err(wants) => {
                 let wants: String = wants;
                 keys.wrong("listen", entry, &wants);
@@ -210,11 +240,12 @@ fn listen(keys: &mut Keys<'_>) -> Vec<Listen> {
         }
     }
     let unix = keys.path("unixsock");
+    let unix_line = keys.entry("unixsock").map_or(0, |entry| entry.line);
     let both = keys.flag("duallisten");
     let has_address = keys.entry("listenaddr").is_some() || keys.entry("port").is_some();
     let port = port(keys);
     if let Some(path) = &unix {
-        listen.push(Listen::Unix(path.clone()));
+        listen.push((unix_line, Listen::Unix(path.clone())));
     }
     let on_addresses = match (&unix, both) {
         (Some(_), both) => both == Some(true),
@@ -232,14 +263,19 @@ fn listen(keys: &mut Keys<'_>) -> Vec<Listen> {
         return listen;
     }
     let addresses = keys.text("listenaddr");
+    let said = keys.entry("listenaddr").or(keys.entry("port"));
+    let line = said.map_or(keys.section.line, |entry| entry.line);
     let named = addresses.as_deref().unwrap_or("::,0.0.0.0");
     let hosts = named.split(',').map(str::trim).filter(|host| !host.is_empty());
-    listen.extend(hosts.map(|host| Listen::Tcp {
-        host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
-        port,
-        // The default of a machine without IPv6, too.
-        optional: addresses.is_none() && host == "::",
-        only_v6: true,
+    listen.extend(hosts.map(|host| {
+        let tcp = Listen::Tcp {
+            host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
+            port,
+            // The default of a machine without IPv6, too.
+            optional: addresses.is_none() && host == "::",
+            only_v6: true,
+        };
+        (line, tcp)
     }));
     listen
 }

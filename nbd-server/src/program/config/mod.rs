@@ -32,3 +32,11 @@ pub(crate) struct Config {
     pub(crate) files: Vec<PathBuf>,
     pub(crate) remarks: Vec<Remark>,
 }
+
+impl Config {
+    /// A line of the main file.
+    pub(crate) fn place(&self, line: usize) -> Place {
+        let file = self.files.first().cloned().unwrap_or_default();
+        Place { file: file.into(), line }
+    }
+}

@@ -43,6 +43,10 @@ fn config(text: &str) -> Config {
     Files::new(&[("config", text)]).read().unwrap()
 }
 
+fn addresses(config: &Config) -> Vec<Listen> {
+    config.generic.listen.iter().map(|(_, listen)| listen.clone()).collect()
+}
+
 fn tcp(host: &str, port: u16, optional: bool) -> Listen {
     Listen::Tcp { host: host.into(), port, optional, only_v6: true }
 }
@@ -51,7 +55,7 @@ fn tcp(host: &str, port: u16, optional: bool) -> Listen {
 fn the_examples_of_the_reference_load() {
     // The forms of its manual and of its test suite.
     let simple = config("[generic]\n[export]\n    exportname = /export/blkdev\n");
-    assert_eq!(simple.generic.listen, [tcp("::", 10809, true), tcp("0.0.0.0", 10809, false)]);
+    assert_eq!(addresses(&simple), [tcp("::", 10809, true), tcp("0.0.0.0", 10809, false)]);
     let (place, spec) = &simple.exports[0];
     assert_eq!((spec.name.as_str(), spec.path.as_path()), ("export", Path::new("/export/blkdev")));
     assert!(place.line == 2 && spec.raw_unless_said && !spec.read_only && !spec.is_default);
@@ -78,14 +82,30 @@ fn the_examples_of_the_reference_load() {
 
     let unix =
         "[generic]\nunixsock = /tmp/s\nlistenaddr = 127.0.0.1\n[export1]\nexportname = /tmp/x\n";
-    assert_eq!(config(unix).generic.listen, [Listen::Unix("/tmp/s".into())]);
+    assert_eq!(addresses(&config(unix)), [Listen::Unix("/tmp/s".into())]);
     let both = unix.replace("unixsock", "duallisten = true\nunixsock");
     let listen = [Listen::Unix("/tmp/s".into()), tcp("127.0.0.1", 10809, false)];
-    assert_eq!(config(&both).generic.listen, listen);
+    assert_eq!(addresses(&config(&both)), listen);
     let list = "[generic]\nlistenaddr = 127.0.0.1, ::1\nport=1234\nallowlist = true\n[export1]\nexportname = /tmp/x\n";
     let list = config(list);
-    assert_eq!(list.generic.listen, [tcp("127.0.0.1", 1234, false), tcp("::1", 1234, false)]);
+    assert_eq!(addresses(&list), [tcp("127.0.0.1", 1234, false), tcp("::1", 1234, false)]);
     assert!(list.generic.listing);
+}
+
+#[test]
+fn addresses_are_known_by_their_lines_which_may_change() {
+    let lines = |config: &Config| -> Vec<usize> {
+        config.generic.listen.iter().map(|(line, _)| *line).collect()
+    };
+    let one = config("[generic]\nlistenaddr = a, b\nlisten = unix:/s\nport = 1\n");
+    assert_eq!(lines(&one), [3, 2, 2]);
+    let moved = config("[generic]\n\nlistenaddr = a, b\nlisten = unix:/s\nport = 1\n");
+    assert_eq!(lines(&moved), [4, 3, 3]);
+    assert!(one.generic.starts_like(&moved.generic));
+    assert_eq!(lines(&config("[generic]\nport = 1\n")), [2, 2]);
+    assert_eq!(lines(&config("# nothing\n[generic]\n")), [2, 2]);
+    let other = config("[generic]\nlistenaddr = a, c\nlisten = unix:/s\nport = 1\n");
+    assert!(!one.generic.starts_like(&other.generic));
 }
 
 #[test]
@@ -159,7 +179,7 @@ fn our_own_keys_are_read() {
     );
     let generic = &config.generic;
     let vsock = Listen::Vsock { cid: None, port: 10809 };
-    assert_eq!(generic.listen, [Listen::Unix("/s".into()), vsock]);
+    assert_eq!(addresses(&config), [Listen::Unix("/s".into()), vsock]);
     assert_eq!((generic.socket_mode, generic.threads), (Some(0o660), Some(2)));
     let limits = generic.limits.of_server();
     let seconds = std::time::Duration::from_secs;
@@ -224,6 +244,14 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         (&format!("{export}virtstyle = moon\n"), "config:4: virtstyle = \"moon\""),
         (&format!("{export}bitmap = x\n"), "config:2: [a]: a raw image has neither"),
         (&format!("{export}temporary = true\n"), "config:2: [a]: a temporary disk"),
+        (
+            &format!("{export}filesize = 1M\ntemporary = true\nreadonly = true\n"),
+            "config:5: temporary: the disk is empty",
+        ),
+        ("[generic]\nuser = no such user\n", "config:2: user = \"no such user\": there is no"),
+        ("[generic]\ngroup = no such group\n", "config:2: group = \"no such group\": there is no"),
+        ("[generic]\nuser = 4000000000\n", "config:2: user = \"4000000000\": the group of"),
+        (&format!("[generic]\n[{}]\nexportname = /x\n", "n".repeat(4097)), "config:2: the name of"),
         (&format!("{export}blocksize = 1000\n"), "config:4: blocksize = \"1000\""),
         (&format!("{export}allow = 10.0.0.0/40\n"), "config:4: allow = "),
         ("[generic]\n[a]\nexportname = /x/%s\n", "config:3: exportname: %s"),

@@ -236,6 +236,15 @@ impl Catalogue {
         if refused.is_empty() { Ok(placed) } else { Err(Refused(refused)) }
     }
 
+    /// An image that nothing shows any more, and that is to be closed.
+    #[cfg(test)]
+    pub(super) fn leave(&mut self, key: ImageKey, device: Arc<dyn BlockDevice>) {
+        let image = Openness::Fixed(Opened::of(device));
+        let shown = Shown { image, writable: true, _lease: Lease::new(), retired: 1 };
+        self.images.insert(key.clone(), shown);
+        self.leaving.spawn(async move { key });
+    }
+
     /// The right to write to something: there is one, whatever becomes of exports.
     fn lease(&mut self, written: Written) -> Arc<Lease> {
         if let Some(lease) = self.leases.get(&written).and_then(Weak::upgrade) {

@@ -122,6 +122,11 @@ pub(super) struct Opened {
 }
 
 impl Opened {
+    #[cfg(test)]
+    pub(super) fn of(device: Arc<dyn BlockDevice>) -> Self {
+        Self { device, image: None, only_looks: false }
+    }
+
     /// What to serve, and to close at the end.
     pub(super) fn device(&self) -> Arc<dyn BlockDevice> {
         Arc::clone(&self.device)

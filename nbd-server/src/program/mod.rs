@@ -142,18 +142,12 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
         started = begin(&server, &reloading, config.as_ref(), &mut catalogue, sockets) => started,
         () = stop.requested() => Ok(()),
     };
-    while started.is_ok() {
+    if started.is_ok() {
+        let tended = tend(&server, &mut catalogue, &mut reloading, &mut hangup);
         tokio::select! {
-            () = stop.requested() => break,
-            _ = hangup.recv() => tokio::select! {
-                () = reloading.reload(&server, &mut catalogue) => {}
-                () = stop.requested() => break,
-            },
-            () = catalogue.settle() => tokio::select! {
-                () = catalogue.sweep() => {}
-                () = stop.requested() => break,
-            },
-            () = server.used_and_left(), if options.once => break,
+            () = tended => {}
+            () = stop.requested() => {}
+            () = server.used_and_left(), if options.once => {}
         }
     }
     let ended = tokio::select! {
@@ -161,6 +155,22 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
         () = stop.again() => bail!("stopped by a second signal; images may need a check"),
     };
     started.and(ended)
+}
+
+/// Reloads what is to be reloaded and closes what nobody uses, for ever. Whoever drops the future lets the rest of it to
+/// the end.
+async fn tend(
+    server: &Server,
+    catalogue: &mut Catalogue,
+    reloading: &mut Reloading,
+    hangup: &mut Signal,
+) {
+    loop {
+        tokio::select! {
+            _ = hangup.recv() => reloading.reload(server, catalogue).await,
+            () = catalogue.settle() => catalogue.sweep().await,
+        }
+    }
 }
 
 /// Opens every image, then serves: a client that is answered finds all exports.
@@ -225,5 +235,91 @@ impl Stop {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use async_trait::async_trait;
+    use block::{
+        BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, MemoryDevice, Segments,
+        ZeroMode,
+    };
+    use bytes::Bytes;
+    use clap::Parser;
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::program::images::ImageKey;
+    use crate::program::options::ExportSpec;
+
+    /// A device that tells when it is being closed, and never is.
+    struct Stuck {
+        device: Arc<MemoryDevice>,
+        closing: Notify,
+    }
+
+    #[async_trait]
+    impl BlockDevice for Stuck {
+        fn limits(&self) -> Limits {
+            self.device.limits()
+        }
+
+        async fn read(&self, range: ByteRange) -> Result<Segments, DeviceError> {
+            self.device.read(range).await
+        }
+
+        async fn write(&self, at: u64, data: Bytes, how: Durability) -> Result<(), DeviceError> {
+            self.device.write(at, data, how).await
+        }
+
+        async fn write_zeroes(
+            &self,
+            range: ByteRange,
+            mode: ZeroMode,
+            how: Durability,
+        ) -> Result<(), DeviceError> {
+            self.device.write_zeroes(range, mode, how).await
+        }
+
+        async fn discard(&self, range: ByteRange, how: Durability) -> Result<(), DeviceError> {
+            self.device.discard(range, how).await
+        }
+
+        async fn flush(&self) -> Result<(), DeviceError> {
+            self.device.flush().await
+        }
+
+        async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {
+            self.device.extents(range).await
+        }
+
+        async fn close(&self) -> Result<(), DeviceError> {
+            self.closing.notify_one();
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_that_is_never_closed_keeps_the_program_neither_from_stopping_nor_from_telling()
+     {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = format!("a={},format=raw", file.path().display());
+        let key = ImageKey::of(&text.parse::<ExportSpec>().unwrap(), &Opening::default()).unwrap();
+        let stuck = Arc::new(Stuck { device: MemoryDevice::new(512), closing: Notify::new() });
+        let server = Server::new(ServerConfig::default());
+        let mut catalogue = Catalogue::new(server.clone(), Opening::default());
+        catalogue.leave(key, Arc::clone(&stuck) as _);
+        let options = Options::parse_from(["nbd-server", "--listen=unix:x", "--export=a=b"]);
+        let mut reloading = Reloading::new(&options, None).unwrap();
+        let mut hangup = signal(SignalKind::hangup()).unwrap();
+        tokio::select! {
+            () = tend(&server, &mut catalogue, &mut reloading, &mut hangup) => {}
+            () = stuck.closing.notified() => {}
+        }
+        let told = catalogue.end(Duration::from_millis(1)).await;
+        assert!(told.len() == 1 && told[0].contains("took too long"), "{told:?}");
     }
 }

@@ -279,7 +279,7 @@ mod tests {
         let place = 2 * size_of::<(u64, Part)>();
         let part = place + size_of::<[u64; MAP_WORDS]>() + 2 * size_of::<usize>();
         assert!(part <= 600, "{part}");
-        assert!(Room::PARTS * 600 <= 75 << 20);
+        const { assert!(Room::PARTS * 600 <= 75 << 20) };
         let parts_of_a_gib = (1 << 30) / (4096 * usize::try_from(MAP_BLOCKS).unwrap());
         assert!(parts_of_a_gib * 600 <= 38 << 10);
     }

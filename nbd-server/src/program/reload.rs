@@ -156,6 +156,17 @@ impl Reloading {
         tracing::warn!("there is no configuration to reload");
     }
 
+    /// A server with TLS as it would be, and listening nowhere.
+    fn server_config(&self, config: Option<&Config>) -> anyhow::Result<ServerConfig> {
+        #[cfg(feature = "tls")]
+        return Ok(super::tls::with(ServerConfig::default(), self.tls.find(config)?));
+        #[cfg(not(feature = "tls"))]
+        {
+            let _ = config;
+            Ok(ServerConfig::default())
+        }
+    }
+
     /// The certificates that count, as they are now.
     fn tls(&self, config: &Config) -> anyhow::Result<Option<NewTls>> {
         #[cfg(feature = "tls")]
@@ -197,21 +208,13 @@ pub(super) fn check(
 ) -> anyhow::Result<()> {
     let mut wrong: Vec<String> = Vec::new();
     wrong.extend(sockets::resolve(listen).err().map(|refused| refused.to_string()));
-    #[cfg(feature = "tls")]
-    let server_config = match reloading.tls.find(config) {
-        Ok(tls) => Some(super::tls::with(ServerConfig::default(), tls)),
-        Err(error) => {
-            wrong.push(format!("{error:#}"));
-            None
-        }
-    };
-    #[cfg(not(feature = "tls"))]
-    let server_config = Some(ServerConfig::default());
+    let server_config = reloading.server_config(config);
+    wrong.extend(server_config.as_ref().err().map(|error| format!("{error:#}")));
     let references = config.and_then(|config| config.generic.references.as_ref());
     let wanted = reloading.wanted(config);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let looked = runtime.block_on(async {
-        let can_serve = server_config.is_some();
+        let can_serve = server_config.is_ok();
         let server = Server::new(server_config.unwrap_or_default());
         let mut catalogue = Catalogue::new(server, Opening { only_looks: true, ..how });
         let looked = if can_serve {

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use block::{ByteRange, Durability, Extent};
@@ -121,6 +122,8 @@ struct Session {
     /// Requests that the device has not finished, or whose answer is not handed on.
     executing: Arc<Gauge>,
     pace: Pace,
+    /// Whether a request was refused because the connection is to close: whoever leaves then is not done.
+    cut_short: AtomicBool,
 }
 
 /// Ends a task with its owner.
@@ -133,7 +136,7 @@ impl<T> Drop for Abort<T> {
 }
 
 /// Serves requests until the client leaves, or the export does. Whether the client said that it leaves, and everything
-/// was done that it had asked for.
+/// was done that it had asked for: not where it leaves because it was told that the server stops.
 pub(crate) async fn transmit<R, W>(
     shared: &Arc<Shared>,
     entered: Entered,
@@ -156,6 +159,7 @@ where
         budget: Budget::new(limits.in_flight_requests, limits.in_flight_bytes),
         executing: Arc::default(),
         pace: Pace::default(),
+        cut_short: AtomicBool::new(false),
     });
     // As many places as tickets: handing a reply on never waits.
     let places = usize::try_from(limits.in_flight_requests).unwrap_or(1);
@@ -202,7 +206,7 @@ where
         }
         _ => {}
     }
-    end == End::Disconnected
+    end == End::Disconnected && !session.cut_short.load(Ordering::Relaxed)
 }
 
 /// Says that no more will be sent, then reads what the client still sends, for a while: closing a TCP socket with
@@ -495,6 +499,9 @@ impl Session {
         refusal: Refusal,
         ticket: Ticket,
     ) -> io::Result<()> {
+        if refusal == Refusal::ShuttingDown {
+            self.cut_short.store(true, Ordering::Relaxed);
+        }
         let answer = Answer::Failed { error: refusal.error(), text: refusal.to_string() };
         for tally in self.tallies() {
             tally.answered(RequestKind::of(request.command), &answer);

@@ -195,6 +195,8 @@ impl Export {
     /// table any more, or has connections. Allows for one client at a time, where [`Export::writers`] says nothing
     /// narrower.
     ///
+    /// Who leaves because it was told that the server stops, or the export is cut off, is not done, but lost.
+    ///
     /// Where one of several connections was lost, the client is done only if it came back, for each that was lost by a
     /// later connection that changed or flushed something, and a FLUSH behind that succeeded; otherwise the log says why
     /// nothing was sealed. A writer that was lost as a whole can come back and begin anew.

@@ -112,7 +112,11 @@ impl Running {
 
     /// Waits for its end; whether that was with 0.
     fn ended(mut self) -> bool {
-        self.status().success()
+        let status = self.status();
+        if !status.success() {
+            eprintln!("{status}: {}", self.errors());
+        }
+        status.success()
     }
 
     /// Waits for its end, much longer than it may take: one that hangs fails the test.

@@ -65,7 +65,7 @@ fn what_is_run_behind_a_client_is_run_once_for_each_also_for_those_that_are_drop
     let dir = dir.path();
     image(dir);
     let export = "exportname = disk.img\ndefault = true\nprerun = echo came >>log\npostrun = echo went >>log\n";
-    let text = format!("[generic]\nunixsock = socket\nshutdown_timeout = 1\n[one]\n{export}");
+    let text = format!("[generic]\nunixsock = socket\nshutdown_timeout = 4\n[one]\n{export}");
     std::fs::write(dir.join("config"), text).unwrap();
     let mut server = Running::start(dir, &["--config=config"]);
     server.address();
@@ -89,7 +89,7 @@ fn it_ends_with_0_in_time_with_clients_that_hang_and_keeps_what_it_answered() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     create_qcow2(dir, "disk.qcow2", None);
-    let arguments = ["--listen=unix:socket", "--export=one=disk.qcow2", "--shutdown-timeout=2"];
+    let arguments = ["--listen=unix:socket", "--export=one=disk.qcow2", "--shutdown-timeout=4"];
     let mut server = Running::start(dir, &arguments);
     server.address();
     // One half way through the greeting, one in the middle of a payload, one that reads no replies.
@@ -101,6 +101,20 @@ fn it_ends_with_0_in_time_with_clients_that_hang_and_keeps_what_it_answered() {
     for cookie in 0..64 {
         deaf.write_all(&request(0, cookie, 0, 1 << 20)).unwrap();
     }
+    // Two that send a byte at a time, of a payload and of an option, and one that never stops to ask.
+    let mut payload = entered(dir);
+    payload.write_all(&request(1, 1, 0, 1 << 20)).unwrap();
+    let mut option = UnixStream::connect(dir.join("socket")).unwrap();
+    option.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x07\xff\xff\xff\xff").unwrap();
+    let busy = [(payload, vec![9]), (option, vec![0]), (entered(dir), request(3, 1, 0, 0))];
+    let busy = busy.map(|(mut stream, bytes)| {
+        let mut listening = stream.try_clone().unwrap();
+        let sending = std::thread::spawn(move || while stream.write_all(&bytes).is_ok() {});
+        let listening = std::thread::spawn(move || {
+            let _ = std::io::copy(&mut listening, &mut std::io::sink());
+        });
+        [sending, listening]
+    });
     // And one that was answered.
     let mut good = entered(dir);
     good.write_all(&request(1, 7, 4096, 4096)).unwrap();
@@ -110,6 +124,7 @@ fn it_ends_with_0_in_time_with_clients_that_hang_and_keeps_what_it_answered() {
     assert_eq!(reply[4..], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
     assert!(server.stop());
     drop((silent, halfway, deaf, good));
+    busy.into_iter().flatten().for_each(|thread| thread.join().unwrap());
     run(dir, "qemu-img", &["check", "-q", "disk.qcow2"]);
     let read = ["-f", "qcow2", "-c", "read -P 5 4k 4k", "disk.qcow2"];
     assert!(!run(dir, "qemu-io", &read).contains("failed"));

@@ -350,6 +350,29 @@ async fn an_attendant_that_hangs_does_not_keep_the_server_from_stopping() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_leaves_because_the_server_stops_has_not_ended_what_would_be_sealed() {
+    for refused in [false, true] {
+        let server = Server::new(ServerConfig::default());
+        let export = Export::new("disk", TestDevice::new(SIZE) as _).seal_on_disconnect(true);
+        server.add_export(export).unwrap();
+        let mut raw = Raw::entered(&server).await;
+        for command in [command::WRITE_ZEROES, command::FLUSH] {
+            raw.request(command, 0, 1, 0, if command == command::FLUSH { 0 } else { 512 }).await;
+            assert_eq!(raw.reply().await.error, 0);
+        }
+        let stopped = stopping(&server).await;
+        if refused {
+            raw.request(command::WRITE_ZEROES, 0, 2, 0, 512).await;
+            assert_eq!(raw.reply().await.error, error::ESHUTDOWN);
+        }
+        raw.request(command::DISC, 0, 3, 0, 0).await;
+        assert!(raw.rest().await.is_empty());
+        stopped.await.unwrap();
+        assert_eq!(server.exports()[0].is_sealed, !refused);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn shutdown_is_over_in_time_with_clients_that_hang_and_a_device_that_hangs() {
     let (server, device) = server();
     // One that never reads its replies, one in the middle of a payload, one that never answers the greeting.

@@ -349,11 +349,12 @@ impl ClientError {
             Self::Server { error, .. } => match *error {
                 wire::error::EPERM => ErrorKind::ReadOnly,
                 wire::error::ENOMEM => ErrorKind::NoMemory,
-                wire::error::EINVAL | wire::error::EOVERFLOW => ErrorKind::Invalid,
                 wire::error::ENOSPC => ErrorKind::NoSpace,
                 wire::error::ENOTSUP => ErrorKind::NotSupported,
                 wire::error::ESHUTDOWN => ErrorKind::ShuttingDown,
-                _ => ErrorKind::Io,
+                wire::error::EIO => ErrorKind::Io,
+                // EINVAL, as which the document has unknown ones taken, among them.
+                _ => ErrorKind::Invalid,
             },
             #[cfg(feature = "tls")]
             Self::TlsSetup(_) => ErrorKind::Invalid,

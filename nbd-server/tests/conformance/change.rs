@@ -2,7 +2,7 @@
 //! writes".
 
 use block::ZeroMode;
-use nbd_server::wire::{command, command_flag as flag, error};
+use nbd_server::wire::{Headers, command, command_flag as flag, error};
 
 use crate::device::Call;
 use crate::peer::Peer;
@@ -134,6 +134,18 @@ async fn fast_zeroes_that_would_be_slow_change_nothing() {
         // Without the flag that is no error.
         assert_eq!(peer.ask(command::WRITE_ZEROES, 0, 100, 1000).await.error, 0);
         assert_eq!(peer.read(99, 1002).await, [&[9][..], &[0; 1000], &[9]].concat());
+    }
+}
+
+#[tokio::test]
+async fn fast_zeroes_are_never_too_long() {
+    for way in Way::all() {
+        let stage = Stage::new().await;
+        let mut peer = Peer::entered(&stage, way, "giant").await;
+        let len = if way.headers == Headers::Extended { 1 << 45 } else { u64::from(u32::MAX) };
+        let reply = peer.ask(command::WRITE_ZEROES, flag::FAST_ZERO, 4096, len).await;
+        assert_eq!(reply.error, 0, "the device is fast at it");
+        assert_eq!(stage.giant.changes().len(), 1);
     }
 }
 

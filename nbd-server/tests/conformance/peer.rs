@@ -362,6 +362,7 @@ impl Peer {
             chunk::OFFSET_DATA | chunk::OFFSET_HOLE => {
                 assert_eq!(asked.command, command::READ);
                 let at = fields.u64().unwrap();
+                assert!(at == asked.offset || at.is_multiple_of(512), "cut amid a sector");
                 // Ours come in order; then neither a gap nor an overlap can hide.
                 assert_eq!(at, asked.offset + judged.data.len() as u64);
                 if kind == chunk::OFFSET_DATA {
@@ -434,6 +435,11 @@ pub(crate) fn judge_extents(asked: &Asked, len: u64, extents: &[(u64, u64)]) {
         assert!(extents[0].0 <= len);
     }
     assert!(extents.windows(2).all(|two| two[0].1 != two[1].1), "neighbours differ");
+    let mut at = asked.offset;
+    for (len, _) in &extents[..extents.len() - 1] {
+        at += len;
+        assert!(at.is_multiple_of(512), "cut amid a sector");
+    }
 }
 
 /// A status chunk: the context, and its extents.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nbd_server::wire::{Headers, command, command_flag as flag, error, option, reply};
+use nbd_server::{Limits, ServerConfig};
 
 use crate::device::Call;
 use crate::peer::{Asked, Peer, go};
@@ -119,6 +120,36 @@ async fn what_is_no_request_ends_the_connection() {
         peer.start(command::READ, 0, 0, 512).await;
         peer.send(&[0; 32]).await;
         peer.is_closed().await;
+    }
+}
+
+#[tokio::test]
+async fn what_was_sent_before_a_stop_gets_one_reply_each() {
+    for way in Way::all() {
+        // One request at a time is let in: the others have been sent, but not read.
+        let mut limits = Limits::default();
+        limits.in_flight_requests = 1;
+        let stage = Stage::with(ServerConfig::with_limits(limits)).await;
+        let mut peer = Peer::entered(&stage, way, "disk").await;
+        stage.disk.hold(|call| matches!(call, Call::Write(..)));
+        let mut pending = vec![peer.start_write(0, 0, &[5; 512]).await];
+        stage.disk.held(1).await;
+        for at in 0..100 {
+            pending.push(peer.start(command::READ, 0, at * 512, 512).await);
+        }
+        let server = stage.server_of(way.transport).await;
+        let mut haggling = Peer::fixed(&stage, way.transport).await;
+        let stopping = tokio::spawn(async move { server.shutdown(GRACE).await });
+        while haggling.option(option::LIST, &[]).await.last().unwrap().0 != reply::ERR_SHUTDOWN {}
+        stage.disk.release();
+        while !pending.is_empty() {
+            let (index, reply) = peer.reply(&pending).await;
+            let was_begun = pending.swap_remove(index).command == command::WRITE;
+            assert_eq!(reply.error, if was_begun { 0 } else { error::ESHUTDOWN });
+        }
+        peer.is_closed().await;
+        drop(haggling);
+        assert_eq!(stopping.await.unwrap().dropped_connections, 0);
     }
 }
 

@@ -159,6 +159,20 @@ async fn an_error_reply_fails_its_request_only() {
 }
 
 #[tokio::test]
+async fn an_error_that_is_unknown_is_one_of_the_request_and_the_connection_goes_on() {
+    let (connection, mut server) = connection(&ClientOptions::default());
+    for (error, kind) in [(5, block::ErrorKind::Io), (77, block::ErrorKind::Invalid)] {
+        let serve = async {
+            let asked = request(&mut server).await;
+            server.read_exact(&mut [0; 1]).await.unwrap();
+            server.write_all(&simple(error, asked.cookie)).await.unwrap();
+        };
+        let (answer, ()) = tokio::join!(ask(&connection, write_call(7, b"a")), serve);
+        assert_eq!(answer.unwrap_err().kind(), kind);
+    }
+}
+
+#[tokio::test]
 async fn a_server_that_hangs_up_fails_all_that_is_in_flight_and_all_that_comes() {
     let (connection, mut server) = connection(&ClientOptions::default());
     let (first, second) = (read_call(0, 4), read_call(4, 4));

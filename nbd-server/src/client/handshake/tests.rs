@@ -197,6 +197,31 @@ fn a_modern_server_grants_everything() {
 }
 
 #[test]
+fn flags_and_items_that_are_unknown_are_ignored_and_no_flag_is_set_that_was_not_offered() {
+    for (offered, taken) in [(u16::MAX, 3), (0xfffd, 1), (3, 3), (1, 1), (2, 2), (0, 0)] {
+        let mut script = Script::greeting(offered);
+        if offered & handshake_flag::FIXED_NEWSTYLE == 0 {
+            script.0.put_u64(4096);
+            script.0.put_u16(u16::MAX);
+            if offered & handshake_flag::NO_ZEROES == 0 {
+                script.0.put_slice(&[0; 124]);
+            }
+        } else {
+            script = script
+                .ack(option::STRUCTURED_REPLY)
+                .ack(option::SET_META_CONTEXT)
+                .reply(option::GO, reply::INFO, &[0xab, 0xcd, 1, 2, 3])
+                .export(4096, u16::MAX)
+                .ack(option::GO);
+        }
+        let (end, sent, left) = run(connect(), &script.0);
+        let Ok(Some(Outcome::Transmission(negotiated))) = end else { panic!("{end:?}") };
+        assert_eq!((left, negotiated.export.size_bytes), (0, 4096));
+        assert_eq!(sent[..4], u32::to_be_bytes(taken), "{offered:#x}");
+    }
+}
+
+#[test]
 fn an_older_server_is_met_where_it_is() {
     let (negotiated, options) = negotiated(
         Script::modern()

@@ -180,6 +180,18 @@ fn chunks_that_break_their_own_rules_are_faults() {
 }
 
 #[test]
+fn flags_of_chunks_that_are_unknown_are_ignored() {
+    let (mut first, mut last) = (data(1000, &[1; 50], false), data(1050, &[2; 50], true));
+    for chunk in [&mut first, &mut last] {
+        // Behind the magic number.
+        chunk[4] |= 0x80;
+        chunk[5] |= 0x7e;
+    }
+    let Answer::Data(segments) = answer(read(), &[first, last]) else { panic!("no data") };
+    assert_eq!(segments.to_vec(), [[1; 50], [2; 50]].concat());
+}
+
+#[test]
 fn simple_and_structured_replies_are_not_mixed_up() {
     assert_eq!(fault(read(), &[simple(0)]), ReplyFault::UnexpectedSimple);
     assert_eq!(fault(read(), &[simple(22)]), ReplyFault::UnexpectedSimple);

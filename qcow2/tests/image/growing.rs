@@ -1,11 +1,11 @@
 //! Disks that grow while requests for their old end wait, and that two want to resize at once: what was asked for happens,
 //! nothing that others wrote is lost, and no old bytes come to light.
 
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Waker};
 
-use block::{BlockDevice, Durability, MemoryStorage, OpKind, OpView, ZeroMode};
+use block::{BlockDevice, Durability, HeldOps, MemoryStorage, OpKind, OpView, ZeroMode};
 use qcow2::{Image, LayerState, Preallocation, ResizeOptions};
 
 use crate::check::check;
@@ -31,11 +31,19 @@ async fn full(size_bytes: u64) -> (MemoryStorage, Image) {
 }
 
 /// Holds the first write that `which` chooses.
-fn hold_one(storage: &MemoryStorage, which: fn(&OpView) -> bool) -> block::HeldOps {
+fn hold_one(storage: &MemoryStorage, which: fn(&OpView) -> bool) -> HeldOps {
     let first = AtomicBool::new(true);
     storage.hold(move |op| {
         op.kind == OpKind::Write && which(op) && first.swap(false, Ordering::SeqCst)
     })
+}
+
+/// Lets `work` run until an operation of it is held.
+async fn until_held(held: &HeldOps, mut work: Pin<&mut impl Future>) {
+    while held.count() == 0 {
+        assert!(work.as_mut().poll(&mut noop()).is_pending());
+        tokio::task::yield_now().await;
+    }
 }
 
 #[test]
@@ -46,10 +54,7 @@ fn zeros_for_the_old_end_are_written_though_the_disk_grows_before_their_turn() {
             let held = hold_one(&storage, |op| op.range.start() == 0);
             let options = ResizeOptions::default();
             let mut grows = pin!(image.resize(10 * 64 * KIB, &options));
-            while held.count() == 0 {
-                assert!(grows.as_mut().poll(&mut noop()).is_pending());
-                tokio::task::yield_now().await;
-            }
+            until_held(&held, grows.as_mut()).await;
             let last = range(3 * 64 * KIB, 10 * 512);
             let mut zeroes = pin!(image.write_zeroes(last, mode, Durability::Deferred));
             assert!(zeroes.as_mut().poll(&mut noop()).is_pending());
@@ -73,10 +78,7 @@ fn a_compressed_last_cluster_leaves_what_came_behind_it_when_the_disk_grew() {
         let held = hold_one(&storage, |op| op.range.start() == 0);
         let options = ResizeOptions::default();
         let mut grows = pin!(image.resize(10 * 64 * KIB, &options));
-        while held.count() == 0 {
-            assert!(grows.as_mut().poll(&mut noop()).is_pending());
-            tokio::task::yield_now().await;
-        }
+        until_held(&held, grows.as_mut()).await;
         let mut last = pin!(image.write_compressed(3 * 64 * KIB, vec![7; 10 * 512].into()));
         // It has looked at the end of the disk.
         assert!(last.as_mut().poll(&mut noop()).is_pending());
@@ -113,10 +115,7 @@ fn a_bitmap_that_is_made_or_cleared_while_the_disk_grows_reaches_its_new_end() {
             let held = hold_one(&storage, |op| op.range.start() == 0);
             let options = ResizeOptions::default();
             let mut grows = pin!(image.resize(10 * 64 * KIB, &options));
-            while held.count() == 0 {
-                assert!(grows.as_mut().poll(&mut noop()).is_pending());
-                tokio::task::yield_now().await;
-            }
+            until_held(&held, grows.as_mut()).await;
             let mut changes = pin!(async {
                 match clears {
                     true => image.clear_bitmap("since").await,
@@ -150,10 +149,7 @@ fn whoever_resizes_waits_for_the_one_before() {
         let grown =
             ResizeOptions { preallocation: Preallocation::Full, ..ResizeOptions::default() };
         let mut grows = pin!(image.resize(8 * MIB, &grown));
-        while held.count() == 0 {
-            assert!(grows.as_mut().poll(&mut noop()).is_pending());
-            tokio::task::yield_now().await;
-        }
+        until_held(&held, grows.as_mut()).await;
         let cut = ResizeOptions { allow_shrinking: true, ..ResizeOptions::default() };
         let mut shrinks = pin!(image.resize(MIB, &cut));
         for _ in 0..1000 {

@@ -31,7 +31,7 @@ pub(super) struct Compared {
     /// The cluster behind the last one in use.
     pub end: HostCluster,
     /// The largest refcount.
-    max: u64,
+    pub max: u64,
     /// Clusters from here on are not in the file.
     outside: HostCluster,
 }

@@ -1,5 +1,5 @@
-//! Metadata that lies over other metadata or over guest data. Most of it shows in the refcounts; what does not is told
-//! here.
+//! Clusters that cannot stay shared as they are: metadata that lies over other metadata or over guest data, and what
+//! more entries name than a refcount can say. Most of it shows in the refcounts; what does not is told here.
 
 use crate::check::compare::Compared;
 use crate::check::report::CheckReport;
@@ -7,11 +7,11 @@ use crate::error::TableKind;
 use crate::tally::{Counts, Finding, TableUse, Tally, TooScattered};
 use crate::units::{ClusterGeometry, HostCluster, Run};
 
-/// The clusters of metadata that are used for something else, too.
+/// The clusters of metadata that are used for something else, too, and all that are used too often to be counted.
 #[derive(Debug, Default)]
 pub(super) struct Overlaps {
     clusters: Counts,
-    /// Those that hold metadata of more than one kind.
+    /// Those in which no table can stay: of more than one kind, or used too often.
     mixed: Counts,
     /// Whether refcount structures are among them.
     pub refcounts: bool,
@@ -42,7 +42,7 @@ impl Overlaps {
         let mut at = HostCluster(0);
         loop {
             if open.is_empty() {
-                let Some((run, ..)) = pieces.peek() else { return Ok(found) };
+                let Some((run, ..)) = pieces.peek() else { break };
                 at = run.start;
             }
             while let Some(piece) = pieces.next_if(|(run, ..)| run.start == at) {
@@ -55,6 +55,11 @@ impl Overlaps {
             at = next;
             open.retain(|(run, ..)| run.end() > at);
         }
+        for (cluster, _) in tally.counts.iter().filter(|(_, count)| *count > compared.max) {
+            found.clusters.add(Run::one(cluster), 1)?;
+            found.mixed.add(Run::one(cluster), 1)?;
+        }
+        Ok(found)
     }
 
     /// Whether there is none.
@@ -67,7 +72,7 @@ impl Overlaps {
         self.clusters.get(cluster) != 0
     }
 
-    /// Whether a cluster holds metadata of more than one kind.
+    /// Whether a table in a cluster has to go elsewhere.
     pub(super) fn is_mixed(&self, cluster: HostCluster) -> bool {
         self.mixed.get(cluster) != 0
     }

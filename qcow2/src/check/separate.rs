@@ -1,5 +1,6 @@
-//! Clusters of metadata that are used for something else, too: whatever else names one gets a copy of it in a cluster of
-//! its own, so that everything reads as before and nothing is written over any more. Refcounts come after.
+//! Clusters of metadata that are used for something else, too, and those that are used more often than a refcount can
+//! say: whatever else names one gets a copy of it in a cluster of its own, so that everything reads as before and nothing
+//! is written over any more. Refcounts come after.
 //!
 //! What the header names stays where it is, and refcount structures are made anew elsewhere.
 
@@ -28,7 +29,7 @@ const MAX_CHANGES: usize = 1 << 20;
 const PIECE_BYTES: u64 = 1 << 20;
 const BATCH_TABLES: usize = 16;
 
-/// Gives L2 tables that lie over other metadata clusters of their own. Says whether there was one.
+/// Gives L2 tables that lie over other metadata, or are shared by too many, clusters of their own. Says whether there was one.
 ///
 /// # Errors
 /// [`Error::Host`].
@@ -68,7 +69,7 @@ pub(super) async fn separate_tables(
     work.finish(&roots, done).await
 }
 
-/// Gives guest data in clusters of metadata clusters of its own. Says whether there was any.
+/// Gives guest data in clusters of metadata, or of too many entries, clusters of its own. Says whether there was any.
 ///
 /// # Errors
 /// [`Error::Host`].
@@ -262,7 +263,7 @@ impl<'a> Separation<'a> {
             let guest = l1_index.map(|l1_index| {
                 GuestOffset(self.geometry.guest_range(l1_index as u64, entry.index).start())
             });
-            done.fixed(Finding::OverMetadata { entry, raw: old, guest });
+            done.fixed(Finding::Shared { entry, raw: old, guest });
         }
         self.file.sync().await?;
         Ok(true)

@@ -75,10 +75,10 @@ pub enum Finding {
         /// The metadata in it.
         table: TableKind,
     },
-    /// An entry names a cluster that holds metadata of another kind, too. A repair copies what the cluster holds to
-    /// another one, which the entry names from then on.
-    #[error("{entry}: {raw:#018x}{} names a cluster of metadata", Guest(*guest))]
-    OverMetadata {
+    /// An entry names a cluster that holds metadata, too, or has more references than a refcount can say. A repair
+    /// copies what the cluster holds to another one, which the entry names from then on.
+    #[error("{entry}: {raw:#018x}{} names a cluster that it cannot share", Guest(*guest))]
+    Shared {
         /// The entry.
         entry: EntryPlace,
         /// What it holds, or held.

@@ -419,7 +419,7 @@ fn judge_repair(path: &Path, what: &str) -> bool {
         assert!(report.is_clean(), "{what}: QEMU could repair it {report:#?} {qemu_json:#}");
         let (ours, theirs) = (read_by_qemu(path), read_by_qemu(&by_qemu));
         // What was read out of metadata is copied by us as it was, and changes with the metadata in QEMU's.
-        let is_apart = |finding: &Finding| matches!(finding, Finding::OverMetadata { .. });
+        let is_apart = |finding: &Finding| matches!(finding, Finding::Shared { .. });
         assert!(
             report.repaired.iter().any(is_apart) || ours == theirs,
             "{what}: the disk reads otherwise than QEMU's"

@@ -6,7 +6,7 @@ use std::path::Path;
 use qcow2::{CheckReport, Finding, GuestOffset, Repair, TableKind};
 
 use crate::checking::{Layout, check, make, qemu_check, read_by_qemu, try_check};
-use crate::common::qemu_img;
+use crate::common::{qemu_img, qemu_io};
 use crate::rounds::rounds;
 
 const KINDS: [&str; 6] = ["plain", "small", "snapshots", "extended", "v2", "compressed"];
@@ -162,7 +162,7 @@ fn guest_data_in_a_cluster_of_metadata_is_copied_and_reads_as_before() {
     let report = check(&path, Repair::All);
     assert!(report.is_clean(), "{report:#?}");
     let guest = report.repaired.iter().find_map(|finding| match finding {
-        Finding::OverMetadata { guest, .. } => *guest,
+        Finding::Shared { guest, .. } => *guest,
         _ => None,
     });
     assert_eq!(guest, Some(GuestOffset(0)));
@@ -171,6 +171,41 @@ fn guest_data_in_a_cluster_of_metadata_is_copied_and_reads_as_before() {
     let disk = read_by_qemu(&path).unwrap();
     assert!(disk[..len] == layout.bytes[at..at + len], "what the guest read is what it reads");
     assert!(disk[len..] == sound[len..]);
+}
+
+#[test]
+fn what_more_entries_name_than_a_refcount_can_say_is_copied_for_each_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), "narrow");
+    let sound = Layout::of(&path);
+    for (shared, lost) in [("data", false), ("data", true), ("a table", false), ("both", true)] {
+        let mut layout = Layout { bytes: sound.bytes.clone(), cluster: sound.cluster };
+        if shared != "a table" {
+            let (first, last) = (layout.l2()[0], layout.l2()[9]);
+            layout.put(last, layout.u64(first));
+        }
+        if shared != "data" {
+            let (first, second) = (layout.l1()[0], layout.l1()[1]);
+            layout.put(second, layout.u64(first));
+        }
+        if lost {
+            layout.put(48, 0);
+        }
+        std::fs::write(&path, &layout.bytes).unwrap();
+        let mut disk = read_by_qemu(&path).unwrap();
+        let what = format!("{shared}, refcounts lost: {lost}");
+        let found = check(&path, Repair::None);
+        let is_crowded = |finding: &Finding| matches!(finding, Finding::CountOverflow { .. });
+        assert!(found.findings.iter().any(is_crowded), "{what}: {found:#?}");
+        let report = check(&path, Repair::All);
+        assert!(report.is_clean(), "{what}: {report:#?}");
+        assert_eq!(qemu_check(&path, None).0, 0, "{what}");
+        assert!(disk == read_by_qemu(&path).unwrap(), "{what}: it reads as before");
+        // What is written to one of them is seen there alone.
+        qemu_io(&path, &["write -P 99 0 4k"]);
+        disk[..4096].fill(99);
+        assert!(disk == read_by_qemu(&path).unwrap(), "{what}, written");
+    }
 }
 
 #[test]

@@ -103,9 +103,11 @@ impl Layout {
         self.bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
     }
 
-    /// The places of all entries of a table that are not 0.
+    /// The places of all entries of a table that are not 0, as far as it lies in the file.
     pub(crate) fn entries(&self, at: u64, bytes: u64, step: u64) -> Vec<u64> {
-        (0..bytes / step).map(|slot| at + slot * step).filter(|at| self.u64(*at) != 0).collect()
+        let inside = (self.bytes.len() as u64).saturating_sub(at).min(bytes);
+        let slots = (0..inside / step).map(|slot| at + slot * step);
+        slots.filter(|at| self.u64(*at) != 0).collect()
     }
 
     pub(crate) fn l1(&self) -> Vec<u64> {
@@ -132,6 +134,9 @@ impl Layout {
         let mut at = self.u64(64);
         let mut found = Vec::new();
         for _ in 0..self.u32(60) {
+            if at >= self.bytes.len() as u64 {
+                break;
+            }
             found.extend(self.entries(self.u64(at), u64::from(self.u32(at + 8)) * 8, 8));
             let texts = u64::from(self.u32(at + 12) >> 16) + u64::from(self.u32(at + 12) & 0xffff);
             at = (at + 40 + u64::from(self.u32(at + 36)) + texts).next_multiple_of(8);

@@ -156,7 +156,13 @@ async fn preallocate(file: &HostFile, range: ByteRange, mode: Preallocation) -> 
                 file.write_zeroes(range, None).await?;
             }
         }
-        Preallocation::Falloc => file.grow(range.end()).await?,
+        Preallocation::Falloc => {
+            if file.len() < range.end() {
+                file.set_len(range.end()).await?;
+            }
+            // A device holds what it held, and a host that cannot allocate has to be written.
+            file.write_zeroes(range, None).await?;
+        }
         Preallocation::Full => {
             file.grow(range.end()).await?;
             for part in range.pieces(PIECE_BYTES) {

@@ -3,13 +3,14 @@
 
 use std::path::Path;
 
+use block::{HostFile, LoggedOp, MemoryStorage, Storage, StorageFacts};
 use qcow2::{
     BackingFormat, Compression, CreateOptions, Error, Feature, Image, Inspection, InvalidOption,
-    Preallocation, RecordedEncryption, Version,
+    OpenOptions, Preallocation, RecordedEncryption, Repair, Version,
 };
 use serde_json::Value;
 
-use crate::common::{block_on, qemu_check, qemu_create, qemu_img, qemu_io};
+use crate::common::{block_on, qemu_check, qemu_create, qemu_img, qemu_io, read_all};
 
 const MIB: u64 = 1 << 20;
 
@@ -153,6 +154,66 @@ fn qemu_reads_the_backing_file_through_preallocated_extended_entries_and_zeros_e
             qemu_io(&path, &[&head, "read -P 9 1000 1000", "read -P 0 4M 1M"]);
             assert!(qemu_check(&path).is_clean());
             std::fs::remove_file(&path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_new_image_on_a_device_shows_nothing_of_what_was_there() {
+    use Preallocation::{Falloc, Full, Metadata, Off};
+    for (mode, extended, data) in [Off, Metadata, Falloc, Full].into_iter().flat_map(|mode| {
+        [(false, None), (true, None), (false, Some(false)), (true, Some(true))]
+            .map(|(extended, data)| (mode, extended, data))
+    }) {
+        // As long as it is for ever, and full of what somebody left.
+        let device = || {
+            let storage = MemoryStorage::from_bytes(vec![0xdb; 4 << 20], 512);
+            let facts = StorageFacts { fixed_len: true, ..storage.facts() };
+            HostFile::from_storage(Path::new("/dev/disk"), storage.with_facts(facts)).unwrap()
+        };
+        let mut options = CreateOptions::new(MIB).cluster_bytes(16384).preallocation(mode);
+        options = options.extended_l2(extended);
+        if let Some(raw) = data {
+            options = options.data_file("data", raw);
+        }
+        let (file, data) = (device(), data.map(|_| device()));
+        block_on(async {
+            Image::create_with_data(&file, data.as_ref(), &options).await.unwrap();
+            let report = Image::check_on(&file, Repair::None, |_| {}).await.unwrap();
+            assert!(report.is_clean(), "{options:?}: {report:?}");
+            let reading = OpenOptions::reading();
+            let image = Image::open_parts(file, data, None, reading).await.unwrap();
+            let disk = read_all(&image).await;
+            assert!(disk.iter().all(|byte| *byte == 0), "{options:?}");
+        });
+    }
+}
+
+#[test]
+fn space_is_written_where_the_host_cannot_allocate_it() {
+    for mode in [Preallocation::Falloc, Preallocation::Full] {
+        for data in [false, true] {
+            let storage = MemoryStorage::with_alignment(512);
+            storage.without_fallocate();
+            let file = |storage: &MemoryStorage| {
+                let storage = storage.clone().into_dyn();
+                HostFile::from_storage(Path::new("disk"), storage).unwrap()
+            };
+            let mut options = CreateOptions::new(MIB).preallocation(mode);
+            let beside = MemoryStorage::with_alignment(512);
+            beside.without_fallocate();
+            if data {
+                options = options.data_file("data", false);
+            }
+            let other = data.then(|| file(&beside));
+            block_on(Image::create_with_data(&file(&storage), other.as_ref(), &options)).unwrap();
+            let log = if data { beside.log() } else { storage.log() };
+            let len = |op: &LoggedOp| match op {
+                LoggedOp::Write { data, .. } => data.len() as u64,
+                _ => 0,
+            };
+            let written: u64 = log.iter().map(len).sum();
+            assert!(written >= MIB, "{mode:?}, data file {data}: {written} bytes");
         }
     }
 }

@@ -196,6 +196,10 @@ pub(crate) async fn convert_layers(
         done_bytes += range.len();
         progress(Progress { done_bytes, total_bytes: copy.size_bytes });
     }
+    // The last bytes need their time, too: a short copy is no faster than a long one.
+    if let Some(pace) = &mut pieces.pace {
+        pace.due(0).wait().await;
+    }
     copy.flush().await?;
     sum.unreadable.sort_unstable();
     progress(Progress { done_bytes: copy.size_bytes, total_bytes: copy.size_bytes });

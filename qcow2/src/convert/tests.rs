@@ -207,6 +207,30 @@ async fn a_target_that_is_too_small_or_fails_is_an_error() {
 }
 
 #[tokio::test]
+async fn a_copy_in_one_piece_takes_the_time_of_its_bytes_too() {
+    let (source, target) = (odd(vec![7; 100_000]), odd(vec![0; 100_000]));
+    // A day and more.
+    let options = ConvertOptions { bytes_per_sec: NonZeroU64::new(1), ..ConvertOptions::default() };
+    let to = ConvertTarget::Device(Arc::clone(&target) as _);
+    let mut copy = std::pin::pin!(convert(source, &to, &options, |_| ()));
+    // What was due at once is there, and the copy is not done.
+    while target.disk.to_vec() != [7; 100_000] {
+        tokio::select! {
+            biased;
+            done = &mut copy => panic!("{done:?}"),
+            () = tokio::task::yield_now() => {}
+        }
+    }
+    for _ in 0..1000 {
+        tokio::select! {
+            biased;
+            done = &mut copy => panic!("{done:?}"),
+            () = tokio::task::yield_now() => {}
+        }
+    }
+}
+
+#[tokio::test]
 async fn progress_goes_forward_under_a_limit_on_the_rate_too() {
     let (source, target) = (odd(content()), odd(vec![0; content().len()]));
     let bytes_per_sec = NonZeroU64::new(1 << 40);

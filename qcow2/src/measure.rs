@@ -204,13 +204,19 @@ impl<'a> Disk<'a> {
         let luks = self.options.luks_header_bytes.next_multiple_of(cluster);
         let l2 = self.geometry.l1_entries(self.data_bytes) * cluster;
         let l1 = (l2 / cluster * 8).next_multiple_of(cluster);
-        let counted = cluster + l2 + l1 + self.data_bytes;
+        let counted = luks + cluster + l2 + l1 + self.data_bytes;
         let metadata = cluster + l2 + l1 + self.refcount_bytes(counted / cluster);
+        let bitmaps = self.options.bitmaps.as_deref().map(|all| {
+            let bytes = self.bitmap_bytes(all);
+            // With the refcounts that they need beside those of everything else.
+            let more = self.refcount_bytes((counted + bytes) / cluster);
+            bytes + more - self.refcount_bytes(counted / cluster)
+        });
         let required = if self.options.allocate_data { self.data_bytes } else { required };
         Measured {
             required_bytes: luks + metadata + required,
             fully_allocated_bytes: luks + metadata + self.data_bytes,
-            bitmaps_bytes: self.options.bitmaps.as_deref().map(|all| self.bitmap_bytes(all)),
+            bitmaps_bytes: bitmaps,
         }
     }
 

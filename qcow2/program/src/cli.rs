@@ -1,5 +1,6 @@
 //! The command line: its commands and what holds for all of them. The options of each command stand with it.
 
+use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::command::{
@@ -66,7 +67,7 @@ impl Cli {
         if own_name() == "qemu-img" {
             command = command.name("qemu-img").version(AS_QEMU_IMG);
         }
-        let matches = command.clone().try_get_matches()?;
+        let matches = command.clone().try_get_matches().map_err(without_tip)?;
         Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
     }
 
@@ -94,6 +95,14 @@ impl Cli {
             Command::Man => completions::manual(),
         }
     }
+}
+
+/// Without the advice to take an unknown option for a file's name, which nobody means.
+fn without_tip(mut error: clap::Error) -> clap::Error {
+    if error.kind() == ErrorKind::UnknownArgument {
+        error.remove(ContextKind::Suggested);
+    }
+    error
 }
 
 #[cfg(test)]

@@ -16,6 +16,8 @@ use crate::chain;
 use crate::format::Format;
 use crate::open::{self, Access, How, Named, Opened};
 use crate::options::{OptionList, switch};
+use crate::output::warn;
+use crate::place::folder;
 use crate::secret::Secrets;
 use crate::settings;
 use crate::target::{Target, file_id};
@@ -36,6 +38,8 @@ pub(crate) struct Plan<'a> {
 /// A new image whose files are there, and go again unless they are kept.
 pub(crate) struct Made {
     file: HostFile,
+    /// The external data file, where it has one.
+    data: Option<HostFile>,
     files: Vec<Target>,
     format: Format,
 }
@@ -54,7 +58,7 @@ impl Plan<'_> {
                 let mode = raw_preallocation(mode.map_or(Ok(Preallocation::Off), preallocation)?)?;
                 let (target, file) = Target::make(self.path, self.cache, sources).await?;
                 make_raw(&file, self.size_bytes, mode).await?;
-                Ok(Made { file, files: vec![target], format: self.format })
+                Ok(Made { file, data: None, files: vec![target], format: self.format })
             }
         }
     }
@@ -67,8 +71,11 @@ impl Plan<'_> {
             let place = beside(self.path, name);
             place == self.path || file_id(&place).is_some_and(|id| file_id(self.path) == Some(id))
         };
-        if let Some(name) = options.data_file.as_ref().filter(|name| is_same(&name.path)) {
-            bail!("the data file {} would be the image itself", name.path);
+        if let Some(name) = &options.data_file {
+            if is_same(&name.path) {
+                bail!("the data file {} would be the image itself", name.path);
+            }
+            tell_of_distance(self.path, &beside(self.path, &name.path), self.access);
         }
         let (target, file) = Target::make(self.path, self.cache, sources).await?;
         let mut files = vec![target];
@@ -82,7 +89,7 @@ impl Plan<'_> {
             data = Some(file);
         }
         Image::create_with_data(&file, data.as_ref(), &options).await?;
-        Ok(Made { file, files, format: self.format })
+        Ok(Made { file, data, files, format: self.format })
     }
 }
 
@@ -106,22 +113,14 @@ impl Made {
         access: &Access,
         cache: Cache,
     ) -> anyhow::Result<(Filling, Vec<Target>)> {
-        let Self { file, files, format } = self;
+        let Self { file, data, files, format } = self;
         let is_zero = below.is_none() && files.iter().all(Target::is_new);
         if format == Format::Raw {
             let device: Arc<dyn BlockDevice> = RawDevice::new(file);
             return Ok((Filling { device, image: None, is_zero }, files));
         }
         let options = open::qcow2_options(&How::writing(Some(cache)), access)?;
-        let image = match files.len() {
-            1 => Image::open_on(file, below, options).await?,
-            // The library finds the data file by its path only.
-            _ => {
-                let path = file.path().to_owned();
-                drop(file);
-                Image::open(&path, options).await?
-            }
-        };
+        let image = Image::open_parts(file, data, below, options).await?;
         Ok((Filling { device: Arc::new(image.clone()), image: Some(image), is_zero }, files))
     }
 }
@@ -219,6 +218,12 @@ async fn write_zeros(
         file.write(piece.start(), zeros.slice(..len), None).await?;
     }
     Ok(())
+}
+
+/// Whether a new image of this format, with these options, can have bitmaps.
+pub(crate) fn keeps_bitmaps(format: Format, options: &OptionList) -> bool {
+    let is_old = |value: &str| version(value).is_ok_and(|version| version == Version::V2);
+    format == Format::Qcow2 && !options.get("compat").is_some_and(is_old)
 }
 
 /// What the library is told.
@@ -420,5 +425,21 @@ pub(crate) fn beside(image: &Path, name: &str) -> PathBuf {
     match image.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder.join(name),
         _ => name.into(),
+    }
+}
+
+/// References are confined by default: better said now than when the image is opened.
+pub(crate) fn tell_of_distance(file: &Path, other: &Path, access: &Access) {
+    // A data file is yet to be made: its folder is there.
+    let resolved = other.canonicalize().or_else(|_| folder(other).canonicalize());
+    if let (Ok(inside), Ok(other)) = (folder(file).canonicalize(), resolved)
+        && access.allow_references.is_none()
+        && !other.starts_with(&inside)
+    {
+        warn(&format!(
+            "{} lies outside {}: opening the new image will need --allow-references",
+            other.display(),
+            inside.display()
+        ));
     }
 }

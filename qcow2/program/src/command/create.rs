@@ -12,7 +12,7 @@ use crate::making::{self, Plan, beside};
 use crate::open::{self, Access, How, Named};
 use crate::options::OptionList;
 use crate::output::{print, text_of, warn};
-use crate::place::{Place, folder};
+use crate::place::Place;
 use crate::settings::{self, Purpose};
 use crate::size::Size;
 use crate::stop::Stop;
@@ -153,11 +153,8 @@ async fn complete(options: &Options, list: &mut OptionList, file: &Path) -> anyh
         if !options.without_backing {
             let below = size_below(&path, list.get("backing_fmt"), &options.access).await?;
             size = size.or(Some(below));
-            tell_of_distance(file, &path, &options.access);
+            making::tell_of_distance(file, &path, &options.access);
         }
-    }
-    if let Some(name) = list.get("data_file") {
-        tell_of_distance(file, &beside(file, name), &options.access);
     }
     let size = size.context("Image creation needs a size parameter")?;
     if list.get("size").is_none() {
@@ -200,20 +197,4 @@ async fn size_below(path: &Path, format: Option<&str>, access: &Access) -> anyho
     let size = opened.size_bytes();
     opened.close().await?;
     Ok(size)
-}
-
-/// References are confined by default: better said now than when the image is opened.
-fn tell_of_distance(file: &Path, other: &Path, access: &Access) {
-    // A data file is yet to be made: its folder is there.
-    let resolved = other.canonicalize().or_else(|_| folder(other).canonicalize());
-    if let (Ok(inside), Ok(other)) = (folder(file).canonicalize(), resolved)
-        && access.allow_references.is_none()
-        && !other.starts_with(&inside)
-    {
-        warn(&format!(
-            "{} lies outside {}: opening the new image will need --allow-references",
-            other.display(),
-            inside.display()
-        ));
-    }
 }

@@ -407,3 +407,16 @@ fn a_snapshot_that_is_copied_is_named_by_id_by_name_or_by_both() {
     place.qcow2(&line).bad(1, "there is no");
     assert_eq!(place.qemu_img(&line).code, 1);
 }
+
+#[test]
+fn a_data_file_outside_the_folder_is_written_and_told() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("in")).unwrap();
+    place.write_raw("a.raw", 1 << 20, 5);
+    let line = ["convert", "-f", "raw", "-O", "qcow2", "-o", "data_file=../out", "a.raw", "in/new"];
+    place.qcow2(&line).good_saying("will need --allow-references");
+    place.qcow2(&["map", "in/new"]).bad(1, "--allow-references");
+    let compare = ["compare", "--allow-references", "any", "-F", "raw", "in/new", "a.raw"];
+    place.qcow2(&compare).good();
+    assert_eq!(place.read("out").len(), 1 << 20);
+}

@@ -3,6 +3,12 @@
 use crate::support::{Place, exists};
 
 #[test]
+fn an_option_that_there_is_not_is_not_taken_for_a_name() {
+    let answer = Place::new().qcow2(&["info", "-Z", "a"]).bad(1, "'-Z'");
+    assert!(!answer.err.contains("-- -Z"), "{answer:?}");
+}
+
+#[test]
 fn a_command_line_that_cannot_be_understood_ends_with_1() {
     let place = Place::new();
     for line in [
@@ -192,6 +198,13 @@ fn what_is_sure_to_fail_empties_no_file() {
     ] {
         let line = [&["create", "-f", "qcow2"], &options[..], &["a", "1M"]].concat();
         place.qcow2(&line).bad(1, text);
+        assert_eq!(place.read("a"), before, "{line:?}");
+    }
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "marked", "1M"]).good();
+    place.qemu_img(&["bitmap", "--add", "marked", "since"]).good();
+    for target in [&["-O", "raw"][..], &["-O", "qcow2", "-o", "compat=0.10"]] {
+        let line = [&["convert", "--bitmaps"], target, &["marked", "a"]].concat();
+        place.qcow2(&line).bad(1, "does not support bitmaps");
         assert_eq!(place.read("a"), before, "{line:?}");
     }
 }

@@ -11,7 +11,7 @@ use super::Options;
 use crate::cache::Cache;
 use crate::chain;
 use crate::format::Format;
-use crate::making::{Below, Filling, Plan};
+use crate::making::{self, Below, Filling, Plan};
 use crate::open::{self, How, Named, Opened};
 use crate::options::OptionList;
 use crate::place::Place;
@@ -136,6 +136,11 @@ async fn made(
 ) -> anyhow::Result<Output> {
     let format = options.output_format;
     let name = path.display().to_string();
+    // Before any file is touched.
+    ensure!(
+        !options.bitmaps || making::keeps_bitmaps(format, list),
+        "Format '{format}' of {name} does not support bitmaps"
+    );
     // Below the target is what the user names: it is opened before anything is made.
     let below = Below::open(path, list, &options.access).await?;
     let cache = options.cache.unwrap_or(Cache::DIRECT);

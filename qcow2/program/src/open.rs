@@ -304,6 +304,8 @@ pub(crate) struct How {
     pub(crate) writing: bool,
     /// Although others may be changing it.
     pub(crate) shared: bool,
+    /// The command line has an option for that.
+    pub(crate) offers_sharing: bool,
     pub(crate) cache: Cache,
     /// Show an internal snapshot, by its id or else its name.
     pub(crate) snapshot: Option<String>,
@@ -317,13 +319,20 @@ impl How {
     /// For reading, with others kept from changing it unless `shared`.
     pub(crate) fn reading(cache: Option<Cache>, shared: bool) -> Self {
         let cache = cache.unwrap_or(Cache::PAGES);
-        let secrets = Vec::new();
-        Self { writing: false, shared, cache, snapshot: None, data_file: None, secrets }
+        Self {
+            writing: false,
+            shared,
+            offers_sharing: true,
+            cache,
+            snapshot: None,
+            data_file: None,
+            secrets: Vec::new(),
+        }
     }
 
     /// For reading and writing, alone.
     pub(crate) fn writing(cache: Option<Cache>) -> Self {
-        Self { writing: true, ..Self::reading(cache, false) }
+        Self { writing: true, offers_sharing: false, ..Self::reading(cache, false) }
     }
 
     /// The same, showing an internal snapshot.
@@ -497,10 +506,17 @@ pub(crate) fn explained(error: impl Into<anyhow::Error>, path: &Path, how: &How)
         let cause = cause.downcast_ref();
         matches!(cause, Some(Error::Locked { reason: UnlockError::TooMuchWork { .. }, .. }))
     });
+    let is_special = error.chain().any(|cause| {
+        use qcow2::{Error, ReferenceError};
+        let cause = cause.downcast_ref();
+        matches!(cause, Some(Error::Reference { reason: ReferenceError::NotRegular, .. }))
+    });
     let hint = if is_slow {
         " (--unlock-seconds allows more)"
-    } else if is_locked && !how.writing {
+    } else if is_locked && how.offers_sharing {
         " (-U reads it all the same, and may see it half changed)"
+    } else if is_special {
+        " (--allow-references any opens block devices, too, for images that you trust)"
     } else if leads_away {
         " (--allow-references DIR, or any, allows it for images that you trust)"
     } else {

@@ -139,7 +139,8 @@ pub(crate) async fn run(options: Options, stop: &Stop) -> anyhow::Result<u8> {
         None => None,
         Some(file) => {
             let named = Named::parse(file, options.source_format, false)?;
-            Some(open::open(&named, &How::reading(None, false), &options.access).await?)
+            let how = How { offers_sharing: false, ..How::reading(None, false) };
+            Some(open::open(&named, &how, &options.access).await?)
         }
     };
     let done = stop.or(act(&options, &opened, source.as_ref())).await;
@@ -184,8 +185,12 @@ async fn act(options: &Options, opened: &Opened, source: Option<&Opened>) -> any
             Action::Merge(from) => image.merge_bitmap(name, source, from).await,
         };
         let done = done.map_err(|error| match &error {
-            qcow2::Error::Bitmap { reason: BitmapError::Inconsistent, .. } => {
-                anyhow::anyhow!("{error} (qcow2 bitmap --remove {} {name})", options.file)
+            qcow2::Error::Bitmap {
+                file,
+                name,
+                reason: BitmapError::Inconsistent | BitmapError::ExtraData,
+            } => {
+                anyhow::anyhow!("{error} (qcow2 bitmap --remove {} {name:?})", file.display())
             }
             _ => error.into(),
         });

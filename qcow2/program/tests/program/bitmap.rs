@@ -122,7 +122,21 @@ fn a_bitmap_that_was_not_saved_comes_with_what_to_do() {
     bytes[usize::try_from(directory).unwrap() + 15] |= 1;
     std::fs::write(place.path("a"), bytes).unwrap();
     let line = ["bitmap", "--clear", "a", "b"];
-    place.qcow2(&line).bad(1, "it can only be removed (qcow2 bitmap --remove a b)");
+    let advice = "it can only be removed (qcow2 bitmap --remove a \"b\")";
+    place.qcow2(&line).bad(1, advice);
     assert_eq!(place.qemu_img(&line).code, 1);
+    // What is advised is never about what is in order.
+    place.qcow2(&["bitmap", "--add", "a", "sound"]).good();
+    place.qcow2(&["bitmap", "--merge", "b", "a", "sound"]).bad(1, advice);
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "other", "1M"]).good();
+    place.qcow2(&["bitmap", "--add", "other", "sound"]).good();
+    let from_a = ["bitmap", "--merge", "b", "-b", "a", "-F", "qcow2", "other", "sound"];
+    place.qcow2(&from_a).bad(1, advice);
+    let socket = place.path("s").display().to_string();
+    let busy = serve(&place, &["-f", "qcow2", "-k", &socket, "other"], &socket);
+    let from_other = ["bitmap", "--merge", "sound", "-b", "other", "-F", "qcow2", "a", "sound"];
+    let locked = place.qcow2(&from_other).bad(1, "qemu-nbd");
+    assert!(!locked.err.contains("-U"), "there is no such option: {locked:?}");
+    drop(busy);
     place.qcow2(&["bitmap", "--remove", "a", "b"]).good();
 }

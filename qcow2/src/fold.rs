@@ -84,6 +84,25 @@ pub enum FoldError {
         /// The image.
         file: PathBuf,
     },
+    /// The new backing file of an image cannot be found. Its name is seen from the folder of the image.
+    #[error("the new backing file {} cannot be found: {source}", file.display())]
+    NewBacking {
+        /// Where it would be.
+        file: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// There is no layer between the top of a chain and its base.
+    #[error(
+        "nothing to merge: {} lies directly over {} (commit folds the top itself)",
+        file.display(), base.display()
+    )]
+    NothingBetween {
+        /// The top of the chain.
+        file: PathBuf,
+        /// Its base.
+        base: PathBuf,
+    },
     /// The image that was named is not below the top.
     #[error("{} is not in the chain of {}", base.display(), file.display())]
     NotInChain {

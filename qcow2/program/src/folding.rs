@@ -65,6 +65,12 @@ pub(crate) fn explained(error: FoldError, path: &Path) -> anyhow::Error {
             base.display(),
             file.display()
         ),
+        FoldError::NewBacking { file, source } => anyhow::anyhow!(
+            "Could not open new backing file '{}': {} (a relative name is seen from the folder of the image)",
+            file.display(),
+            output::text_of(&source.into())
+        ),
+        error @ FoldError::NothingBetween { .. } => error.into(),
         FoldError::Image(error @ qcow2::Error::Path { .. }) => {
             let text = output::text_of(&error.into());
             anyhow::anyhow!(
@@ -96,7 +102,9 @@ pub(crate) fn shown(path: &Path) -> String {
 pub(crate) fn describe(plan: &FoldPlan) -> String {
     let mut text = String::new();
     // Writing into a string does not fail.
-    let _ = writeln!(text, "{} would be written:", shown(&plan.into));
+    if !plan.layers.is_empty() {
+        let _ = writeln!(text, "{} would be written:", shown(&plan.into));
+    }
     if let Some(size) = plan.grows_to_bytes {
         let _ = writeln!(text, "  it would grow to {} ({size} bytes)", human(size));
     }

@@ -32,6 +32,9 @@ pub struct MergeOptions {
 ///
 /// That layer, its internal snapshots and all layers above it read as before at every moment, whatever ends the work.
 ///
+/// What ends it after the layer was put over the base and before all folded files were removed leaves the others
+/// behind: no chain leads to them any more, so calling again does not know them.
+///
 /// # Errors
 /// [`FoldError`]; calling again goes on.
 pub async fn merge(
@@ -107,14 +110,17 @@ pub(super) fn bounds(chain: &Chain, options: &MergeOptions) -> Result<(usize, us
         Some(path) => chain.below(path)?,
         None => chain.layers.len().saturating_sub(1),
     };
+    let path = |position: usize| {
+        chain.layers.get(position).map(|layer| layer.path.clone()).unwrap_or_default()
+    };
+    if base == 1 {
+        return Err(FoldError::NothingBetween { file: path(0), base: path(1) });
+    }
     let last = match &options.last {
         Some(path) => chain.below(path)?,
         None => base.saturating_sub(1),
     };
     if last == 0 || last >= base {
-        let path = |position: usize| {
-            chain.layers.get(position).map(|layer| layer.path.clone()).unwrap_or_default()
-        };
         let (file, base, last) = (path(0), path(base), path(last));
         return Err(FoldError::Order { file, base, last });
     }

@@ -14,6 +14,7 @@ use super::{FoldError, FoldOptions, Folded};
 use crate::backing::Trail;
 use crate::convert::ConvertError;
 use crate::create::BackingName;
+use crate::error::Error;
 use crate::image::Image;
 use crate::open::{OpenOptions, open_found, read_header};
 use crate::progress::Progress;
@@ -76,20 +77,21 @@ pub async fn plan_rebase(
 ) -> Result<FoldPlan, FoldError> {
     check(top, options.backing.as_ref())?;
     let reading = OpenOptions { read_only: true, snapshot: None, ..options.copy.open.clone() };
-    let mut layer = LayerPlan::default();
+    let mut layers = Vec::new();
     let file = reading.open_file(top).await?;
     let snapshots = read_header(&file).await?.snapshots;
     if !options.unchecked {
         let work = Rebase::open(top, &file, &reading, options).await?;
-        layer.path = work.old_path.clone().unwrap_or_default();
+        let path = work.old_path.clone().unwrap_or_default();
         let copied = work.run(None, &progress).await;
         work.close().await?;
         let copied = copied?;
-        (layer.data_bytes, layer.zero_bytes) = (copied.written_bytes, copied.zeroed_bytes);
+        let (data_bytes, zero_bytes) = (copied.written_bytes, copied.zeroed_bytes);
+        layers.push(LayerPlan { path, data_bytes, zero_bytes });
     }
     Ok(FoldPlan {
         into: top.to_owned(),
-        layers: vec![layer],
+        layers,
         relinked: vec![top.to_owned()],
         snapshots,
         ..FoldPlan::default()
@@ -133,7 +135,11 @@ impl Rebase {
         let new = match &wanted.backing {
             None => None,
             Some(BackingName { path, format }) => {
-                let found = trail.resolve(top, path.as_bytes(), Some(format.name().as_bytes()))?;
+                let found = trail.resolve(top, path.as_bytes(), Some(format.name().as_bytes()));
+                let found = found.map_err(|source| match source {
+                    Error::Path { path, source } => FoldError::NewBacking { file: path, source },
+                    other => other.into(),
+                })?;
                 // Unlocked, so that an image that would lie over itself is told as that.
                 let unlocked = OpenOptions { lock: false, ..below.clone() };
                 Chain::follow(&found, trail.clone(), &unlocked).await?;

@@ -318,7 +318,7 @@ fn increments_roll_into_the_full_backup_one_after_the_other() {
     block_on(merge(&top, &options, quiet)).unwrap();
     chain.assert_shows("top", &shown[4]);
     let refused = block_on(merge(&top, &options, quiet));
-    assert!(matches!(refused, Err(FoldError::Order { .. })));
+    assert!(matches!(refused, Err(FoldError::NothingBetween { .. })));
 }
 
 #[test]

@@ -20,7 +20,9 @@ use crate::stop::Stop;
 /// The layers above the folded ones read as before at every moment, whatever ends the work; calling again goes on. The
 /// folded layers themselves lose their meaning, and other images over them or over the base change what they show:
 /// where such images are in the folders of the chain, or --remove would take internal snapshots or bitmaps away, they
-/// are named and nothing is done without --force. Images in other folders are not seen.
+/// are named and nothing is done without --force. Images in other folders are not seen. What was killed before --remove
+/// had removed the folded files leaves them behind: they are named so the next time, belong to no chain any more, and
+/// are to be deleted by hand, not by --force.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The format of the image: qcow2

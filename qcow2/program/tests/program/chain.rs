@@ -85,9 +85,36 @@ fn rebase_keeps_what_an_image_reads() {
 }
 
 #[test]
+fn a_new_backing_file_that_is_not_there_is_no_fault_of_the_chain() {
+    let place = Place::new();
+    chain(&place);
+    let before = place.read("top");
+    for more in [&[][..], &["--dry-run"]] {
+        let line = [&["rebase", "-b", "sub/gone", "-F", "qcow2", "top"], more].concat();
+        let told = place.qcow2(&line).bad(1, "Could not open new backing file");
+        assert!(told.err.contains("sub/gone") && !told.err.contains("rebase -u"), "{told:?}");
+    }
+    assert_eq!(place.read("top"), before);
+}
+
+#[test]
+fn merge_says_that_nothing_is_between_the_top_and_its_base() {
+    let place = Place::new();
+    chain(&place);
+    place.qcow2(&["merge", "--last", "b", "--remove", "top"]).good();
+    for more in [&[][..], &["--dry-run"]] {
+        place.qcow2(&[&["merge", "top"], more].concat()).bad(1, "nothing to merge");
+    }
+    reads_as_before(&place, "top");
+}
+
+#[test]
 fn an_unsafe_rebase_only_writes_a_name_down() {
     let place = Place::new();
     chain(&place);
+    let plan = ["rebase", "-u", "-b", "gone", "-F", "raw", "--dry-run", "top"];
+    let told = "top would get another backing file\nNothing has been changed.\n";
+    assert_eq!(place.qcow2(&plan).good().out, told);
     place.qcow2(&["rebase", "-u", "-b", "gone", "-F", "raw", "top"]).good();
     assert_eq!(backing(&place, "top"), "gone");
     place.qcow2(&["map", "top"]).bad(1, "gone");
@@ -191,7 +218,7 @@ fn chains_that_cannot_be_folded_are_refused() {
     place.qemu_img(&["rebase", "-u", "-b", "gone", "-F", "qcow2", "b"]).good();
     place.qcow2(&["rebase", "-b", "a", "-F", "qcow2", "top"]).bad(1, "rebase -u records another");
     place.qcow2(&["rebase", "-u", "-b", "a", "-F", "qcow2", "b"]).good();
-    place.qcow2(&["merge", "a"]).bad(1, "only layers between");
+    place.qcow2(&["merge", "a"]).bad(1, "nothing to merge");
     reads_as_before(&place, "top");
 }
 

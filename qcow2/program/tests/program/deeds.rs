@@ -27,7 +27,10 @@ pub(crate) const DEEDS: &[Deed] = &[
     Deed::making("dd", &["dd", "-f", "qcow2", "-O", "qcow2", "if=top", "of=new"], "qcow2"),
     Deed::changing("commit", &["commit", "top"], &["base", "top"]),
     Deed::changing("rebase", &["rebase", "-b", "", "top"], &["base", "mid", "top"]),
-    Deed::changing("merge", &["merge", "top"], &["top"]),
+    Deed::changing("commit far", &["commit", "-b", "base", "top"], &["top"]),
+    Deed::changing("rebase far", &["rebase", "-b", "base", "-F", "qcow2", "top"], &["base", "top"]),
+    Deed::changing("merge", &["merge", "top"], &["top"]).or("nothing to merge"),
+    Deed::changing("purge", &["merge", "--remove", "top"], &["top"]).or("nothing to merge"),
     Deed::changing("snapshot", &["snapshot", "-c", "second", "marked"], &["marked"]),
     Deed::changing("forget", &["snapshot", "-d", "first", "marked"], &["marked"])
         .or("there is no snapshot"),
@@ -36,6 +39,7 @@ pub(crate) const DEEDS: &[Deed] = &[
         .or("already"),
     Deed::changing("union", &["bitmap", "--merge", "one", "marked", "two"], &["marked"]),
     Deed::changing("resize", &["resize", "small", "100G"], &["small"]),
+    Deed::changing("shrink", &["resize", "--shrink", "small", "700k"], &["small"]),
     Deed::changing("repair", &["check", "-r", "all", "broken"], &["broken"]),
 ];
 

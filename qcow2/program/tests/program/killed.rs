@@ -5,8 +5,9 @@ use crate::deeds::{After, DEEDS, Deed, copy_all, prepare};
 use crate::rounds::rounds;
 use crate::support::Place;
 
-/// The calls by which files change, and the one by which io_uring is asked to change them.
-const CALLS: &str = "pwrite64,pwritev,pwritev2,write,fdatasync,fsync,ftruncate,fallocate,copy_file_range,io_uring_enter";
+/// The calls by which files change and go, and the one by which io_uring is asked to change them.
+const CALLS: &str = "pwrite64,pwritev,pwritev2,write,fdatasync,fsync,ftruncate,fallocate,copy_file_range,unlink,\
+                     unlinkat,io_uring_enter";
 
 /// Kills the deed when one of its threads makes such a call for the `nth` time; whether it came so far. `engine` is a
 /// variable as strace sets or, without a value, removes it.

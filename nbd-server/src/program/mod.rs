@@ -34,6 +34,9 @@ use images::Opening;
 pub(crate) use options::{LogFormat, Options};
 use reload::Reloading;
 
+/// How long the last operations on files may take when the program ends.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Certificates that take the place of others.
 #[cfg(feature = "tls")]
 type NewTls = nbd_server::tls::ServerTls;
@@ -95,6 +98,8 @@ pub(crate) fn run(options: Options, hangup: Signal) -> anyhow::Result<()> {
     let done = runtime.block_on(serve(start, hangup));
     // What hangs in a device is not waited for.
     runtime.shutdown_background();
+    // What is in flight keeps its file locked: whoever comes next must find it free.
+    block::wait_until_closed(CLOSE_TIMEOUT);
     done
 }
 

@@ -19,5 +19,5 @@ for target in ${*:-$(cargo fuzz list)}; do
     mkdir -p "fuzz/artifacts/corpus/$target"
     cargo fuzz run --sanitizer none "$target" \
         "fuzz/artifacts/corpus/$target" "fuzz/corpus/$target" -- \
-        -max_total_time="$seconds" -max_len="$max_len" -rss_limit_mb=1024 -timeout=30 -print_final_stats=1
+        -max_total_time="$seconds" -max_len="$max_len" -rss_limit_mb=512 -timeout=30 -print_final_stats=1
 done

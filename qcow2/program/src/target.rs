@@ -52,7 +52,10 @@ impl Target {
             Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error).with_context(cannot),
         }
-        let facts = std::fs::metadata(path).with_context(cannot)?;
+        let facts = std::fs::metadata(path).with_context(|| match std::fs::read_link(path) {
+            Ok(to) => format!("{}: it is a link to {}", cannot(), to.display()),
+            Err(_) => cannot(),
+        })?;
         let is_device = facts.file_type().is_block_device();
         ensure!(
             facts.is_file() || is_device,

@@ -23,7 +23,9 @@ pub enum InvalidOption {
     #[error("preallocation over a backing file without extended L2 entries")]
     PreallocationOverBackingFile,
     /// A data file that reads like the disk cannot read like the backing file.
-    #[error("a raw data file over a backing file")]
+    #[error(
+        "data_file_raw with a backing file: a raw data file alone has to read as the disk does"
+    )]
     RawDataOverBackingFile,
     /// A data file that is encrypted does not read like the disk.
     #[error("a raw data file that is encrypted")]

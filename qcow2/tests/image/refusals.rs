@@ -254,7 +254,7 @@ fn options_that_do_not_go_together_are_refused_with_what_would_do() {
         (new().data_file("", false), "a data file name of 0 bytes (at most 1023)"),
         (
             new().data_file("data", true).backing("below", raw),
-            "a raw data file over a backing file",
+            "data_file_raw with a backing file: a raw data file alone has to read as the disk does",
         ),
         (
             new().backing("below", raw).preallocation(qcow2::Preallocation::Metadata),

@@ -18,9 +18,16 @@ pub struct Holder {
     pub program: String,
 }
 
+impl Holder {
+    /// Whether it is the process that asks.
+    pub fn is_own(&self) -> bool {
+        self.process == std::process::id()
+    }
+}
+
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.process == std::process::id() {
+        if self.is_own() {
             return f.write_str("this program itself");
         }
         write!(f, "{} (process {})", self.program, self.process)

@@ -73,11 +73,11 @@ impl std::fmt::Display for ImageLocked {
             }
         }
         let verb = if self.holders.len() > 1 { "have" } else { "has" };
-        write!(
-            f,
-            " {verb} the image open {}; end it, or detach the image from it, and try again",
-            self.conflict
-        )
+        let remedy = match self.holders.as_slice() {
+            [holder] if holder.is_own() => "it is to be closed there first",
+            _ => "end it, or detach the image from it, and try again",
+        };
+        write!(f, " {verb} the image open {}; {remedy}", self.conflict)
     }
 }
 

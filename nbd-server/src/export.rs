@@ -19,6 +19,7 @@ use crate::handshake::{ExportFacts, MetaContext, Unavailable};
 use crate::leases::Leases;
 use crate::limits::Limits;
 use crate::peer::Peer;
+use crate::server::Shared;
 use crate::signal::Signal;
 use crate::wire::{MAX_STRING_BYTES, transmission_flag};
 use crate::writers::{Claim, Flushing, Lease, LeaseHold, Parting, Writer, Writers};
@@ -194,6 +195,8 @@ impl Export {
     /// others that have its [`Lease`] and whatever takes its place, until the lease is gone: nothing that has it is in the
     /// table any more, or has connections. Allows for one client at a time, where [`Export::writers`] says nothing
     /// narrower.
+    ///
+    /// Where what writes in its place by then is not to be sealed, nothing is.
     ///
     /// Who leaves because it was told that the server stops, or the export is cut off, is not done, but lost.
     ///
@@ -389,6 +392,13 @@ impl Attachment {
         self.export.origin.attendant.clone()
     }
 
+    /// The client's requests are taken from now on.
+    pub(crate) fn begin(&self) {
+        if let Some(lease) = &self.lease {
+            lease.begin();
+        }
+    }
+
     /// The client changes or flushes something.
     pub(crate) fn used(&self) {
         if let Some(lease) = &self.lease {
@@ -413,12 +423,17 @@ impl Attachment {
         self.export.facts_for(&self.client.peer, self.lease.is_none())
     }
 
-    /// The connection has ended, by a word of the client or not: seals the export where that makes its writer done.
-    pub(crate) async fn leave(&self, by_word: bool) {
+    /// The connection has ended, by a word of the client or not: seals the export where that makes its writer done, and
+    /// where it is to be sealed as the table of exports is by now.
+    pub(crate) async fn leave(&self, shared: &Shared, by_word: bool) {
         let Some(lease) = &self.lease else { return };
         let (parting, export) = (lease.leave(by_word), &self.export.facts.name);
         let sealing = match parting {
             Parting::Nothing => return,
+            _ if !shared.seals(lease.lease()) => {
+                tracing::info!(export, "its writer is gone, and it is not to be sealed any more");
+                return;
+            }
             Parting::Unfinished(why) => {
                 tracing::warn!(export, %why, "its writer is gone, but not done: not sealed");
                 return;
@@ -545,6 +560,12 @@ impl Served {
     fn claim(&self, peer: &Peer, protection: &Protection) -> Claim {
         let (writers, writer) = (self.writers(), Writer::new(peer, protection));
         Claim { writers, writer, part: self.part, seals: self.origin.seals }
+    }
+
+    /// Whether it writes to what the lease is for, and then, whether that is to be sealed.
+    pub(crate) fn seals(&self, lease: &Arc<Lease>) -> Option<bool> {
+        let writes = !self.facts.read_only && Arc::ptr_eq(&self.lease, lease);
+        writes.then_some(self.origin.seals)
     }
 
     fn writers(&self) -> Writers {

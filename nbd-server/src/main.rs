@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nbd-server: {error:#}");
+            eprintln!("nbd-server: {}", program::text_of(&error));
             ExitCode::FAILURE
         }
     }

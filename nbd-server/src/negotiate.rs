@@ -91,7 +91,12 @@ impl Negotiation {
         let (shared, peer) = (Arc::clone(&self.shared), self.visitor.peer().clone());
         let deadline = self.deadline;
         let haggling = self.haggle(reader, writer);
-        within(&shared, &peer, deadline, haggling).await.unwrap_or(Ok(Next::Close))
+        let next = within(&shared, &peer, deadline, haggling).await.unwrap_or(Ok(Next::Close));
+        // Whoever chose an export and does not enter it may be the last that the others' end waited for.
+        if let Some(attachment) = self.visitor.entered.take() {
+            let _ = shared.unless_dropped(attachment.leave(&shared, false)).await;
+        }
+        next
     }
 
     /// The outcome of something that is part of the negotiation; `None` where its time is over.

@@ -69,9 +69,10 @@ where
     let why = match shared.unless_dropped(arriving).await {
         Some(Ok(Ok(()))) => {
             let attachment = entered.attachment.clone();
+            attachment.begin();
             let transmission = connection::transmit(shared, entered, reader, writer);
             let by_word = shared.unless_dropped(transmission).await.unwrap_or(false);
-            let _ = shared.unless_dropped(attachment.leave(by_word)).await;
+            let _ = shared.unless_dropped(attachment.leave(shared, by_word)).await;
             if let Some(attendant) = attachment.attendant() {
                 let _ = shared.unless_over(attendant.left(&peer)).await;
             }
@@ -83,5 +84,7 @@ where
         None => return,
     };
     tracing::warn!(%peer, export, why, "a client is turned away");
+    // It may be the last one, of which the others did all there was to do.
+    let _ = shared.unless_dropped(entered.attachment.leave(shared, false)).await;
     see_off(shared, &mut reader, &mut writer).await;
 }

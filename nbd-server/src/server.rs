@@ -33,8 +33,9 @@ use crate::replace::{Replaced, settle};
 use crate::serve::serve;
 use crate::signal::Signal;
 use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
-#[cfg(feature = "tls")]
 use crate::tls::ServerTls;
+#[cfg(feature = "tls")]
+use crate::writers::Lease;
 
 /// How a server is set up.
 #[derive(Clone, Debug, Default)]
@@ -473,6 +474,15 @@ impl Shared {
         return self.tls.read().as_ref().is_some_and(ServerTls::identifies_clients);
         #[cfg(not(feature = "tls"))]
         false
+    }
+
+    /// Whether what the lease is for is to be sealed when its writer is done, as the table is now. It is where nothing in
+    /// the table writes to it any more.
+    pub(crate) fn seals(&self, lease: &Arc<Lease>) -> bool {
+        let table = self.table.read();
+        let seals: Vec<bool> =
+            table.exports.values().filter_map(|served| served.seals(lease)).collect();
+        seals.is_empty() || seals.contains(&true)
     }
 
     /// The outcome of a part of a connection; `None` where connections are dropped before.

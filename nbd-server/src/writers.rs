@@ -133,6 +133,8 @@ impl State {
 pub(crate) struct LeaseHold {
     lease: Arc<Lease>,
     number: u64,
+    /// Whether its connection came as far as to requests.
+    began: AtomicBool,
     used: AtomicBool,
     left: AtomicBool,
     /// How many connections were lost before it came.
@@ -188,12 +190,23 @@ impl Lease {
         let number = state.next;
         state.next += 1;
         state.claims.insert(number, claim);
-        let (used, left) = (AtomicBool::new(false), AtomicBool::new(false));
-        Some(LeaseHold { lease: Arc::clone(self), number, used, left, losses_before: state.losses })
+        let no = || AtomicBool::new(false);
+        let (lease, losses_before) = (Arc::clone(self), state.losses);
+        Some(LeaseHold { lease, number, began: no(), used: no(), left: no(), losses_before })
     }
 }
 
 impl LeaseHold {
+    /// What it is a part of.
+    pub(crate) fn lease(&self) -> &Arc<Lease> {
+        &self.lease
+    }
+
+    /// Its connection takes requests from now on.
+    pub(crate) fn begin(&self) {
+        self.began.store(true, Ordering::Release);
+    }
+
     /// Something is changed or flushed. The first time makes good for a connection that was lost before this one came.
     pub(crate) fn used(&self) {
         if self.used.swap(true, Ordering::AcqRel) {
@@ -228,7 +241,8 @@ impl LeaseHold {
     /// Ends the connection's part. Where it was the last one and somebody did anything, the writer is done if all of them
     /// ended by a word of the client, or if for each that was lost another one came later and wrote, and a FLUSH behind
     /// all that succeeded: a client that goes on in this way has sent again what it had no answer to. The export can be
-    /// sealed then, and nobody gets the lease until that is done or given up.
+    /// sealed then, and nobody gets the lease until that is done or given up. A connection that never took requests was
+    /// not lost, however it ended.
     ///
     /// A connection that comes back before the server knows that the old one is lost is not seen as its successor.
     pub(crate) fn leave(&self, by_word: bool) -> Parting {
@@ -240,8 +254,9 @@ impl LeaseHold {
         state.used |= used;
         let seals = state.claims.remove(&self.number).is_some_and(|claim| claim.seals);
         // One that came for a lost one and is lost before it did anything leaves that one to the next.
-        let never_began = !used && self.can_replace(&state);
-        if !by_word && (!never_began || state.claims.is_empty()) {
+        let came_in_vain = !used && self.can_replace(&state);
+        let is_lost = !by_word && self.began.load(Ordering::Acquire);
+        if is_lost && (!came_in_vain || state.claims.is_empty()) {
             state.losses += 1;
             state.confirmed = false;
         }
@@ -387,7 +402,12 @@ mod tests {
     fn lease() -> (Arc<Lease>, impl Fn() -> LeaseHold) {
         let lease = Lease::new();
         let same = Arc::clone(&lease);
-        (lease, move || same.take(claim(Writers::OneClient, user(1))).unwrap())
+        let take = move || {
+            let hold = same.take(claim(Writers::OneClient, user(1))).unwrap();
+            hold.begin();
+            hold
+        };
+        (lease, take)
     }
 
     fn flush(hold: &LeaseHold) {
@@ -460,6 +480,24 @@ mod tests {
         flush(&stays);
         assert!(back.leave(true).is_nothing());
         assert_eq!(stays.leave(true).why(), None);
+    }
+
+    #[test]
+    fn a_connection_that_never_took_requests_is_not_lost_and_can_be_the_last() {
+        let (lease, take) = lease();
+        let unbegun = || lease.take(claim(Writers::OneClient, user(1))).unwrap();
+        let (one, turned_away) = (take(), unbegun());
+        one.used();
+        drop(turned_away);
+        assert_eq!(one.leave(true).why(), None);
+        let (one, turned_away) = (take(), unbegun());
+        one.used();
+        assert!(one.leave(true).is_nothing(), "another one may begin yet");
+        assert_eq!(turned_away.leave(false).why(), None);
+        let (lost, turned_away) = (take(), unbegun());
+        lost.used();
+        drop(lost);
+        assert_eq!(turned_away.leave(false).why(), Some(Unfinished::Lost));
     }
 
     #[test]

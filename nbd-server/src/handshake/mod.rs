@@ -488,10 +488,13 @@ impl Handshake {
         Ok(())
     }
 
-    /// Contexts hold only for the export name for which they were selected.
+    /// Contexts hold only for the export name for which they were selected, and while it has them.
     fn agree(&self, name: &str, facts: ExportFacts) -> Agreement {
         let contexts = match &self.selection {
-            Some((export, selected)) if export == name => selected.clone(),
+            Some((export, selected)) if export == name => {
+                let is_there = |one: &&SelectedContext| facts.contexts.contains(&one.context);
+                selected.iter().filter(is_there).cloned().collect()
+            }
             _ => Vec::new(),
         };
         Agreement { facts, headers: self.headers, contexts }

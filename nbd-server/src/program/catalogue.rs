@@ -334,11 +334,10 @@ impl Catalogue {
                  reload, and add them again"
             ),
             None => {
-                let opened = Opened::open(key, writable, &self.how).await?;
                 let image = if used.seals && writable {
-                    Openness::Sealable(Sealable::new(key, &self.how, opened))
+                    Openness::Sealable(Sealable::open(key, &self.how).await?)
                 } else {
-                    Openness::Fixed(opened)
+                    Openness::Fixed(Opened::open(key, writable, &self.how).await?)
                 };
                 let _lease = Arc::clone(lease);
                 let shown = Shown { image, writable, _lease, retired: 0 };
@@ -365,7 +364,7 @@ fn shape(
     let alone = if overlay.is_some() { transmission_flag::CAN_MULTI_CONN } else { 0 };
     let mut export = Export::new(&spec.name, device)
         .description(spec.description.clone().unwrap_or_default())
-        .read_only(spec.read_only)
+        .read_only(spec.is_read_only())
         .default_export(spec.is_default)
         .admission(spec.admission.clone())
         .tls_only(spec.tls_only)

@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use async_trait::async_trait;
-use block::{BlockDevice, ByteRange, DeviceError, HostFile, OpenOptions as HostOptions, RawDevice};
+use block::{
+    BlockDevice, ByteRange, DeviceError, Holder, HostFile, ImageLocked, OpenOptions as HostOptions,
+    RawDevice,
+};
 use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
 use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, Passphrase, References, UnlockError};
 
@@ -74,6 +77,15 @@ impl ImageKey {
 
     pub(super) fn file(&self) -> &FileId {
         &self.file
+    }
+
+    pub(super) fn is_raw(&self) -> bool {
+        self.format == Format::Raw
+    }
+
+    /// The same file, found elsewhere.
+    pub(super) fn at(&self, path: PathBuf) -> Self {
+        Self { path, ..self.clone() }
     }
 
     /// Finds the image of an export, and its format. Blocks.
@@ -150,7 +162,8 @@ impl Opened {
         let (device, image): (Arc<dyn BlockDevice>, _) = match key.format {
             Format::Raw => {
                 let options = HostOptions { read_only, lock, ..HostOptions::writing() };
-                (RawDevice::new(HostFile::open(&key.path, options).await?), None)
+                let file = HostFile::open(&key.path, options).await.map_err(in_use)?;
+                (RawDevice::new(file), None)
             }
             Format::Qcow2 => {
                 let mut options = qcow2_options(key, !read_only);
@@ -298,9 +311,25 @@ fn explained(error: qcow2::Error) -> anyhow::Error {
         qcow2::Error::Locked { reason: UnlockError::TooMuchWork { .. }, .. } => {
             "--unlock-seconds allows more"
         }
-        _ => return error.into(),
+        _ => return in_use(error),
     };
     anyhow::Error::new(error).context(hint)
+}
+
+/// An error, with who it is that has the image where that is this server.
+fn in_use(error: impl Into<anyhow::Error>) -> anyhow::Error {
+    let error = error.into();
+    let locked = error.chain().find_map(|cause| {
+        cause.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<ImageLocked>()
+    });
+    let is_ours = locked.is_some_and(|locked| locked.holders.iter().any(Holder::is_own));
+    if is_ours {
+        error.context(
+            "another export of this server has it open, in a way that does not go with this one",
+        )
+    } else {
+        error
+    }
 }
 
 /// Whether a file begins as a qcow2 image does.

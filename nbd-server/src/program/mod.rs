@@ -6,6 +6,8 @@ mod catalogue;
 mod config;
 mod depth;
 mod descriptors;
+mod errors;
+mod held;
 mod identity;
 mod images;
 mod limits;
@@ -30,6 +32,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use catalogue::Catalogue;
 use config::Config;
+pub(crate) use errors::text_of;
 use images::Opening;
 pub(crate) use options::{LogFormat, Options};
 use reload::Reloading;

@@ -441,6 +441,11 @@ impl ExportSpec {
         Ok(())
     }
 
+    /// Whether it takes no writes at all: a snapshot stays what it is.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only || (self.snapshot.is_some() && self.writes == Writes::Image)
+    }
+
     /// What goes together.
     pub(crate) fn check(&self) -> Result<(), String> {
         let told = !self.bitmaps.is_empty() || self.allocation_depth;
@@ -458,6 +463,8 @@ impl ExportSpec {
             "bitmaps and layers tell of the whole image as it is written"
         } else if self.seals && (self.read_only || self.snapshot.is_some()) {
             "what is read-only has no writer whose end could seal it"
+        } else if self.writers != Writers::Any && self.snapshot.is_some() && self.is_read_only() {
+            "what is read-only has no writers"
         } else if self.seals && (told || self.writes != Writes::Image) {
             "what is sealed is the image alone: neither bitmaps and layers, nor copies of clients"
         } else if self.partition == Some(0) {
@@ -606,6 +613,8 @@ mod tests {
             "a=b,max-connections=x",
             "a=b,writers=two",
             "a=b,seal,read-only",
+            "a=b,seal,snapshot=x",
+            "a=b,writers=client,snapshot=x",
             "a=b,seal,bitmap=x",
             "a=b,seal=1",
             "a=b,idle-timeout=-1",

@@ -10,6 +10,7 @@ use nbd_server::{Admission, ClientRule, Removal, Server, ServerConfig};
 use super::NewTls;
 use super::catalogue::Catalogue;
 use super::config::{self, Config, Fault, Faults, Finding, Generic, Place};
+use super::errors::text_of;
 use super::images::Opening;
 use super::made::Made;
 use super::options::{ExportSpec, Options};
@@ -114,7 +115,9 @@ impl Reloading {
         let generic = &config.generic;
         let tls = match self.tls(&config) {
             Ok(tls) => tls,
-            Err(error) => return tracing::error!("{error:#}; the configuration is not reloaded"),
+            Err(error) => {
+                return tracing::error!("{}; the configuration is not reloaded", text_of(&error));
+            }
         };
         let has_tls = tls.is_some();
         let wanted = self.wanted(Some(&config));
@@ -138,7 +141,7 @@ impl Reloading {
             }
             Err(Refused(errors)) => {
                 for error in errors {
-                    tracing::error!("{error:#}");
+                    tracing::error!("{}", text_of(&error));
                 }
                 tracing::error!("the configuration is not reloaded");
             }
@@ -209,7 +212,7 @@ pub(super) fn check(
     let mut wrong: Vec<String> = Vec::new();
     wrong.extend(sockets::resolve(listen).err().map(|refused| refused.to_string()));
     let server_config = reloading.server_config(config);
-    wrong.extend(server_config.as_ref().err().map(|error| format!("{error:#}")));
+    wrong.extend(server_config.as_ref().err().map(text_of));
     let references = config.and_then(|config| config.generic.references.as_ref());
     let wanted = reloading.wanted(config);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -1,54 +1,79 @@
 //! An image that is closed for writing and opened for reading under its export, when its writer is done: closing marks
-//! it clean. When that is, is told by the server.
+//! it clean. When that is, is told by the server; which file it is, by `held`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::bail;
 use async_trait::async_trait;
 use block::{BlockDevice, ByteRange, DeviceError, Durability, Extent, Limits, Segments, ZeroMode};
 use bytes::Bytes;
 use tokio::sync::RwLock;
 
+use super::errors::text_of;
+use super::held::Held;
 use super::images::{ImageKey, Opened, Opening};
 
 /// The image, open for writing, or for reading alone once it is sealed.
 pub(super) struct Sealable {
     key: ImageKey,
+    /// The file that was opened, whatever becomes of its name.
+    held: Held,
     how: Opening,
     limits: Limits,
     sealed: AtomicBool,
     /// Who works on it shares the lock: it is not taken away from under a request. Nobody else has it, so that the file is
-    /// let go of where it is closed. `None` where it could not be opened again.
+    /// let go of where it is closed. `None` where it is sealed and could not be opened again.
     opened: RwLock<Option<Opened>>,
 }
 
 impl Sealable {
-    pub(super) fn new(key: &ImageKey, how: &Opening, opened: Opened) -> Arc<Self> {
-        let (key, how, limits) = (key.clone(), how.clone(), opened.as_device().limits());
-        let (sealed, opened) = (AtomicBool::new(false), RwLock::new(Some(opened)));
-        Arc::new(Self { key, how, limits, sealed, opened })
-    }
-
-    /// Closes the image, which makes it clean, and opens it for reading.
+    /// Opens an image for writing.
     ///
     /// # Errors
-    /// Those of closing and opening. What is closed and cannot be opened again fails every request.
+    /// Those of [`Opened::open`], and another file that was put in its place meanwhile.
+    pub(super) async fn open(key: &ImageKey, how: &Opening) -> anyhow::Result<Arc<Self>> {
+        let held = Held::of(key).await?;
+        let opened = Opened::open(key, true, how).await?;
+        if !held.is_at(key.path()).await {
+            bail!("another file was put in its place while it was opened");
+        }
+        let (key, how, limits) = (key.clone(), how.clone(), opened.as_device().limits());
+        let (sealed, opened) = (AtomicBool::new(false), RwLock::new(Some(opened)));
+        Ok(Arc::new(Self { key, held, how, limits, sealed, opened }))
+    }
+
+    /// Closes the image, which makes it clean, and opens it for reading. What cannot be opened again is sealed all the
+    /// same, and fails every request.
+    ///
+    /// # Errors
+    /// Those of closing.
     pub(super) async fn seal(&self) -> Result<(), DeviceError> {
         let mut opened = self.opened.write().await;
         device(&opened)?.close().await?;
         self.sealed.store(true, Ordering::Release);
         // Its locks would keep even ourselves out.
         *opened = None;
-        match Opened::open(&self.key, false, &self.how).await {
-            Ok(again) => {
-                *opened = Some(again);
-                Ok(())
-            }
-            Err(error) => {
-                tracing::error!("cannot open {} again: {error:#}", self.key.path().display());
-                Err(DeviceError::Closed)
-            }
+        match self.reopen().await {
+            Ok(again) => *opened = Some(again),
+            Err(error) => tracing::error!(
+                image = %self.key.path().display(),
+                why = text_of(&error),
+                "its writer is done and it is closed, but it cannot be opened again for reading: requests to it fail \
+                 until its exports are removed"
+            ),
         }
+        Ok(())
+    }
+
+    /// The very file that was written, wherever it lies by now.
+    async fn reopen(&self) -> anyhow::Result<Opened> {
+        let path = self.held.path(&self.key).await?;
+        let opened = Opened::open(&self.key.at(path.clone()), false, &self.how).await?;
+        if !self.held.is_at(&path).await {
+            bail!("another file was put in its place while it was opened");
+        }
+        Ok(opened)
     }
 }
 
@@ -91,7 +116,11 @@ impl BlockDevice for Sealable {
     }
 
     async fn flush(&self) -> Result<(), DeviceError> {
-        device(&*self.opened.read().await)?.flush().await
+        match &*self.opened.read().await {
+            Some(opened) => opened.as_device().flush().await,
+            // Closing made all of it durable.
+            None => Ok(()),
+        }
     }
 
     async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, DeviceError> {

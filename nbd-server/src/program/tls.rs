@@ -8,6 +8,7 @@ use nbd_server::tls::{ClientCertificates, ServerTls};
 use nbd_server::{Server, ServerConfig, TlsMode};
 
 use super::config::Config;
+use super::errors::text_of;
 
 /// TLS on all listeners.
 #[derive(Clone, Debug, Default, Args)]
@@ -71,7 +72,7 @@ impl TlsOptions {
         };
         match replaced {
             Ok(()) => tracing::info!("the certificates are read again"),
-            Err(error) => tracing::error!("{error:#}; the old certificates stay"),
+            Err(error) => tracing::error!("{}; the old certificates stay", text_of(&error)),
         }
         true
     }

@@ -7,6 +7,7 @@ use anyhow::anyhow;
 use nbd_server::ExportError;
 
 use super::config::Place;
+use super::errors::text_of;
 use super::images::{FileId, ImageKey};
 use super::options::{ExportSpec, Writes};
 
@@ -27,14 +28,14 @@ impl Wanted {
 
     fn locate(&self, error: anyhow::Error) -> anyhow::Error {
         match &self.place {
-            Some(place) => anyhow!("{place}: {error:#}"),
+            Some(place) => anyhow!("{place}: {}", text_of(&error)),
             None => error,
         }
     }
 
     /// Whether it changes its image.
     fn is_written(&self) -> bool {
-        !self.spec.read_only && self.spec.writes == Writes::Image
+        !self.spec.is_read_only() && self.spec.writes == Writes::Image
     }
 }
 
@@ -46,7 +47,7 @@ impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, error) in self.0.iter().enumerate() {
             let separator = if index == 0 { "" } else { "\n" };
-            write!(f, "{separator}{error:#}")?;
+            write!(f, "{separator}{}", text_of(error))?;
         }
         Ok(())
     }
@@ -63,7 +64,10 @@ impl Refused {
         };
         let one = wanted.iter().find(|one| Some(&one.spec.name) == name);
         let error = anyhow::Error::from(error);
-        Self(vec![one.map_or_else(|| anyhow!("{error:#}"), |one| one.locate(anyhow!("{error:#}")))])
+        Self(vec![match one {
+            Some(one) => one.locate(error),
+            None => error,
+        }])
     }
 }
 

@@ -4,14 +4,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use block::{BlockDevice, ByteRange, Durability, MemoryDevice};
+use async_trait::async_trait;
+use block::{BlockDevice, ByteRange, DeviceError, Durability, MemoryDevice};
 use bytes::Bytes;
 use nbd_server::client::{Address, ClientOptions, NbdDevice};
-use nbd_server::{Admission, Export, ExportError, Peer, Removal, Server, ServerConfig};
+use nbd_server::{
+    Admission, Export, ExportError, ExtentSource, FlaggedExtent, Peer, Removal, Server,
+    ServerConfig,
+};
 use tokio::task::JoinHandle;
 
 use crate::raw::Raw;
-use nbd_server::wire::{option, reply};
+use nbd_server::wire::{command, option, reply};
 
 const SIZE: u64 = 256 << 10;
 
@@ -246,4 +250,32 @@ async fn who_may_not_use_an_export_neither_sees_it_nor_gets_in() {
     served.server.set_admission(Admission::nobody());
     let mut raw = Raw::new(&served.server);
     assert!(raw.rest().await.is_empty());
+}
+
+/// Knows one flag of everything.
+struct Flagged;
+
+#[async_trait]
+impl ExtentSource for Flagged {
+    async fn extents(&self, range: ByteRange) -> Result<Vec<FlaggedExtent>, DeviceError> {
+        Ok(vec![FlaggedExtent { range, flags: 1 }])
+    }
+}
+
+#[tokio::test]
+async fn a_context_that_is_gone_when_its_export_is_entered_is_not_told_of() {
+    let device = disk();
+    let server = Server::new(ServerConfig::default());
+    let export = || Export::new("disk", Arc::clone(&device));
+    server.add_export(export().context("x:y", Arc::new(Flagged))).unwrap();
+    let mut raw = Raw::new(&server);
+    raw.greet(3).await;
+    raw.option(option::STRUCTURED_REPLY, &[]).await;
+    let data = b"\0\0\0\x04disk\0\0\0\x02\0\0\0\x03x:y\0\0\0\x0fbase:allocation";
+    assert_eq!(raw.option(option::SET_META_CONTEXT, data).await.len(), 3);
+    server.replace_exports([export()], Removal::Drain).unwrap();
+    raw.go("disk").await;
+    raw.request(command::BLOCK_STATUS, 0, 1, 0, 4096).await;
+    let reply = raw.reply().await;
+    assert_eq!((reply.error, reply.content.len()), (0, 1), "{}", reply.text);
 }

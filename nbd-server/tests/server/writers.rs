@@ -251,6 +251,76 @@ async fn a_connection_that_came_in_the_place_of_a_lost_one_ends_what_that_began(
 }
 
 #[tokio::test]
+async fn a_seal_that_was_taken_back_is_not_put_on_when_the_old_writer_leaves() {
+    for (keeps, is_sealed) in [(false, false), (true, true)] {
+        let (server, device) = server(|export| export.seal_on_disconnect(true));
+        let shape = |seals: bool| {
+            let export = Export::new("disk", Arc::clone(&device) as _).description("new");
+            [export.writers(Writers::OneClient).seal_on_disconnect(seals)]
+        };
+        let (mut old, _) = enter(&server, 1).await;
+        flush(&mut old).await;
+        let replaced = server.replace_exports(shape(keeps), Removal::Drain).unwrap();
+        old.request(command::DISC, 0, 0, 0, 0).await;
+        assert!(old.rest().await.is_empty());
+        replaced.retired[0].unused().await;
+        assert_eq!(server.exports()[0].is_sealed, is_sealed);
+        let (_, entered) = enter(&server, 2).await;
+        assert_eq!(is_read_only(entered), is_sealed);
+    }
+}
+
+/// Turns clients away while it is closed, once it is told to.
+#[derive(Default)]
+struct Closed {
+    is_closed: Mutex<bool>,
+    waits: tokio::sync::Notify,
+    answer: tokio::sync::Notify,
+}
+
+#[async_trait]
+impl Attendant for Closed {
+    async fn arrived(&self, _: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway> {
+        if !*self.is_closed.lock() {
+            return Ok(None);
+        }
+        self.waits.notify_one();
+        self.answer.notified().await;
+        Err(TurnedAway("it is closed".to_owned()))
+    }
+
+    async fn left(&self, _: &Peer) {}
+}
+
+#[tokio::test]
+async fn a_connection_that_was_turned_away_keeps_no_export_from_being_sealed() {
+    for is_last in [false, true] {
+        let closed = Arc::new(Closed::default());
+        let (server, _) =
+            server(|export| export.seal_on_disconnect(true).attendant(Arc::clone(&closed) as _));
+        let (mut writer, _) = enter(&server, 1).await;
+        *closed.is_closed.lock() = true;
+        let (mut other, _) = enter(&server, 1).await;
+        closed.waits.notified().await;
+        flush(&mut writer).await;
+        if is_last {
+            disconnect(&server, writer).await;
+            closed.answer.notify_one();
+            assert!(other.rest().await.is_empty());
+        } else {
+            closed.answer.notify_one();
+            assert!(other.rest().await.is_empty());
+            drop(other);
+            while server.exports()[0].connections > 1 {
+                tokio::task::yield_now().await;
+            }
+            disconnect(&server, writer).await;
+        }
+        assert!(server.exports()[0].is_sealed, "{is_last}");
+    }
+}
+
+#[tokio::test]
 async fn what_cannot_be_made_durable_is_not_sealed() {
     let witness = Arc::new(Witness::default());
     let (server, device) =

@@ -345,14 +345,14 @@ impl<'a> Keys<'a> {
         Some(self.file.parent().unwrap_or(Path::new("")).join(text))
     }
 
-    /// `true` or `false`.
+    /// `true` or `false`, also as the numbers that the reference takes.
     pub(super) fn flag(&mut self, name: &'static str) -> Option<bool> {
         let entry = self.entry(name)?;
         match entry.value.trim_end() {
-            "true" => Some(true),
-            "false" => Some(false),
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
             _ => {
-                self.wrong(name, entry, "it is either true or false");
+                self.wrong(name, entry, "it is either true (1) or false (0)");
                 None
             }
         }

@@ -265,7 +265,7 @@ fn what_cannot_be_is_refused_with_file_and_line() {
 
 #[test]
 fn every_fault_is_told_at_once() {
-    let text = "[generic]\nport = x\nnonsense\n[a]\nreadonly = 1\nsize = x\n";
+    let text = "[generic]\nport = x\nnonsense\n[a]\nreadonly = 2\nsize = x\n";
     let lines: Vec<_> = Files::new(&[("config", text)]).faults();
     assert_eq!(lines.len(), 5, "{lines:?}");
 }
@@ -374,6 +374,14 @@ fn tls_begins_with_a_key_and_is_forced_on_all_or_on_exports() {
         let faults = Files::new(&[("config", &text)]).faults();
         assert!(faults[0].starts_with(expected), "{faults:?}");
         assert!(faults.iter().any(|fault| fault.starts_with("config:5: client = \"x\"")));
+    }
+}
+
+#[test]
+fn a_flag_is_said_in_words_or_numbers() {
+    for (text, expected) in [("true", true), ("1", true), ("false", false), ("0 ", false)] {
+        let text = format!("[generic]\n[a]\nexportname = /a\nreadonly = {text}\n");
+        assert_eq!(config(&text).exports[0].1.read_only, expected, "{text}");
     }
 }
 

@@ -134,7 +134,8 @@ fn what_cannot_be_opened_again_is_sealed_and_told() {
         let writing = Writing::begin(dir, &mut server);
         std::fs::remove_file(dir.join("disk.img")).unwrap();
         writing.end();
-        let log = server.log_until("its writer is done: sealed").concat();
+        let log = server.log_until("sealed").concat();
+        assert!(log.contains("its writer is done: sealed"), "{log}");
         assert_eq!(log.contains("cannot be opened again for reading"), !is_found, "{log}");
         assert!(is_read_only(dir) && !writes(dir, "write 0 4k"), "{format}");
         assert_eq!(reads(dir, 9), is_found, "{format}");

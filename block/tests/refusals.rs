@@ -235,7 +235,7 @@ async fn an_image_in_use_says_by_whom_it_is_used_and_what_to_do() {
     let text = said.to_string();
     assert!(text.starts_with(&format!("cannot lock {}: ", path.display())), "{text}");
     assert!(text.contains("\"write\" permission"), "{text}");
-    assert!(text.ends_with("end it, or detach the image from it, and try again"), "{text}");
+    assert!(text.ends_with("it is to be closed there first"), "{text}");
     mine.close().await.unwrap();
     drop(mine);
     RawDevice::open(&path, false).await.unwrap();

@@ -45,9 +45,11 @@ pub struct Limits {
     pub arriving_bytes: u32,
     /// Memory of all connections together, in bytes, for payloads that have arrived, and for replies until they are
     /// written; at least `max_payload_bytes`. Default 1 GiB. A connection that holds some of it can take more only as long
-    /// as that leaves at least as much for others as it holds then. Requests that find too little wait, those of connections
-    /// that hold nothing first; one of at most 64 KiB never waits for another connection. Where one has waited for
-    /// `payload_timeout`, clients that did not read their replies meanwhile lose their connections.
+    /// as that leaves at least as much for others as it holds then. A quarter, or less where the longest request would not
+    /// fit in beside it, is kept for connections that hold at most 1 MiB, whose requests wait for nobody until it is used up.
+    /// Other requests that find too little wait, those of connections that hold nothing first; one of at most 64 KiB never
+    /// waits for another connection. Where one has waited for `payload_timeout`, clients that did not read their replies
+    /// meanwhile lose their connections.
     pub memory_bytes: u64,
     /// How long a payload that has begun may make no progress before its connection is dropped. Default 30 s.
     pub payload_timeout: Duration,

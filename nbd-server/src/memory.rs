@@ -3,9 +3,10 @@
 //!
 //! A connection that holds something may take more only as long as at least as much is left for others as it holds then.
 //! So however greedy some are, one that holds nothing finds something; where that is too little, it is served before
-//! those that hold some. Besides, each connection has a reserve that nobody else can take. Only clients that do not read
-//! their replies hold memory for ever: where somebody has waited for it in vain for long enough, they lose their
-//! connections.
+//! those that hold some. A part of the memory is kept for connections that hold little: as long as they have not used it
+//! up, such a request waits for nobody, however many stand in line for more. Besides, each connection has a reserve that
+//! nobody else can take. Only clients that do not read their replies hold memory for ever: where somebody has waited for
+//! it in vain for long enough, they lose their connections.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,6 +23,12 @@ use crate::signal::Signal;
 /// What each connection can hold besides, in bytes, one request or piece at a time.
 pub(crate) const RESERVE_BYTES: u32 = 64 << 10;
 
+/// A connection that holds at most this in all, in bytes, holds little.
+const LITTLE_BYTES: u64 = 1 << 20;
+
+/// The part of the memory that is kept for those that hold little: one in so many.
+const KEPT_PART: u64 = 4;
+
 /// A client that reads less than this of its replies, in bytes, while somebody waits for memory in vain, is stuck.
 const STUCK_BYTES: u64 = 256 << 10;
 
@@ -37,6 +44,10 @@ pub(crate) struct Memory {
 #[derive(Debug, Default)]
 struct State {
     free: u64,
+    /// What only those may take that hold little; of `free`, so much is left as they have not taken.
+    kept: u64,
+    /// What was taken by those that held little with it.
+    little: u64,
     waiting: VecDeque<Waiter>,
     accounts: HashMap<u64, Weak<Account>>,
     next: u64,
@@ -70,12 +81,17 @@ pub(crate) struct Account {
 pub(crate) struct Share {
     account: Arc<Account>,
     bytes: u64,
+    /// Whether the connection held little with it.
+    little: bool,
     _reserve: Option<OwnedSemaphorePermit>,
 }
 
 impl Memory {
     pub(crate) fn new(limits: &Limits) -> Self {
-        let state = State { free: limits.memory_bytes, ..State::default() };
+        // The longest request fits in beside it.
+        let beside = limits.memory_bytes.saturating_sub(limits.max_payload_bytes.into());
+        let kept = beside.min(limits.memory_bytes / KEPT_PART);
+        let state = State { free: limits.memory_bytes, kept, ..State::default() };
         Self {
             limit: limits.memory_bytes,
             patience: limits.payload_timeout,
@@ -130,20 +146,34 @@ impl Memory {
 }
 
 impl State {
-    /// Whether a connection that holds so much may take so much more.
+    /// What is left of what is kept. At least as much is always free: nobody else may take it.
+    fn unused(&self) -> u64 {
+        self.kept.saturating_sub(self.little)
+    }
+
+    /// Whether a connection that holds so much may take so much more whoever waits, from what is kept.
+    fn entitles(&self, held: u64, bytes: u64) -> bool {
+        is_little(held, bytes) && bytes <= self.unused()
+    }
+
+    /// Whether a connection that holds so much may take so much more once it is its turn.
     fn permits(&self, held: u64, bytes: u64) -> bool {
-        let Some(left) = self.free.checked_sub(bytes) else { return false };
+        let untouched = if is_little(held, bytes) { 0 } else { self.unused() };
+        let Some(left) = self.free.checked_sub(untouched + bytes) else { return false };
         held == 0 || held + bytes <= left
     }
 
     /// Takes it. The lock is held around this and [`State::permits`].
     fn grant(&mut self, account: &Arc<Account>, bytes: u64) -> Share {
+        let held = account.held.fetch_add(bytes, Ordering::Relaxed);
+        let little = is_little(held, bytes);
         self.free -= bytes;
-        account.held.fetch_add(bytes, Ordering::Relaxed);
-        Share { account: Arc::clone(account), bytes, _reserve: None }
+        self.little += if little { bytes } else { 0 };
+        Share { account: Arc::clone(account), bytes, little, _reserve: None }
     }
 
-    /// Hands out what came back, in the order of asking. Whoever holds nothing is not overtaken.
+    /// Hands out what came back, in the order of asking. Whoever holds nothing is overtaken only by what comes from what is
+    /// kept, which is not for the rest anyway.
     fn settle(&mut self) -> Leftovers {
         let mut leftovers = Leftovers::default();
         let mut kept = VecDeque::with_capacity(self.waiting.len());
@@ -154,7 +184,8 @@ impl State {
             }
             let Some(account) = waiter.account.upgrade() else { continue };
             let held = account.held.load(Ordering::Relaxed);
-            if !first_waits && self.permits(held, waiter.bytes) {
+            let turn = !first_waits && self.permits(held, waiter.bytes);
+            if turn || self.entitles(held, waiter.bytes) {
                 let share = self.grant(&account, waiter.bytes);
                 leftovers.unclaimed.extend(waiter.granted.send(share).err());
             } else {
@@ -168,6 +199,11 @@ impl State {
     }
 }
 
+/// Whether a connection that holds so much holds little with so much more, too.
+fn is_little(held: u64, bytes: u64) -> bool {
+    held.saturating_add(bytes) <= LITTLE_BYTES
+}
+
 /// What takes the lock when it is dropped, and so must outlive it.
 #[derive(Default)]
 struct Leftovers {
@@ -177,12 +213,12 @@ struct Leftovers {
 }
 
 impl Account {
-    /// Takes memory at once, where nobody waits for it and enough is left for others.
+    /// Takes memory at once: from what is kept, or where nobody waits and enough is left for others.
     pub(crate) fn try_take(self: &Arc<Self>, bytes: u64) -> Option<Share> {
         let mut state = self.memory.state.lock();
         let held = self.held.load(Ordering::Relaxed);
-        let may = state.waiting.is_empty() && state.permits(held, bytes);
-        may.then(|| state.grant(self, bytes))
+        let turn = state.waiting.is_empty() && state.permits(held, bytes);
+        (turn || state.entitles(held, bytes)).then(|| state.grant(self, bytes))
     }
 
     /// Takes memory for a piece of at most [`RESERVE_BYTES`]; waits for nobody else, at most for an earlier such piece
@@ -226,7 +262,7 @@ impl Account {
     async fn reserved(self: &Arc<Self>) -> Share {
         // Nobody closes the semaphore.
         let reserve = Arc::clone(&self.reserve).acquire_owned().await.ok();
-        Share { account: Arc::clone(self), bytes: 0, _reserve: reserve }
+        Share { account: Arc::clone(self), bytes: 0, little: true, _reserve: reserve }
     }
 
     /// Replies are on their way, and the client has yet to take them.
@@ -255,6 +291,7 @@ impl Drop for Share {
         let leftovers = {
             let mut state = self.account.memory.state.lock();
             state.free += self.bytes;
+            state.little -= if self.little { self.bytes } else { 0 };
             self.account.held.fetch_sub(self.bytes, Ordering::Relaxed);
             state.settle()
         };
@@ -288,10 +325,10 @@ mod tests {
                 shares.push(share);
             }
         }
-        // 32, and of the rest 16, 8, 4.
+        // About the half of what is not kept, a half of the rest, and so on; what each took first is of what is kept.
         let held: Vec<_> = greedy.iter().map(|one| one.held.load(Ordering::Relaxed)).collect();
-        assert_eq!(held, [32 * MIB, 16 * MIB, 8 * MIB, 4 * MIB]);
-        assert_eq!(memory.held_bytes(), 60 * MIB);
+        assert_eq!(held, [24 * MIB, 13 * MIB, 7 * MIB, 4 * MIB]);
+        assert_eq!(memory.held_bytes(), 48 * MIB);
         assert!(memory.account().try_take(4 * MIB).is_some(), "somebody new finds something");
         drop(shares);
         assert_eq!(memory.held_bytes(), 0);
@@ -315,6 +352,61 @@ mod tests {
         let more = more.now_or_never().unwrap();
         assert_eq!(memory.held_bytes(), 2 * MIB);
         drop(more);
+    }
+
+    #[tokio::test]
+    async fn little_is_there_at_once_however_many_stand_in_line_for_much() {
+        for crowd in [18, 50, 100] {
+            let memory = Arc::new(Memory::new(&Limits::default()));
+            let limit = Limits::default().memory_bytes;
+            let greedy: Vec<_> = (0..crowd).map(|_| memory.account()).collect();
+            let (mut shares, mut line) = (Vec::new(), Vec::new());
+            for account in &greedy {
+                for _ in 0..2 {
+                    let mut taking = Box::pin(account.take(32 * MIB));
+                    match taking.as_mut().now_or_never() {
+                        Some(share) => shares.push(share),
+                        None => line.push(taking),
+                    }
+                }
+            }
+            assert!(!line.is_empty(), "nobody of {crowd} has to wait");
+            let modest = memory.account();
+            for bytes in [MIB, 128 << 10, 8192 * 24, 1] {
+                assert!(modest.take(bytes).now_or_never().is_some(), "{bytes} behind {crowd}");
+            }
+            let mut held = Vec::new();
+            for _ in 0..128 {
+                let modest = memory.account();
+                held.push(modest.take(MIB).now_or_never().unwrap());
+            }
+            assert!(memory.held_bytes() <= limit);
+            // What others give back is for the line, and what is kept stays kept.
+            shares.truncate(1);
+            assert!(line.iter_mut().any(|one| one.as_mut().now_or_never().is_some()));
+            assert!(memory.held_bytes() <= limit);
+            assert!(modest.take(MIB).now_or_never().is_some());
+        }
+    }
+
+    #[tokio::test]
+    async fn many_that_hold_little_do_not_starve_one_that_wants_much() {
+        let memory = memory(64);
+        let little: Vec<_> = (0..64).map(|_| memory.account()).collect();
+        let take = |account: &Arc<Account>| account.take(MIB).now_or_never();
+        let mut shares: Vec<_> = little.iter().map(|one| take(one).unwrap()).collect();
+        let wants = memory.account();
+        let mut waiting = Box::pin(wants.take(32 * MIB));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        // Each that is done wants more at once: it gets it while it is of what is kept.
+        let mut granted = None;
+        for account in &little {
+            drop(shares.remove(0));
+            granted = granted.or_else(|| waiting.as_mut().now_or_never());
+            shares.extend(take(account));
+        }
+        assert!(granted.is_some());
+        assert!(memory.held_bytes() <= 64 * MIB);
     }
 
     #[tokio::test]

@@ -178,6 +178,53 @@ async fn memory_is_bounded_over_all_clients_and_nobody_takes_all_of_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn requests_for_little_wait_behind_no_crowd_that_stands_in_line_for_much() {
+    // The proportions of the default limits, with a fraction of the memory.
+    let much = 2 * MIB;
+    for crowd in [18, 50, 100] {
+        let (server, _) = with_limits(|limits| {
+            limits.memory_bytes = 64 << 20;
+            limits.max_payload_bytes = much;
+            limits.in_flight_bytes = 2 * much;
+            limits.payload_timeout = Duration::from_secs(3600);
+        });
+        let mut greedy = Vec::new();
+        for _ in 0..crowd {
+            let mut raw = Raw::with_buffer(&server, 4096);
+            raw.enter(true).await;
+            for cookie in 0..4 {
+                raw.request(command::READ, command_flag::DF, cookie, 0, much).await;
+            }
+            greedy.push(raw);
+            settle().await;
+            assert!(server.memory_in_use() <= 48 << 20, "the rest is kept");
+        }
+        // Another that wants much has to wait now.
+        let mut line = Raw::entered(&server).await;
+        line.request(command::READ, command_flag::DF, 0, 0, much).await;
+        let mut modest = Raw::entered(&server).await;
+        let begun = Instant::now();
+        for cookie in 0..10 {
+            for len in [MIB, 128 << 10, 512] {
+                modest.request(command::READ, command_flag::DF, cookie, 0, len).await;
+                let data = &modest.reply().await.content[0].1;
+                assert_eq!(data.len(), 8 + usize::try_from(len).unwrap());
+            }
+            modest.request(command::WRITE, 0, cookie, 0, MIB).await;
+            modest.send(&vec![1; 1 << 20]).await;
+            assert_eq!(modest.reply().await.error, 0);
+            modest.request(command::BLOCK_STATUS, 0, cookie, 0, MIB).await;
+            assert_eq!(modest.reply().await.content.len(), 1);
+            modest.request(command::FLUSH, 0, cookie, 0, 0).await;
+            assert_eq!(modest.reply().await.error, 0);
+            assert!(server.memory_in_use() <= 64 << 20);
+        }
+        assert_eq!(begun.elapsed(), Duration::ZERO, "it waited behind {crowd}");
+        assert_eq!(server.connections(), crowd + 2, "and nobody had to go");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn clients_that_do_not_read_lose_their_connections_where_others_wait_for_their_memory() {
     let (server, _) = with_limits(|limits| limits.memory_bytes = 32 << 20);
     let mut stuck = Vec::new();

@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use crate::copy::Origin;
+use crate::lock;
 use crate::open_files::OpenFile;
 use crate::storage::{Op, Outcome, StorageFacts};
 use crate::{
@@ -28,6 +29,7 @@ const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58F6];
 pub(crate) struct Descriptor {
     pub(crate) file: File,
     pub(crate) facts: StorageFacts,
+    locked: bool,
     /// Dropped after the file.
     _open: OpenFile,
 }
@@ -46,46 +48,20 @@ impl Descriptor {
             None => open_file(path, options),
         };
         let file = file.map_err(failed(HostOp::Open))?;
-        if options.lock {
-            crate::lock::lock(&file, options.read_only).map_err(failed(HostOp::Lock))?;
-        }
-        Self::prepare(file, options).map_err(failed(HostOp::Open))
-    }
-
-    /// Finds out what an open file is and demands, and switches to direct I/O where that works.
-    fn prepare(file: File, options: &OpenOptions) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "it is neither a regular file nor a block device",
-            ));
-        }
-        let fixed_len = kind.is_block_device();
-        // Rounding the odd tail of an existing file up and cutting it again could, in a power cut, leave it longer.
-        let odd_tail = |align: u64| !options.read_only && !metadata.len().is_multiple_of(align);
-        let align = match direct_alignment(&file, fixed_len) {
-            Some((memory, offset)) if options.direct && !odd_tail(offset) => {
-                match rustix::fs::fcntl_setfl(&file, OFlags::DIRECT) {
-                    Ok(()) => Some((memory, offset)),
-                    Err(_) => None,
-                }
+        let locked = if options.lock {
+            lock::lock(&file, options.read_only).map_err(failed(HostOp::Lock))
+        } else {
+            Ok(())
+        };
+        let facts = locked.and_then(|()| prepare(&file, options).map_err(failed(HostOp::Open)));
+        match facts {
+            Ok(facts) => Ok(Self { file, facts, locked: options.lock, _open: OpenFile::count() }),
+            Err(error) => {
+                // A part of the locks may be taken.
+                lock::unlock(&file);
+                Err(error)
             }
-            _ => None,
-        };
-        if align.is_none() {
-            rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
         }
-        let (memory_align, offset_align) = align.unwrap_or((1, 1));
-        let facts = StorageFacts {
-            memory_align,
-            offset_align,
-            read_only: options.read_only,
-            fixed_len,
-            id: Some((metadata.dev(), metadata.ino())),
-        };
-        Ok(Self { file, facts, _open: OpenFile::count() })
     }
 
     /// The length now.
@@ -190,6 +166,49 @@ impl Descriptor {
     }
 }
 
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        if self.locked {
+            lock::unlock(&self.file);
+        }
+    }
+}
+
+/// Finds out what an open file is and demands, and switches to direct I/O where that works.
+fn prepare(file: &File, options: &OpenOptions) -> io::Result<StorageFacts> {
+    let metadata = file.metadata()?;
+    let kind = metadata.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is neither a regular file nor a block device",
+        ));
+    }
+    let fixed_len = kind.is_block_device();
+    // Rounding the odd tail of an existing file up and cutting it again could, in a power cut, leave it longer.
+    let odd_tail = |align: u64| !options.read_only && !metadata.len().is_multiple_of(align);
+    let align = match direct_alignment(file, fixed_len) {
+        Some((memory, offset)) if options.direct && !odd_tail(offset) => {
+            match rustix::fs::fcntl_setfl(file, OFlags::DIRECT) {
+                Ok(()) => Some((memory, offset)),
+                Err(_) => None,
+            }
+        }
+        _ => None,
+    };
+    if align.is_none() {
+        rustix::fs::fcntl_setfl(file, OFlags::empty())?;
+    }
+    let (memory_align, offset_align) = align.unwrap_or((1, 1));
+    Ok(StorageFacts {
+        memory_align,
+        offset_align,
+        read_only: options.read_only,
+        fixed_len,
+        id: Some((metadata.dev(), metadata.ino())),
+    })
+}
+
 fn open_file(path: &Path, options: &OpenOptions) -> io::Result<File> {
     let mut open = StdOpenOptions::new();
     open.read(true).write(!options.read_only);
@@ -234,4 +253,34 @@ fn direct_alignment(file: &File, is_device: bool) -> Option<(usize, u64)> {
         && usize::try_from(memory).is_ok_and(|memory| memory <= BUFFER_ALIGN_BYTES)
         && offset <= MAX_OFFSET_ALIGN_BYTES;
     usable.then(|| (usize::try_from(memory).unwrap_or(BUFFER_ALIGN_BYTES), u64::from(offset)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_outlives_a_descriptor_holds_no_locks() {
+        let image = tempfile::NamedTempFile::new().expect("a file");
+        let open = || Descriptor::open(None, image.path(), &OpenOptions::writing());
+        let first = open().expect("open");
+        // As the kernel keeps it for a ring, or a child that has not become its program yet.
+        let copy = first.file.try_clone().expect("the same description");
+        let denied = open().expect_err("locked");
+        assert_eq!(denied.op, HostOp::Lock, "{denied}");
+        drop(first);
+        open().expect("unlocked");
+        drop(copy);
+    }
+
+    #[test]
+    fn an_image_that_is_refused_stays_as_free_as_it_was() {
+        let image = tempfile::NamedTempFile::new().expect("a file");
+        let reader = OpenOptions { read_only: true, ..OpenOptions::writing() };
+        let first = Descriptor::open(None, image.path(), &reader).expect("open");
+        Descriptor::open(None, image.path(), &OpenOptions::writing()).expect_err("locked");
+        Descriptor::open(None, image.path(), &reader).expect("still only read");
+        drop(first);
+        Descriptor::open(None, image.path(), &OpenOptions::writing()).expect("nobody is left");
+    }
 }

@@ -11,6 +11,8 @@ use crate::holders::Holder;
 const IN_USE_BYTE: i64 = 100;
 /// The first byte of "others must not use this permission", by bit (`RAW_LOCK_SHARED_BASE`).
 const NOT_SHARED_BYTE: i64 = 200;
+/// How many permissions, and so bytes of each kind, there can be.
+const PERMISSION_BYTES: i64 = 64;
 
 /// What a program can do with an image, as QEMU divides it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +125,7 @@ const READER: Claim = Claim {
     shares: &[Permission::ConsistentRead, Permission::WriteUnchanged],
 };
 
-/// Locks an image for as long as its file description is open, as a reader or as a writer.
+/// Locks an image until [`unlock`], or until its file description is closed, as a reader or as a writer.
 ///
 /// All locks are shared ones, so that any number of programs can tell what they do; whether they agree is checked
 /// afterwards. Two that start at the same moment may both be refused, but never both accepted. A file system without
@@ -131,7 +133,7 @@ const READER: Claim = Claim {
 ///
 /// # Errors
 /// An [`ImageLocked`] without holders inside an `io::Error` of kind `ResourceBusy`; otherwise what the kernel says. What was locked is
-/// unlocked when the file is closed.
+/// left to [`unlock`].
 pub(crate) fn lock(file: &impl AsFd, read_only: bool) -> io::Result<()> {
     let claim = if read_only { READER } else { WRITER };
     match claim.take(file) {
@@ -144,6 +146,16 @@ pub(crate) fn lock(file: &impl AsFd, read_only: bool) -> io::Result<()> {
         }
         result => result,
     }
+}
+
+/// Gives all locks of a file description back. Closing the descriptor would not do: the kernel may hold the description
+/// for a moment longer, for an operation of a ring that has already ended, or for a child of this process that is about to
+/// become another program.
+pub(crate) fn unlock(file: &impl AsFd) {
+    let mut all = byte_lock(libc::F_UNLCK, IN_USE_BYTE);
+    all.l_len = NOT_SHARED_BYTE + PERMISSION_BYTES - IN_USE_BYTE;
+    // Where it fails, closing has to do.
+    let _locked = fcntl(file, libc::F_OFD_SETLK, &mut all);
 }
 
 impl Claim {

@@ -33,8 +33,8 @@ use crate::replace::{Replaced, settle};
 use crate::serve::serve;
 use crate::signal::Signal;
 use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
-use crate::tls::ServerTls;
 #[cfg(feature = "tls")]
+use crate::tls::ServerTls;
 use crate::writers::Lease;
 
 /// How a server is set up.

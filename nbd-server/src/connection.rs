@@ -147,10 +147,9 @@ where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
 {
-    let Entered { agreement, attachment, input } = entered;
+    let Entered { agreement, attachment, input, account } = entered;
     let limits = &shared.limits;
     let headers = agreement.headers;
-    let account = shared.memory.account();
     let session = Arc::new(Session {
         shared: Arc::clone(shared),
         account: Arc::clone(&account),

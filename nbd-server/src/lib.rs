@@ -96,6 +96,7 @@ mod extent_source;
 mod failures;
 mod gauge;
 pub mod handshake;
+mod hearing;
 mod intake;
 mod leases;
 mod limits;

@@ -7,9 +7,9 @@ use crate::wire;
 
 /// What one server allows its clients. Construct by [`Limits::default`] and change fields.
 ///
-/// Memory for what is in flight is at most `memory_bytes`, and 64 KiB for each connection, of which payloads that have
-/// not arrived hold at most `arriving_bytes`. A client in the handshake holds at most `option_bytes`, and one that is idle
-/// a few tens of KiB.
+/// Memory for what is in flight, and for options of the handshake, is at most `memory_bytes`, and 64 KiB for each
+/// connection, of which payloads that have not arrived hold at most `arriving_bytes`. Besides, a client holds a few tens of
+/// KiB, in the handshake or idle.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Limits {
@@ -31,7 +31,8 @@ pub struct Limits {
     /// each export.
     pub options: u32,
     /// The data of one option in bytes; longer data is discarded and answered `ERR_TOO_BIG`. Default 256 KiB: room
-    /// for GO with every information type there can be. At least 4 KiB, for a name.
+    /// for GO with every information type there can be. At least 4 KiB, for a name, at most `memory_bytes`: what an option
+    /// holds beyond 4 KiB is part of that.
     pub option_bytes: u32,
     /// Requests of one connection that are read but whose reply is not yet written. Default 128.
     pub in_flight_requests: u32,
@@ -43,8 +44,8 @@ pub struct Limits {
     /// it used up takes its payloads in pieces of at most 64 KiB, for which there is always memory. Default 128 MiB:
     /// half of the pool that devices and servers of a process share, so that stuck clients cannot exhaust that.
     pub arriving_bytes: u32,
-    /// Memory of all connections together, in bytes, for payloads that have arrived, and for replies until they are
-    /// written; at least `max_payload_bytes`. Default 1 GiB. A connection that holds some of it can take more only as long
+    /// Memory of all connections together, in bytes, for payloads that have arrived, for replies until they are written,
+    /// and for options of the handshake; at least `max_payload_bytes`. Default 1 GiB. A connection that holds some of it can take more only as long
     /// as that leaves at least as much for others as it holds then. A quarter, or less where the longest request would not
     /// fit in beside it, is kept for connections that hold at most 1 MiB, whose requests wait for nobody until it is used up.
     /// Other requests that find too little wait, those of connections that hold nothing first; one of at most 64 KiB never
@@ -98,6 +99,8 @@ impl Limits {
         self.status_extents = self.status_extents.max(1);
         self.connections = self.connections.max(1);
         self.memory_bytes = self.memory_bytes.max(self.max_payload_bytes.into());
+        let memory_bytes = u32::try_from(self.memory_bytes).unwrap_or(u32::MAX);
+        self.option_bytes = self.option_bytes.min(memory_bytes);
         self
     }
 }
@@ -112,5 +115,16 @@ mod tests {
         assert_eq!(of(0).max_payload_bytes, 64 << 10);
         assert_eq!(of(u32::MAX).max_payload_bytes, 32 << 20);
         assert_eq!(of(100_000).max_payload_bytes, 65_536);
+    }
+
+    #[test]
+    fn an_option_has_no_more_than_all_of_the_memory() {
+        let of = |memory_bytes| {
+            let limits = Limits { memory_bytes, option_bytes: u32::MAX, ..Limits::default() };
+            limits.clamped().option_bytes
+        };
+        assert_eq!(of(0), 32 << 20);
+        assert_eq!(of(40 << 20), 40 << 20);
+        assert_eq!(of(u64::MAX), u32::MAX);
     }
 }

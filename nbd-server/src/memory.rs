@@ -88,8 +88,9 @@ pub(crate) struct Share {
 
 impl Memory {
     pub(crate) fn new(limits: &Limits) -> Self {
-        // The longest request fits in beside it.
-        let beside = limits.memory_bytes.saturating_sub(limits.max_payload_bytes.into());
+        // The longest request fits in beside it, and the longest option.
+        let longest = limits.max_payload_bytes.max(limits.option_bytes);
+        let beside = limits.memory_bytes.saturating_sub(longest.into());
         let kept = beside.min(limits.memory_bytes / KEPT_PART);
         let state = State { free: limits.memory_bytes, kept, ..State::default() };
         Self {
@@ -259,7 +260,8 @@ impl Account {
         }
     }
 
-    async fn reserved(self: &Arc<Self>) -> Share {
+    /// Takes the reserve; waits for nobody but this connection.
+    pub(crate) async fn reserved(self: &Arc<Self>) -> Share {
         // Nobody closes the semaphore.
         let reserve = Arc::clone(&self.reserve).acquire_owned().await.ok();
         Share { account: Arc::clone(self), bytes: 0, little: true, _reserve: reserve }

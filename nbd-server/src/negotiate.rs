@@ -5,18 +5,17 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::sleep;
 
 use crate::clients::Client;
 use crate::deadline::Deadline;
 use crate::export::Attachment;
 use crate::handshake::{Agreement, Close, Handshake, Progress};
+use crate::hearing::Hearing;
+use crate::memory::Account;
 use crate::peer::Peer;
 use crate::server::{Shared, Visitor};
-
-/// Room for input beyond what the machine asks for: an option is small.
-const INPUT_BYTES: usize = 4096;
 
 /// A connection that enters transmission.
 #[derive(Debug)]
@@ -25,6 +24,7 @@ pub(crate) struct Entered {
     pub(crate) attachment: Attachment,
     /// Bytes that came behind the last option: requests already.
     pub(crate) input: BytesMut,
+    pub(crate) account: Arc<Account>,
 }
 
 /// What comes after the negotiation.
@@ -43,6 +43,7 @@ pub(crate) struct Negotiation {
     visitor: Visitor,
     /// What is to be sent first.
     greeting: BytesMut,
+    account: Arc<Account>,
     /// When all of it must be over, TLS included.
     deadline: Deadline,
 }
@@ -56,6 +57,7 @@ impl Negotiation {
             machine: Handshake::new(&shared.limits).with_tls(shared.tls_mode),
             visitor: Visitor::new(shared, client),
             greeting,
+            account: shared.memory.account(),
             deadline: Deadline::after(shared.limits.handshake_timeout),
             shared: Arc::clone(shared),
         }
@@ -110,30 +112,23 @@ impl Negotiation {
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
-        let mut input = BytesMut::new();
+        let mut hearing = Hearing::new(Arc::clone(&self.account));
         let mut out = self.greeting.split();
         loop {
-            let progress = self.machine.step(&mut input, &mut self.visitor, &mut out);
+            let progress = self.machine.step(hearing.bytes(), &mut self.visitor, &mut out);
             if !out.is_empty() {
                 writer.write_all_buf(&mut out).await?;
                 writer.flush().await?;
             }
             match progress {
                 Progress::Again => {}
-                Progress::Need(more) => {
-                    let wanted = input.len() + more;
-                    while input.len() < wanted {
-                        input.reserve((wanted - input.len()).max(INPUT_BYTES));
-                        if reader.read_buf(&mut input).await? == 0 {
-                            return Err(io::ErrorKind::UnexpectedEof.into());
-                        }
-                    }
-                }
+                Progress::Need(more) => hearing.fill(reader, more).await?,
                 Progress::StartTls => return Ok(Next::StartTls),
                 Progress::Transmission(agreement) => {
-                    let agreement = *agreement;
+                    let (agreement, input) = (*agreement, hearing.into_rest());
+                    let account = Arc::clone(&self.account);
                     let entered = self.visitor.entered.take().map(|attachment| {
-                        Next::Enter(Box::new(Entered { agreement, attachment, input }))
+                        Next::Enter(Box::new(Entered { agreement, attachment, input, account }))
                     });
                     return Ok(entered.unwrap_or(Next::Close));
                 }

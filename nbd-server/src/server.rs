@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -565,12 +566,12 @@ impl Visitor {
 }
 
 impl ExportDirectory for Visitor {
-    fn list(&mut self) -> Vec<(String, String)> {
+    fn next(&mut self, after: Option<&str>) -> Option<(String, String)> {
         let table = self.shared.table.read();
-        let entry =
-            |served: &Arc<Served>| (served.facts.name.clone(), served.facts.description.clone());
-        let permitted = table.exports.values().filter(|served| self.judge(served).is_ok());
-        permitted.map(entry).collect()
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut behind = table.exports.range::<str, _>((from, Bound::Unbounded));
+        let (name, served) = behind.find(|(_, served)| self.judge(served).is_ok())?;
+        Some((name.clone(), served.facts.description.clone()))
     }
 
     fn lists(&self) -> bool {

@@ -16,6 +16,11 @@ impl<'a> Answer<'a> {
         Self { option, out }
     }
 
+    /// The bytes that wait to be sent.
+    pub(super) fn len(&self) -> usize {
+        self.out.len()
+    }
+
     /// Accepts the option, or ends its list.
     pub(super) fn ack(&mut self) {
         self.reply(wire::reply::ACK, |_| {});

@@ -144,8 +144,9 @@ impl Unavailable {
 
 /// The exports as one client sees them while it negotiates.
 pub trait ExportDirectory {
-    /// Name and description of every export, in the order to show them.
-    fn list(&mut self) -> Vec<(String, String)>;
+    /// Name and description of the first export, or of the one that comes next behind that of this name, in the order of
+    /// names. There need not be one of this name any more.
+    fn next(&mut self, after: Option<&str>) -> Option<(String, String)>;
 
     /// Whether clients may ask for that at all.
     fn lists(&self) -> bool {

@@ -34,14 +34,16 @@ pub(super) fn parse(data: &[u8]) -> Result<Queries<'_>, Malformed> {
 impl Queries<'_> {
     /// What LIST shows: everything without a query, else what some query names, where a bare `base:` or `qemu:` names
     /// the whole namespace, and `qemu:dirty-bitmap:` all of that kind in it.
-    pub(super) fn list(&self, offered: &[MetaContext]) -> Vec<MetaContext> {
+    /// None of them has a number.
+    pub(super) fn list(&self, offered: &[MetaContext]) -> Vec<SelectedContext> {
         let wanted = |context: &MetaContext| {
             self.queries.is_empty()
                 || self.queries.iter().any(|query| {
                     *query == context.name() || groups(context.name()).any(|group| group == *query)
                 })
         };
-        offered.iter().filter(|context| wanted(context)).cloned().collect()
+        let listed = |context: &MetaContext| SelectedContext { id: 0, context: context.clone() };
+        offered.iter().filter(|context| wanted(context)).map(listed).collect()
     }
 
     /// What SET selects: only full names, each once, numbered from 1.

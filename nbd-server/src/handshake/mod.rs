@@ -8,12 +8,14 @@ mod directory;
 mod info;
 mod meta_context;
 mod name;
+mod telling;
 mod tls;
 
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::answer::Answer;
 use self::name::Malformed;
+use self::telling::Telling;
 use self::tls::StartTls;
 use crate::limits::Limits;
 use crate::wire::{
@@ -127,6 +129,8 @@ pub struct Handshake {
     secured: bool,
     /// The export for which contexts were selected, as the client spelt it, and the contexts.
     selection: Option<(String, Vec<SelectedContext>)>,
+    /// The answer that is being given, where it is a list.
+    telling: Option<Telling>,
 }
 
 impl Handshake {
@@ -142,6 +146,7 @@ impl Handshake {
             tls: TlsMode::Off,
             secured: false,
             selection: None,
+            telling: None,
         }
     }
 
@@ -175,7 +180,8 @@ impl Handshake {
         out.put_u16(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
     }
 
-    /// Takes one step: consumes from the front of `input` at most what the step is about, appends replies to `out`.
+    /// Takes one step: consumes from the front of `input` at most what the step is about, appends replies to `out`, of a
+    /// list no more than a piece.
     ///
     /// After [`Progress::Transmission`], [`Progress::StartTls`] or [`Progress::Close`] it consumes nothing and answers `Close` for ever.
     pub fn step(
@@ -184,6 +190,10 @@ impl Handshake {
         exports: &mut dyn ExportDirectory,
         out: &mut BytesMut,
     ) -> Progress {
+        if let Some(telling) = self.telling.take() {
+            self.telling = telling.go_on(exports, out);
+            return Progress::Again;
+        }
         let wanted = match self.state {
             State::ClientFlags => 4,
             State::OptionHeader => OPTION_BYTES,
@@ -315,7 +325,7 @@ impl Handshake {
         }
         let done = match option {
             option::LIST => {
-                list(exports, &mut answer);
+                self.list(exports, &mut answer);
                 Ok(())
             }
             option::INFO => self.info(data, exports, &mut answer),
@@ -401,6 +411,15 @@ impl Handshake {
         Progress::Transmission(Box::new(agreement))
     }
 
+    /// LIST: every export with its description.
+    fn list(&mut self, exports: &dyn ExportDirectory, answer: &mut Answer<'_>) {
+        if exports.lists() {
+            self.telling = Some(Telling::Exports { after: None });
+        } else {
+            answer.error(reply::ERR_POLICY, "this server does not list its exports");
+        }
+    }
+
     fn info(
         &self,
         data: &[u8],
@@ -440,7 +459,7 @@ impl Handshake {
     }
 
     fn list_contexts(
-        &self,
+        &mut self,
         data: &[u8],
         exports: &mut dyn ExportDirectory,
         answer: &mut Answer<'_>,
@@ -452,10 +471,8 @@ impl Handshake {
         let queries = meta_context::parse(data)?;
         match exports.look_up(queries.export) {
             Ok(facts) => {
-                for context in queries.list(&facts.contexts) {
-                    meta_context::tell(0, &context, answer);
-                }
-                answer.ack();
+                let listed = queries.list(&facts.contexts);
+                self.tell_contexts(option::LIST_META_CONTEXT, listed);
             }
             Err(why) => refuse(why.without_tls_hint(), answer),
         }
@@ -477,15 +494,16 @@ impl Handshake {
         match exports.look_up(queries.export) {
             Ok(facts) => {
                 let selected = queries.select(&facts.contexts);
-                for one in &selected {
-                    meta_context::tell(one.id, &one.context, answer);
-                }
-                self.selection = Some((queries.export.to_owned(), selected));
-                answer.ack();
+                self.selection = Some((queries.export.to_owned(), selected.clone()));
+                self.tell_contexts(option::SET_META_CONTEXT, selected);
             }
             Err(why) => refuse(why.without_tls_hint(), answer),
         }
         Ok(())
+    }
+
+    fn tell_contexts(&mut self, option: u32, contexts: Vec<SelectedContext>) {
+        self.telling = Some(Telling::Contexts { option, left: contexts.into_iter() });
     }
 
     /// Contexts hold only for the export name for which they were selected, and while it has them.
@@ -528,22 +546,6 @@ fn with_unwanted_data(option: u32) -> (u32, &'static str) {
 fn refuse(why: Unavailable, answer: &mut Answer<'_>) {
     let (kind, text) = why.reply();
     answer.error(kind, text);
-}
-
-/// LIST: every export with its description.
-fn list(exports: &mut dyn ExportDirectory, answer: &mut Answer<'_>) {
-    if !exports.lists() {
-        answer.error(reply::ERR_POLICY, "this server does not list its exports");
-        return;
-    }
-    for (name, description) in exports.list() {
-        answer.reply(reply::SERVER, |out| {
-            out.put_u32(u32::try_from(name.len()).unwrap_or(u32::MAX));
-            out.put_slice(name.as_bytes());
-            out.put_slice(description.as_bytes());
-        });
-    }
-    answer.ack();
 }
 
 #[cfg(test)]

@@ -1,3 +1,4 @@
+mod telling;
 mod tls;
 
 use super::*;
@@ -20,8 +21,10 @@ impl Two {
 }
 
 impl ExportDirectory for Two {
-    fn list(&mut self) -> Vec<(String, String)> {
-        vec![("böse".into(), String::new()), ("disk".into(), "first".into())]
+    fn next(&mut self, after: Option<&str>) -> Option<(String, String)> {
+        let all = [("böse", ""), ("disk", "first")];
+        let next = all.into_iter().find(|(name, _)| after.is_none_or(|after| *name > after));
+        next.map(|(name, description)| (name.to_owned(), description.to_owned()))
     }
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
@@ -389,7 +392,7 @@ fn a_namespace_and_a_kind_in_it_stand_for_all_of_theirs() {
     let listed = |query: &[u8]| -> Vec<String> {
         let data = queries(b"disk", &[query]);
         let parsed = super::meta_context::parse(&data).unwrap();
-        parsed.list(&offered).iter().map(|context| context.name().to_owned()).collect()
+        parsed.list(&offered).iter().map(|one| one.context.name().to_owned()).collect()
     };
     assert_eq!(listed(b"qemu:"), ["qemu:dirty-bitmap:a", "qemu:dirty-bitmap:a:b", "qemu:depth"]);
     assert_eq!(listed(b"qemu:dirty-bitmap:"), ["qemu:dirty-bitmap:a", "qemu:dirty-bitmap:a:b"]);

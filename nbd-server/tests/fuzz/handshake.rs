@@ -11,8 +11,8 @@ use nbd_server::wire::{Headers, transmission_flag};
 struct OneExport;
 
 impl ExportDirectory for OneExport {
-    fn list(&mut self) -> Vec<(String, String)> {
-        vec![("disk".to_owned(), "a disk".to_owned())]
+    fn next(&mut self, after: Option<&str>) -> Option<(String, String)> {
+        after.is_none().then(|| ("disk".to_owned(), "a disk".to_owned()))
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {

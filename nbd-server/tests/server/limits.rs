@@ -255,6 +255,83 @@ async fn clients_that_do_not_read_lose_their_connections_where_others_wait_for_t
     assert_eq!(server.connections(), 1);
 }
 
+/// A client that has sent so much of a query for contexts, which is as long as an option may be.
+async fn asking(server: &Server, sent: usize) -> (Raw, Vec<u8>) {
+    // Sending waits for nobody.
+    let mut raw = Raw::with_buffer(server, 1 << 20);
+    raw.greet(3).await;
+    assert_eq!(raw.option(option::STRUCTURED_REPLY, &[]).await[0].0, wire::reply::ACK);
+    let mut option = Vec::new();
+    for (value, len) in [(wire::IHAVEOPT, 8), (option::LIST_META_CONTEXT.into(), 4), (OPTION, 4)] {
+        option.extend_from_slice(&value.to_be_bytes()[8 - len..]);
+    }
+    // The export, and queries of 4 KiB as far as they go.
+    let mut data = b"\0\0\0\x04disk\0\0\0\x3f".to_vec();
+    for _ in 0..0x3f {
+        data.extend_from_slice(&4096_u32.to_be_bytes());
+        data.extend_from_slice(&[b'x'; 4096]);
+    }
+    option.extend_from_slice(&data);
+    option.resize(16 + usize::try_from(OPTION).unwrap(), 0);
+    let rest = option.split_off(16 + sent);
+    raw.send(&option).await;
+    settle().await;
+    (raw, rest)
+}
+
+/// The length of an option, in bytes.
+const OPTION: u64 = 256 << 10;
+
+#[tokio::test(start_paused = true)]
+async fn options_of_the_handshake_take_of_the_memory_what_has_come_of_them() {
+    let limit = 4 << 20;
+    let (server, _) = with_limits(|limits| {
+        limits.memory_bytes = limit;
+        limits.max_payload_bytes = MIB;
+    });
+    // What is announced costs nothing, and what has a place in the reserve.
+    for (sent, held) in [(0, 0), (60 << 10, 0), (100 << 10, OPTION), (255 << 10, OPTION)] {
+        let (raw, _) = asking(&server, sent).await;
+        assert_eq!(server.memory_in_use(), held, "{sent}");
+        drop(raw);
+        settle().await;
+        assert_eq!(server.memory_in_use(), 0, "{sent}");
+    }
+    // More than there is memory for: some wait, and nobody else notices.
+    let mut crowd = Vec::new();
+    for _ in 0..100 {
+        crowd.push(asking(&server, 255 << 10).await);
+        assert!(server.memory_in_use() <= limit);
+    }
+    assert!(server.memory_in_use() >= limit / 2);
+    let begun = Instant::now();
+    let mut modest = Raw::entered(&server).await;
+    for cookie in 0..10 {
+        modest.request(command::READ, command_flag::DF, cookie, 0, 64 << 10).await;
+        assert_eq!(modest.reply().await.error, 0);
+    }
+    // Whoever is done makes room for the next, and holds nothing any more.
+    for (raw, rest) in &mut crowd {
+        raw.send(rest).await;
+        let answer = raw.option_reply(option::LIST_META_CONTEXT).await;
+        assert_eq!(answer.0, wire::reply::ERR_INVALID, "there are zeros behind the queries");
+    }
+    assert_eq!(begun.elapsed(), Duration::ZERO, "somebody waited for a timer");
+    assert_eq!(server.memory_in_use(), 0);
+    for (raw, _) in &mut crowd {
+        raw.go("disk").await;
+    }
+    drop(crowd);
+    // Whoever does not get on loses its connection, and with it what it held.
+    let mut crowd = Vec::new();
+    for _ in 0..100 {
+        crowd.push(asking(&server, 255 << 10).await);
+    }
+    sleep(Duration::from_secs(40)).await;
+    settle().await;
+    assert_eq!((server.connections(), server.memory_in_use()), (1, 0));
+}
+
 #[tokio::test]
 async fn one_connection_too_many_in_all_gets_not_even_a_greeting() {
     let (server, _) = with_limits(|limits| limits.connections = 2);

@@ -135,14 +135,42 @@ impl<T> Drop for Abort<T> {
     }
 }
 
-/// Serves requests until the client leaves, or the export does. Whether the client said that it leaves, and everything
-/// was done that it had asked for: not where it leaves because it was told that the server stops.
+/// How the transmission with a client ended.
+pub(crate) struct Ended<R, W> {
+    /// Whether the client said that it leaves, and everything was done that it had asked for: not where it leaves because
+    /// it was told that the server stops.
+    pub(crate) by_word: bool,
+    /// What is left to do, where the client could see it.
+    pub(crate) farewell: Option<Farewell<R, W>>,
+}
+
+/// The end of a connection that its client does not see yet.
+pub(crate) struct Farewell<R, W> {
+    reader: R,
+    writer: W,
+    /// Whether the client may still send something.
+    lingers: bool,
+}
+
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Farewell<R, W> {
+    /// Closes the connection.
+    pub(crate) async fn say(mut self, at_most: Duration) {
+        if self.lingers {
+            linger(&mut self.reader, &mut self.writer, at_most).await;
+        } else {
+            // TLS has an end of its own, by which the client knows that nothing was cut off.
+            let _: Result<io::Result<()>, _> = timeout(at_most, self.writer.shutdown()).await;
+        }
+    }
+}
+
+/// Serves requests until the client leaves, or the export does.
 pub(crate) async fn transmit<R, W>(
     shared: &Arc<Shared>,
     entered: Entered,
     reader: R,
     writer: W,
-) -> bool
+) -> Ended<R, W>
 where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
@@ -192,20 +220,14 @@ where
     };
     let writer = tokio::select! {
         written = finish => written,
-        () = overdue => return false,
+        () = overdue => return Ended { by_word: false, farewell: None },
     };
-    match (end, writer) {
-        (End::Closed | End::NoRequest | End::Idle, Ok(Ok(mut writer))) => {
-            linger(intake.get_mut(), &mut writer, limits.close_timeout).await;
-        }
-        (End::Disconnected, Ok(Ok(mut writer))) => {
-            // TLS has an end of its own, by which the client knows that nothing was cut off.
-            let _: Result<io::Result<()>, _> =
-                timeout(limits.close_timeout, writer.shutdown()).await;
-        }
-        _ => {}
-    }
-    end == End::Disconnected && !session.cut_short.load(Ordering::Relaxed)
+    let is_bye = end == End::Disconnected;
+    let listens = is_bye || matches!(end, End::Closed | End::NoRequest | End::Idle);
+    let writer = writer.ok().and_then(Result::ok).filter(|_| listens);
+    let reader = intake.into_inner();
+    let farewell = writer.map(|writer| Farewell { reader, writer, lingers: !is_bye });
+    Ended { by_word: is_bye && !session.cut_short.load(Ordering::Relaxed), farewell }
 }
 
 /// Says that no more will be sent, then reads what the client still sends, for a while: closing a TCP socket with
@@ -377,7 +399,8 @@ async fn start<R: AsyncRead + Unpin>(
         let ticket = ticket.with(share);
         // An error means that the client is gone; the work is done all the same.
         let _ = replies.send(Outgoing { asked: Asked::from(&request), answer, ticket }).await;
-        drop(executing);
+        // The connection holds its export no longer than it is busy.
+        drop((session, executing));
     };
     tokio::spawn(work.in_current_span());
     Ok(())
@@ -415,7 +438,7 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
         let work = async move {
             let command = Command::Write { range: piece, durability: Durability::Deferred };
             let answer = worker.work(command, payload, &[]).await;
-            drop((share, executing));
+            drop((share, worker, executing));
             answer
         };
         pieces.push(tokio::spawn(work.in_current_span()));
@@ -437,7 +460,7 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
         }
         session.count(&request, Command::Write { range, durability }, &answer, begun);
         let _ = replies.send(Outgoing { asked: Asked::from(&request), answer, ticket }).await;
-        drop(executing);
+        drop((session, executing));
     };
     tokio::spawn(work.in_current_span());
     Ok(())

@@ -424,8 +424,9 @@ impl Attachment {
     }
 
     /// The connection has ended, by a word of the client or not: seals the export where that makes its writer done, and
-    /// where it is to be sealed as the table of exports is by now.
-    pub(crate) async fn leave(&self, shared: &Shared, by_word: bool) {
+    /// where it is to be sealed as the table of exports is by now. Who waits for that is let in once the connection holds
+    /// nothing any more.
+    pub(crate) async fn leave(self, shared: &Shared, by_word: bool) {
         let Some(lease) = &self.lease else { return };
         let (parting, export) = (lease.leave(by_word), &self.export.facts.name);
         let sealing = match parting {
@@ -454,6 +455,8 @@ impl Attachment {
             }
             Err(error) => tracing::error!(export, %error, "cannot be sealed"),
         }
+        drop(self);
+        drop(sealing);
     }
 }
 
@@ -526,13 +529,12 @@ impl Served {
         client: &Arc<Client>,
         protection: &Protection,
     ) -> Result<Attachment, Unavailable> {
-        let held = self.connections.try_hold(self.max_connections).ok_or(Unavailable::Full)?;
+        let held = self.connections.try_hold(self.max_connections).ok_or_else(|| self.full())?;
         let lease = if self.is_read_only() {
             None
         } else {
-            let taken = self.lease.take(self.claim(&client.peer, protection));
+            let taken = self.lease.take(self.claim(&client.peer, protection))?;
             // Looked at again, because it may have been sealed in between.
-            let taken = taken.ok_or(Unavailable::Leased)?;
             (!self.is_sealed()).then(|| Arc::new(taken))
         };
         self.tally.connected();
@@ -548,12 +550,23 @@ impl Served {
     /// Whether a client would be let in now.
     pub(crate) fn judge(&self, peer: &Peer, protection: &Protection) -> Result<(), Unavailable> {
         if self.connections() >= self.max_connections {
-            Err(Unavailable::Full)
-        } else if !self.is_read_only() && !self.lease.admits(&self.claim(peer, protection)) {
-            Err(Unavailable::Leased)
-        } else {
+            Err(self.full())
+        } else if self.is_read_only() {
             Ok(())
+        } else {
+            self.lease.judge(&self.claim(peer, protection))
         }
+    }
+
+    /// Why it has no place for one more: the connection that seals it keeps its own until then.
+    fn full(&self) -> Unavailable {
+        let is_sealing = !self.facts.read_only && self.lease.is_sealing();
+        if is_sealing { Unavailable::Sealing } else { Unavailable::Full }
+    }
+
+    /// The right to write to what it shows.
+    pub(crate) fn lease(&self) -> &Arc<Lease> {
+        &self.lease
     }
 
     /// What a client that writes asks for.

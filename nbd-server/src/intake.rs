@@ -76,8 +76,8 @@ impl<R: AsyncRead + Unpin> Intake<R> {
     }
 
     /// The stream, without what was read ahead.
-    pub(crate) fn get_mut(&mut self) -> &mut R {
-        &mut self.reader
+    pub(crate) fn into_inner(self) -> R {
+        self.reader
     }
 
     /// The next header, of `N` bytes; `None` where the stream ends before it begins.

@@ -22,7 +22,9 @@ pub struct Limits {
     /// Connections at once of each client: from one address, of one user over Unix sockets, of one machine over vsock.
     /// One more is closed as soon as it is accepted. Default none, because gateways have many clients behind one address.
     pub connections_per_client: Option<usize>,
-    /// From the first byte of the greeting until the export is chosen, TLS included. Default 30 s.
+    /// From the first byte of the greeting until the export is chosen, TLS included. Default 30 s. Half of it is the
+    /// longest that a client waits for an export to be sealed: to be let in, or, where it was the writer, to see the end of
+    /// its connection.
     pub handshake_timeout: Duration,
     /// How long a client may have nothing in flight before its connection is closed, unless the export says otherwise
     /// ([`Export::idle_timeout`](crate::Export::idle_timeout)). Default none: a disk may be unused for days.
@@ -102,6 +104,11 @@ impl Limits {
         let memory_bytes = u32::try_from(self.memory_bytes).unwrap_or(u32::MAX);
         self.option_bytes = self.option_bytes.min(memory_bytes);
         self
+    }
+
+    /// How long clients wait for an export to be sealed.
+    pub(crate) fn sealing_patience(&self) -> Duration {
+        self.handshake_timeout / 2
     }
 }
 

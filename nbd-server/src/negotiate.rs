@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::clients::Client;
 use crate::deadline::Deadline;
@@ -122,6 +122,12 @@ impl Negotiation {
             }
             match progress {
                 Progress::Again => {}
+                Progress::Wait => {
+                    let patience = self.shared.limits.sealing_patience();
+                    if timeout(patience, self.visitor.sealed()).await.is_err() {
+                        self.machine.refuse_to_wait();
+                    }
+                }
                 Progress::Need(more) => hearing.fill(reader, more).await?,
                 Progress::StartTls => return Ok(Next::StartTls),
                 Progress::Transmission(agreement) => {

@@ -1,13 +1,15 @@
 //! One client from its first byte to its last: the negotiation, then transmission between what the attendant of the
 //! export does before and after it. What is said is told in `negotiate` and `connection`.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use crate::clients::Client;
-use crate::connection;
+use crate::connection::{self, Ended};
+use crate::export::Attachment;
 use crate::negotiate::{Entered, Negotiation, Next};
 use crate::server::Shared;
 
@@ -68,12 +70,13 @@ where
     let arriving = timeout(shared.limits.handshake_timeout, entered.attachment.arrive());
     let why = match shared.unless_dropped(arriving).await {
         Some(Ok(Ok(()))) => {
-            let attachment = entered.attachment.clone();
+            let (attachment, attendant) =
+                (entered.attachment.clone(), entered.attachment.attendant());
             attachment.begin();
             let transmission = connection::transmit(shared, entered, reader, writer);
-            let by_word = shared.unless_dropped(transmission).await.unwrap_or(false);
-            let _ = shared.unless_dropped(attachment.leave(shared, by_word)).await;
-            if let Some(attendant) = attachment.attendant() {
+            let ended = shared.unless_dropped(transmission).await;
+            part(shared, attachment, ended).await;
+            if let Some(attendant) = attendant {
                 let _ = shared.unless_over(attendant.left(&peer)).await;
             }
             shared.left.raise();
@@ -87,4 +90,27 @@ where
     // It may be the last one, of which the others did all there was to do.
     let _ = shared.unless_dropped(entered.attachment.leave(shared, false)).await;
     see_off(shared, &mut reader, &mut writer).await;
+}
+
+/// Gives back what the connection held, and only then lets the client know that it is over: who has seen its end finds
+/// the export sealed. Where that takes too long, the client does not wait for it.
+async fn part<R, W>(shared: &Shared, attachment: Attachment, ended: Option<Ended<R, W>>)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let by_word = ended.as_ref().is_some_and(|ended| ended.by_word);
+    let farewell = ended.and_then(|ended| ended.farewell);
+    let mut leaving = pin!(shared.unless_dropped(attachment.leave(shared, by_word)));
+    let left = timeout(shared.limits.sealing_patience(), &mut leaving).await;
+    let closing = async {
+        if let Some(farewell) = farewell {
+            // Dropped or not: it is closed next.
+            let _ = shared.unless_dropped(farewell.say(shared.limits.close_timeout)).await;
+        }
+    };
+    match left {
+        Ok(_) => closing.await,
+        Err(_) => drop(tokio::join!(closing, leaving)),
+    }
 }

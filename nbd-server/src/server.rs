@@ -512,12 +512,14 @@ pub(crate) struct Visitor {
     protection: Protection,
     /// The export that was entered last.
     pub(crate) entered: Option<Attachment>,
+    /// Of an export that was asked for and is being sealed.
+    awaited: Option<Arc<Lease>>,
 }
 
 impl Visitor {
     pub(crate) fn new(shared: &Arc<Shared>, client: &Arc<Client>) -> Self {
         let (shared, client) = (Arc::clone(shared), Arc::clone(client));
-        Self { shared, client, protection: Protection::Plain, entered: None }
+        Self { shared, client, protection: Protection::Plain, entered: None, awaited: None }
     }
 
     /// The same client behind TLS.
@@ -535,6 +537,13 @@ impl Visitor {
     #[cfg(feature = "tls")]
     pub(crate) fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Waits until what was found to be sealed just now is sealed, or is not to be.
+    pub(crate) async fn sealed(&self) {
+        if let Some(lease) = &self.awaited {
+            lease.settled().await;
+        }
     }
 
     /// Whether the client may have the export.
@@ -580,11 +589,20 @@ impl ExportDirectory for Visitor {
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
         let (peer, protection) = (self.peer(), &self.protection);
-        self.find(name, |served| served.judge(peer, protection).map(|()| served.facts_now(peer)))?
+        let (judged, lease) = self.find(name, |served| {
+            let judged = served.judge(peer, protection).map(|()| served.facts_now(peer));
+            (judged, Arc::clone(served.lease()))
+        })?;
+        self.awaited = Some(lease);
+        judged
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
-        let attached = self.find(name, |served| served.attach(&self.client, &self.protection))?;
+        let (attached, lease) = self.find(name, |served| {
+            let attached = served.attach(&self.client, &self.protection);
+            (attached, Arc::clone(served.lease()))
+        })?;
+        self.awaited = Some(lease);
         let attachment = attached?;
         let facts = attachment.facts();
         self.entered = Some(attachment);

@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::ByteRange;
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use crate::access::{Identity, Protection};
 use crate::census::Origin;
+use crate::handshake::Unavailable;
 use crate::peer::Peer;
 
 /// Who may have a writable export at once, and whatever else it shows of what it writes: see [`Lease`]. NBD does not tell
@@ -85,6 +87,7 @@ impl Claim {
 pub struct Lease {
     state: Mutex<State>,
     sealed: AtomicBool,
+    sealing_over: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -106,8 +109,14 @@ struct State {
 }
 
 impl State {
-    fn admits(&self, claim: &Claim) -> bool {
-        !self.sealing && self.claims.values().all(|held| held.goes_with(claim))
+    fn judge(&self, claim: &Claim) -> Result<(), Unavailable> {
+        if self.sealing {
+            Err(Unavailable::Sealing)
+        } else if self.claims.values().all(|held| held.goes_with(claim)) {
+            Ok(())
+        } else {
+            Err(Unavailable::Leased)
+        }
     }
 
     /// Why the writer is not done although nobody is connected.
@@ -162,7 +171,7 @@ pub(crate) enum Parting {
     Done(Sealing),
 }
 
-/// The end of a lease in which nobody can take the next one.
+/// The end of a lease in which nobody can take the next one, until this is dropped.
 pub(crate) struct Sealing(Arc<Lease>);
 
 impl Lease {
@@ -177,22 +186,38 @@ impl Lease {
     }
 
     /// Whether a client would get it.
-    pub(crate) fn admits(&self, claim: &Claim) -> bool {
-        self.state.lock().admits(claim)
+    pub(crate) fn judge(&self, claim: &Claim) -> Result<(), Unavailable> {
+        self.state.lock().judge(claim)
+    }
+
+    /// Whether what it is for is being sealed.
+    pub(crate) fn is_sealing(&self) -> bool {
+        self.state.lock().sealing
+    }
+
+    /// Waits until it is not.
+    pub(crate) async fn settled(&self) {
+        loop {
+            let mut over = std::pin::pin!(self.sealing_over.notified());
+            // Registered before the state is read, so that no end is missed.
+            over.as_mut().enable();
+            if !self.is_sealing() {
+                return;
+            }
+            over.await;
+        }
     }
 
     /// Takes it, or a part in it.
-    pub(crate) fn take(self: &Arc<Self>, claim: Claim) -> Option<LeaseHold> {
+    pub(crate) fn take(self: &Arc<Self>, claim: Claim) -> Result<LeaseHold, Unavailable> {
         let mut state = self.state.lock();
-        if !state.admits(&claim) {
-            return None;
-        }
+        state.judge(&claim)?;
         let number = state.next;
         state.next += 1;
         state.claims.insert(number, claim);
         let no = || AtomicBool::new(false);
         let (lease, losses_before) = (Arc::clone(self), state.losses);
-        Some(LeaseHold { lease, number, began: no(), used: no(), left: no(), losses_before })
+        Ok(LeaseHold { lease, number, began: no(), used: no(), left: no(), losses_before })
     }
 }
 
@@ -291,7 +316,7 @@ impl Drop for LeaseHold {
 
 impl Sealing {
     /// Nothing that has the lease takes a writer any more.
-    pub(crate) fn seal(self) {
+    pub(crate) fn seal(&self) {
         self.0.sealed.store(true, Ordering::Release);
     }
 }
@@ -299,6 +324,7 @@ impl Sealing {
 impl Drop for Sealing {
     fn drop(&mut self) {
         self.0.state.lock().end();
+        self.0.sealing_over.notify_waiters();
     }
 }
 
@@ -328,16 +354,16 @@ mod tests {
         let lease = Lease::new();
         let take = |writer| lease.take(claim(Writers::OneClient, writer));
         let (first, second) = (take(user(1)).unwrap(), take(user(1)).unwrap());
-        assert!(take(user(2)).is_none() && take(named(1, "cn:x")).is_none());
+        assert!(take(user(2)).is_err() && take(named(1, "cn:x")).is_err());
         drop(first);
-        assert!(take(user(2)).is_none());
+        assert!(take(user(2)).is_err());
         drop(second);
         let named_one = take(named(1, "cn:x")).unwrap();
-        assert!(take(named(1, "cn:y")).is_none() && take(named(1, "cn:x")).is_some());
+        assert!(take(named(1, "cn:y")).is_err() && take(named(1, "cn:x")).is_ok());
         drop(named_one);
         let stranger = Writer::new(&Peer::Unknown, &Protection::Plain);
         let _held = take(stranger.clone()).unwrap();
-        assert!(take(stranger).is_none(), "two strangers are two clients");
+        assert!(take(stranger).is_err(), "two strangers are two clients");
     }
 
     #[test]
@@ -356,10 +382,10 @@ mod tests {
                     let lease = Lease::new();
                     let held = lease.take(claim(first, user(1))).unwrap();
                     let asked = claim(second, user(uid));
-                    let told = (lease.admits(&asked), lease.take(asked.clone()).is_some());
+                    let told = (lease.judge(&asked).is_ok(), lease.take(asked.clone()).is_ok());
                     assert_eq!(told, (fits, fits), "{first:?}, {second:?} of {uid}");
                     drop(held);
-                    assert!(lease.take(asked).is_some());
+                    assert!(lease.take(asked).is_ok());
                 }
             }
         }
@@ -367,11 +393,11 @@ mod tests {
         let lease = Lease::new();
         let take = |writers, uid| lease.take(claim(writers, user(uid)));
         let (first, second) = (take(any, 1).unwrap(), take(any, 2).unwrap());
-        assert!(take(client, 1).is_none());
+        assert!(take(client, 1).is_err());
         drop(second);
         let _third = take(client, 1).unwrap();
         drop(first);
-        assert!(take(any, 2).is_none());
+        assert!(take(any, 2).is_err());
     }
 
     #[test]
@@ -382,10 +408,10 @@ mod tests {
         };
         let (_first, second) = (take(1, 0, 50).unwrap(), take(2, 50, 100).unwrap());
         for (start, end) in [(0, 1), (49, 51), (0, 100), (99, 100)] {
-            assert!(take(1, start, end).is_none(), "{start} to {end}");
+            assert!(take(1, start, end).is_err(), "{start} to {end}");
         }
         drop(second);
-        assert!(take(3, 99, 100).is_some() && take(3, 49, 51).is_none());
+        assert!(take(3, 99, 100).is_ok() && take(3, 49, 51).is_err());
     }
 
     #[test]
@@ -395,7 +421,7 @@ mod tests {
         let hold = lease.take(unsealed.clone()).unwrap();
         hold.used();
         let parting = hold.leave(true);
-        assert!(lease.admits(&unsealed));
+        assert!(lease.judge(&unsealed).is_ok());
         assert!(parting.is_nothing());
     }
 
@@ -439,10 +465,10 @@ mod tests {
         one.used();
         assert!(one.leave(true).is_nothing());
         let parting = two.leave(true);
-        assert!(!lease.admits(&claim(Writers::Any, user(1))), "nobody comes in between");
+        assert!(lease.judge(&claim(Writers::Any, user(1))).is_err(), "nobody comes in between");
         assert_eq!(parting.why(), None);
         assert!(
-            !lease.is_sealed() && lease.admits(&claim(Writers::OneClient, user(2))),
+            !lease.is_sealed() && lease.judge(&claim(Writers::OneClient, user(2))).is_ok(),
             "it was given up"
         );
         let (one, two) = (take(), take());

@@ -108,6 +108,8 @@ pub enum Unavailable {
     Full,
     /// It may have one writer, and has another.
     Leased,
+    /// Its writer is done, and it is being sealed: who waits finds it read-only.
+    Sealing,
     /// The server is stopping.
     ShuttingDown,
     /// Not without TLS; or there is none of that name, which is nobody's business without TLS.
@@ -124,6 +126,9 @@ impl Unavailable {
                 (wire::reply::ERR_POLICY, "the export has as many connections as it may have")
             }
             Self::Leased => (wire::reply::ERR_POLICY, "another client is writing to the export"),
+            Self::Sealing => {
+                (wire::reply::ERR_POLICY, "the export is being sealed behind its writer; try again")
+            }
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
             Self::TlsRequired => {
                 (wire::reply::ERR_TLS_REQD, "without TLS, there is no export of that name")

@@ -97,6 +97,9 @@ pub enum Progress {
     Need(usize),
     /// A step was taken; send what is in the output and call again.
     Again,
+    /// Nothing was done, because the directory said [`Unavailable::Sealing`]: call again when it would not, or after
+    /// [`Handshake::refuse_to_wait`].
+    Wait,
     /// TLS begins with the next byte in either direction; where it comes about, [`Handshake::secured`] goes on. No
     /// input is left.
     StartTls,
@@ -115,6 +118,24 @@ enum State {
     Done,
 }
 
+/// Why an option is not done.
+enum Trouble {
+    Malformed(Malformed),
+    Unavailable(Unavailable),
+}
+
+impl From<Malformed> for Trouble {
+    fn from(why: Malformed) -> Self {
+        Self::Malformed(why)
+    }
+}
+
+impl From<Unavailable> for Trouble {
+    fn from(why: Unavailable) -> Self {
+        Self::Unavailable(why)
+    }
+}
+
 /// The handshake of one connection.
 #[derive(Debug)]
 pub struct Handshake {
@@ -131,6 +152,8 @@ pub struct Handshake {
     selection: Option<(String, Vec<SelectedContext>)>,
     /// The answer that is being given, where it is a list.
     telling: Option<Telling>,
+    /// Whether the client has to wait for exports that are being sealed.
+    waits: bool,
 }
 
 impl Handshake {
@@ -147,6 +170,7 @@ impl Handshake {
             secured: false,
             selection: None,
             telling: None,
+            waits: true,
         }
     }
 
@@ -171,6 +195,11 @@ impl Handshake {
             secured: true,
             ..Self::new(limits)
         }
+    }
+
+    /// Exports that are being sealed are refused from now on.
+    pub fn refuse_to_wait(&mut self) {
+        self.waits = false;
     }
 
     /// Appends what the server says first.
@@ -206,7 +235,7 @@ impl Handshake {
         if input.len() < wanted {
             return Progress::Need(wanted - input.len());
         }
-        let taken = input.split_to(wanted);
+        let (taken, before) = (input.split_to(wanted), self.state);
         let progress = match self.state {
             State::ClientFlags => self.client_flags(&taken),
             State::OptionHeader => self.option_header(&taken),
@@ -220,8 +249,16 @@ impl Handshake {
             }
             State::Discard { .. } | State::Done => Progress::Close(Close::Aborted),
         };
-        if matches!(progress, Progress::Transmission(_) | Progress::StartTls | Progress::Close(_)) {
-            self.state = State::Done;
+        match progress {
+            Progress::Transmission(_) | Progress::StartTls | Progress::Close(_) => {
+                self.state = State::Done;
+            }
+            Progress::Wait => {
+                self.state = before;
+                let behind = std::mem::replace(input, taken);
+                input.unsplit(behind);
+            }
+            Progress::Need(_) | Progress::Again => {}
         }
         progress
     }
@@ -330,9 +367,8 @@ impl Handshake {
             }
             option::INFO => self.info(data, exports, &mut answer),
             option::GO => match self.go(data, exports, &mut answer) {
-                Ok(Some(agreement)) => return Progress::Transmission(Box::new(agreement)),
-                Ok(None) => Ok(()),
-                Err(malformed) => Err(malformed),
+                Ok(agreement) => return Progress::Transmission(Box::new(agreement)),
+                Err(trouble) => Err(trouble),
             },
             option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
                 self.set_headers(option, &mut answer);
@@ -345,8 +381,11 @@ impl Handshake {
                 Ok(())
             }
         };
-        if let Err(malformed) = done {
-            answer.error(reply::ERR_INVALID, malformed.text());
+        match done {
+            Ok(()) => {}
+            Err(Trouble::Unavailable(Unavailable::Sealing)) if self.waits => return Progress::Wait,
+            Err(Trouble::Unavailable(why)) => refuse(why, &mut answer),
+            Err(Trouble::Malformed(why)) => answer.error(reply::ERR_INVALID, why.text()),
         }
         Progress::Again
     }
@@ -401,7 +440,11 @@ impl Handshake {
             return Progress::Close(Close::ExtendedExportName);
         }
         let Ok(name) = name::text(data) else { return Progress::Close(Close::ExportName) };
-        let Ok(facts) = exports.enter(name) else { return Progress::Close(Close::ExportName) };
+        let facts = match exports.enter(name) {
+            Ok(facts) => facts,
+            Err(Unavailable::Sealing) if self.waits => return Progress::Wait,
+            Err(_) => return Progress::Close(Close::ExportName),
+        };
         let agreement = self.agree(name, facts);
         out.put_u64(agreement.facts.size_bytes);
         out.put_u16(agreement.transmission_flags());
@@ -425,15 +468,11 @@ impl Handshake {
         data: &[u8],
         exports: &mut dyn ExportDirectory,
         answer: &mut Answer<'_>,
-    ) -> Result<(), Malformed> {
+    ) -> Result<(), Trouble> {
         let question = info::parse(data)?;
-        match exports.look_up(question.name) {
-            Ok(facts) => {
-                info::tell(&question, &self.agree(question.name, facts), answer);
-                answer.ack();
-            }
-            Err(why) => refuse(why, answer),
-        }
+        let facts = exports.look_up(question.name)?;
+        info::tell(&question, &self.agree(question.name, facts), answer);
+        answer.ack();
         Ok(())
     }
 
@@ -442,20 +481,13 @@ impl Handshake {
         data: &[u8],
         exports: &mut dyn ExportDirectory,
         answer: &mut Answer<'_>,
-    ) -> Result<Option<Agreement>, Malformed> {
+    ) -> Result<Agreement, Trouble> {
         let question = info::parse(data)?;
-        match exports.enter(question.name) {
-            Ok(facts) => {
-                let agreement = self.agree(question.name, facts);
-                info::tell(&question, &agreement, answer);
-                answer.ack();
-                Ok(Some(agreement))
-            }
-            Err(why) => {
-                refuse(why, answer);
-                Ok(None)
-            }
-        }
+        let facts = exports.enter(question.name)?;
+        let agreement = self.agree(question.name, facts);
+        info::tell(&question, &agreement, answer);
+        answer.ack();
+        Ok(agreement)
     }
 
     fn list_contexts(
@@ -463,19 +495,14 @@ impl Handshake {
         data: &[u8],
         exports: &mut dyn ExportDirectory,
         answer: &mut Answer<'_>,
-    ) -> Result<(), Malformed> {
+    ) -> Result<(), Trouble> {
         if !self.headers.has_chunks() {
             answer.error(reply::ERR_INVALID, NEEDS_CHUNKS);
             return Ok(());
         }
         let queries = meta_context::parse(data)?;
-        match exports.look_up(queries.export) {
-            Ok(facts) => {
-                let listed = queries.list(&facts.contexts);
-                self.tell_contexts(option::LIST_META_CONTEXT, listed);
-            }
-            Err(why) => refuse(why.without_tls_hint(), answer),
-        }
+        let facts = exports.look_up(queries.export).map_err(Unavailable::without_tls_hint)?;
+        self.tell_contexts(option::LIST_META_CONTEXT, queries.list(&facts.contexts));
         Ok(())
     }
 
@@ -484,21 +511,17 @@ impl Handshake {
         data: &[u8],
         exports: &mut dyn ExportDirectory,
         answer: &mut Answer<'_>,
-    ) -> Result<(), Malformed> {
+    ) -> Result<(), Trouble> {
         self.selection = None;
         if !self.headers.has_chunks() {
             answer.error(reply::ERR_INVALID, NEEDS_CHUNKS);
             return Ok(());
         }
         let queries = meta_context::parse(data)?;
-        match exports.look_up(queries.export) {
-            Ok(facts) => {
-                let selected = queries.select(&facts.contexts);
-                self.selection = Some((queries.export.to_owned(), selected.clone()));
-                self.tell_contexts(option::SET_META_CONTEXT, selected);
-            }
-            Err(why) => refuse(why.without_tls_hint(), answer),
-        }
+        let facts = exports.look_up(queries.export).map_err(Unavailable::without_tls_hint)?;
+        let selected = queries.select(&facts.contexts);
+        self.selection = Some((queries.export.to_owned(), selected.clone()));
+        self.tell_contexts(option::SET_META_CONTEXT, selected);
         Ok(())
     }
 

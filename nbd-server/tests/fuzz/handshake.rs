@@ -61,6 +61,7 @@ pub(crate) fn run(data: &[u8]) {
                     break;
                 }
                 Progress::Again => {}
+                Progress::Wait => panic!("the machine waits for a seal that there is not"),
                 Progress::Transmission(agreement) => return is_sane(&agreement),
                 Progress::StartTls | Progress::Close(_) => return,
             }

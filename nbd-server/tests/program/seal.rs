@@ -41,6 +41,25 @@ fn an_image_is_closed_and_read_only_once_its_writer_has_disconnected() {
 }
 
 #[test]
+fn a_client_that_has_seen_the_end_of_its_connection_finds_the_image_sealed() {
+    for format in ["raw", "qcow2"] {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        run(dir, "qemu-img", &["create", "-q", "-f", format, "disk", "64M"]);
+        let export = format!("--export=one=disk,format={format},seal,max-connections=1");
+        let mut server = Running::start(dir, &["--listen=unix:socket", &export]);
+        server.address();
+        // One process, as fast as it can be: libnbd waits for the end when it shuts down.
+        let script = "h.connect_uri(uri)\nfor at in range(0, 1 << 24, 1 << 20): h.pwrite(b'x' * (1 << 20), at)\n\
+                      h.shutdown()\ng = nbd.NBD()\ng.connect_uri(uri)\nassert g.is_read_only()\n\
+                      assert g.pread(3, 9 << 20) == b'xxx'";
+        let uri = format!("uri = '{URI}'");
+        run(dir, "nbdsh", &["-c", &uri, "-c", script]);
+        assert!(server.stop());
+    }
+}
+
+#[test]
 fn an_image_that_two_exports_write_is_not_sealed_by_one_of_them() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

@@ -15,6 +15,7 @@ mod peers;
 mod raw;
 #[cfg(feature = "client")]
 mod replace;
+mod sealing;
 mod stalled;
 #[cfg(all(feature = "client", feature = "tls"))]
 mod tls;

@@ -3,16 +3,19 @@
 
 use std::fs::{File, OpenOptions as StdOpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{Access, AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use crate::copy::Origin;
 use crate::lock;
 use crate::open_files::OpenFile;
+use crate::rehearsal::Claim;
 use crate::storage::{Op, Outcome, StorageFacts};
+use crate::unfinished::Unfinished;
 use crate::{
     BUFFER_ALIGN_BYTES, Buffer, ByteRange, CopySource, Create, HostError, HostOp, OpenOptions, Root,
 };
@@ -30,6 +33,8 @@ pub(crate) struct Descriptor {
     pub(crate) file: File,
     pub(crate) facts: StorageFacts,
     locked: bool,
+    /// Where it is rehearsed.
+    _claim: Option<Claim>,
     /// Dropped after the file.
     _open: OpenFile,
 }
@@ -43,11 +48,15 @@ impl Descriptor {
         options: &OpenOptions,
     ) -> Result<Self, HostError> {
         let failed = |op| move |source| HostError::whole(path, op, source);
+        if options.rehearse {
+            return Self::rehearse(root, path, options);
+        }
         let file = match root {
             Some(root) => root.open_file(path, options.read_only),
             None => open_file(path, options),
         };
         let file = file.map_err(failed(HostOp::Open))?;
+        let made = (options.create == Create::New).then(|| Unfinished::new(path, id(&file)));
         let locked = if options.lock {
             lock::lock(&file, options.read_only).map_err(failed(HostOp::Lock))
         } else {
@@ -55,13 +64,40 @@ impl Descriptor {
         };
         let facts = locked.and_then(|()| prepare(&file, options).map_err(failed(HostOp::Open)));
         match facts {
-            Ok(facts) => Ok(Self { file, facts, locked: options.lock, _open: OpenFile::count() }),
+            Ok(facts) => {
+                if let Some(made) = made {
+                    made.keep();
+                }
+                let (locked, _open) = (options.lock, OpenFile::count());
+                Ok(Self { file, facts, locked, _claim: None, _open })
+            }
             Err(error) => {
                 // A part of the locks may be taken.
                 lock::unlock(&file);
                 Err(error)
             }
         }
+    }
+
+    /// Opens for reading what could be opened as the options say, beside all that is rehearsed already.
+    fn rehearse(
+        root: Option<&Root>,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<Self, HostError> {
+        let failed = |op| move |source| HostError::whole(path, op, source);
+        let reading = OpenOptions { read_only: true, lock: false, rehearse: false, ..*options };
+        let mut opened = Self::open(root, path, &reading)?;
+        if !options.read_only {
+            // By the file that is open, whatever its name leads to by now.
+            let this = format!("/proc/self/fd/{}", opened.file.as_raw_fd());
+            let may = rustix::fs::access(this, Access::WRITE_OK);
+            may.map_err(|error| failed(HostOp::Open)(error.into()))?;
+        }
+        let claim = opened.facts.id.filter(|_| options.lock);
+        let claim = claim.map(|id| Claim::take(id, options.read_only)).transpose();
+        opened._claim = claim.map_err(failed(HostOp::Lock))?;
+        Ok(opened)
     }
 
     /// The length now.
@@ -172,6 +208,11 @@ impl Drop for Descriptor {
             lock::unlock(&self.file);
         }
     }
+}
+
+/// Device and inode.
+fn id(file: &File) -> Option<(u64, u64)> {
+    file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Finds out what an open file is and demands, and switches to direct I/O where that works.

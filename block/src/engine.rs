@@ -111,6 +111,9 @@ impl Engine {
     /// Says in an error about a lock who holds it.
     async fn tell_holders(&self, mut error: HostError) -> HostError {
         let Some(locked) = ImageLocked::of(&error.source) else { return error };
+        if !locked.holders.is_empty() {
+            return error;
+        }
         let (conflict, path) = (locked.conflict, error.path.clone());
         let holders = self.pool.call(move || holders(&path)).await.unwrap_or_default();
         let locked = ImageLocked { conflict, holders };

@@ -19,6 +19,16 @@ pub struct Holder {
 }
 
 impl Holder {
+    /// The process that asks.
+    pub(crate) fn own() -> Self {
+        Self::of(std::process::id())
+    }
+
+    fn of(process: u32) -> Self {
+        let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+        Self { process, program: name.trim_end().to_owned() }
+    }
+
     /// Whether it is the process that asks.
     pub fn is_own(&self) -> bool {
         self.process == std::process::id()
@@ -41,14 +51,7 @@ pub(crate) fn holders(path: &Path) -> Vec<Holder> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
     let numbers =
         processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    numbers
-        .filter(|process| holds(*process, wanted))
-        .map(|process| {
-            let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
-            Holder { process, program: name.trim_end().to_owned() }
-        })
-        .take(MOST)
-        .collect()
+    numbers.filter(|process| holds(*process, wanted)).map(Holder::of).take(MOST).collect()
 }
 
 /// Whether a process has the file open by a description that is locked.

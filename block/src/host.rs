@@ -45,12 +45,15 @@ pub struct OpenOptions {
     pub direct: bool,
     /// Take the locks by which QEMU recognises an image in use.
     pub lock: bool,
+    /// Find out whether it could be opened so, beside all that this process rehearses: a file that would be written is
+    /// opened for reading, and neither `lock` nor the locks of others count. `create` has no part in it.
+    pub rehearse: bool,
 }
 
 impl OpenOptions {
     /// For reading, direct and locked.
     pub fn reading() -> Self {
-        Self { read_only: true, create: Create::No, direct: true, lock: true }
+        Self { read_only: true, direct: true, lock: true, ..Self::default() }
     }
 
     /// For reading and writing, direct and locked.

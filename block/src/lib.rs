@@ -53,7 +53,9 @@ mod range;
 mod range_lock;
 mod raw;
 mod reader;
+mod rehearsal;
 mod storage;
+mod unfinished;
 mod uring;
 
 pub use beneath::Root;

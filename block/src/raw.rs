@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
+use crate::unfinished::Unfinished;
 use crate::{
     BlockDevice, ByteRange, DeviceError, Durability, Extent, HostFile, Limits, MAX_EXTENTS,
     OpenOptions, Segment, Segments, ZeroMode, try_join_all,
@@ -38,13 +39,16 @@ impl RawDevice {
     }
 
     /// Makes a new, sparse image of zeros; refuses to overwrite. Durable with its length, but not its directory entry.
+    /// Where it fails, or the future is dropped while the image is made, nothing stays behind.
     ///
     /// # Errors
     /// [`DeviceError::Host`].
     pub async fn create(path: &Path, size_bytes: u64) -> Result<Arc<Self>, DeviceError> {
         let file = HostFile::open(path, OpenOptions::creating()).await?;
+        let unfinished = Unfinished::new(path, file.id());
         file.set_len(size_bytes).await?;
         file.sync().await?;
+        unfinished.keep();
         Ok(Self::new(file))
     }
 
@@ -278,6 +282,35 @@ mod tests {
         let device = over(&storage);
         let read = device.read(range(3, 4_999_999)).await.unwrap();
         assert!(read.to_vec() == bytes[3..4_999_999]);
+    }
+
+    #[tokio::test]
+    async fn an_image_that_cannot_be_made_leaves_nothing_and_takes_nothing_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let too_long = u64::MAX;
+        RawDevice::create(&path, too_long).await.expect_err("no file is that long");
+        assert!(!path.exists());
+        std::fs::write(&path, "somebody's").unwrap();
+        RawDevice::create(&path, too_long).await.expect_err("it is there");
+        assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
+        std::fs::remove_file(&path).unwrap();
+        RawDevice::create(&path, 4096).await.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 4096);
+    }
+
+    #[test]
+    fn what_has_taken_the_name_of_an_unfinished_file_keeps_it() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("image"), dir.path().join("other"));
+        std::fs::write(&path, "ours").unwrap();
+        let made = std::fs::metadata(&path).map(|ours| (ours.dev(), ours.ino())).ok();
+        let unfinished = Unfinished::new(&path, made);
+        std::fs::write(&other, "theirs").unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        drop(unfinished);
+        assert_eq!(std::fs::read(&path).unwrap(), b"theirs");
     }
 
     #[tokio::test]

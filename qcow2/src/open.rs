@@ -32,6 +32,9 @@ pub struct OpenOptions {
     pub references: References,
     /// Take QEMU's image locks, on this image and on all below it.
     pub lock: bool,
+    /// Find out whether it could be opened so, without taking a lock or changing anything: see
+    /// [`block::OpenOptions::rehearse`]. The image can be read.
+    pub rehearse: bool,
     /// Bypass the page cache where the host can.
     pub direct: bool,
     /// What may open encrypted images, this one and those below it: each image takes the first that fits.
@@ -56,6 +59,7 @@ impl OpenOptions {
             read_only: true,
             references: References::Confined,
             lock: true,
+            rehearse: false,
             direct: true,
             passphrases: Vec::new(),
             snapshot: None,
@@ -121,6 +125,7 @@ impl OpenOptions {
             read_only: self.read_only,
             direct: self.direct,
             lock: self.lock,
+            rehearse: self.rehearse,
             ..block::OpenOptions::default()
         }
     }
@@ -376,7 +381,9 @@ async fn open_with_header(
     let read_only = options.read_only || file.is_read_only();
     let cipher =
         encryption::unlock(&file, &header, &options.passphrases, options.unlock_time).await?;
-    if !read_only && header.is_corrupt() {
+    // What is rehearsed is open for reading alone.
+    let writes = !options.read_only && (options.rehearse || !file.is_read_only());
+    if writes && header.is_corrupt() {
         return Err(fault(Fault::Unsupported(Feature::WritingCorrupt)));
     }
     let header = if read_only || !header.is_dirty() {

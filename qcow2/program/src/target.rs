@@ -45,8 +45,7 @@ impl Target {
         sources: &[(u64, u64)],
     ) -> anyhow::Result<(Self, HostFile)> {
         let cannot = || format!("{}: error while creating the image", path.display());
-        let options =
-            OpenOptions { read_only: false, create: Create::New, direct: cache.direct, lock: true };
+        let options = OpenOptions { direct: cache.direct, ..OpenOptions::creating() };
         match HostFile::open(path, options.clone()).await {
             Ok(file) => return Ok((Self::of(path, &file, Kind::New), file)),
             Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}

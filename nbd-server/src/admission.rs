@@ -63,6 +63,11 @@ pub enum ClientRuleError {
         "{0:?} is neither an address, a network ADDRESS/BITS, `unix`, uid:NUMBER nor cid:NUMBER"
     )]
     Unknown(String),
+    /// A network that holds all IPv4 addresses in the spelling of IPv6, and others.
+    #[error(
+        "{0:?} is more than all IPv4 addresses; 0.0.0.0/0 are those, and a network of IPv6 addresses means no others"
+    )]
+    Mapped(String),
     /// The prefix is longer than the address.
     #[error("an address of {text:?} has {most} bits")]
     Prefix {
@@ -102,7 +107,10 @@ impl FromStr for ClientRule {
         }
         // Peers are compared as IPv4 where they are, so such networks are, too.
         let address = written.to_canonical();
-        let mapped = written.is_ipv6() && address.is_ipv4() && bits >= 96;
+        let mapped = written.is_ipv6() && address.is_ipv4();
+        if mapped && bits < 96 {
+            return Err(ClientRuleError::Mapped(text.to_owned()));
+        }
         Ok(Self::Network {
             address: if mapped || written.is_ipv4() { address } else { written },
             prefix_bits: if mapped { bits - 96 } else { bits },
@@ -202,6 +210,16 @@ mod tests {
         }
         assert!(everybody.clone().deny([rule("unix")]).permits(&tcp("10.0.0.9")));
         assert!(!everybody.deny([rule("unix")]).permits(&Peer::Unix { uid: 0 }));
+    }
+
+    #[test]
+    fn a_network_in_the_spelling_of_ipv6_is_all_of_ipv4_at_most() {
+        let denied = Admission::default().deny([rule("::ffff:0:0/96")]);
+        assert!(!denied.permits(&tcp("10.0.0.9")) && denied.permits(&tcp("::1")));
+        for text in ["::ffff:0:0/95", "::ffff:10.0.0.1/0"] {
+            let refused = text.parse::<ClientRule>();
+            assert_eq!(refused, Err(ClientRuleError::Mapped(text.to_owned())));
+        }
     }
 
     #[test]

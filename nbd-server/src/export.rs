@@ -158,7 +158,8 @@ impl Export {
     }
 
     /// How many connections it may have at once, in the place of [`Limits::connections_per_export`]; `usize::MAX` for any
-    /// number. Who asks for one more is answered `ERR_POLICY`, with the reason. `CAN_MULTI_CONN` is told only where a
+    /// number; those of what was in its place before a change ([`Server::replace_exports`](crate::Server::replace_exports))
+    /// count. Who asks for one more is answered `ERR_POLICY`, with the reason. `CAN_MULTI_CONN` is told only where a
     /// client may have a second connection, by this limit and all others, and by [`Export::writers`].
     #[must_use]
     pub fn max_connections(mut self, connections: usize) -> Self {
@@ -529,7 +530,7 @@ impl Served {
         client: &Arc<Client>,
         protection: &Protection,
     ) -> Result<Attachment, Unavailable> {
-        let held = self.connections.try_hold(self.max_connections).ok_or_else(|| self.full())?;
+        let held = self.connections.try_hold(self.places()).ok_or_else(|| self.full())?;
         let lease = if self.is_read_only() {
             None
         } else {
@@ -549,7 +550,7 @@ impl Served {
 
     /// Whether a client would be let in now.
     pub(crate) fn judge(&self, peer: &Peer, protection: &Protection) -> Result<(), Unavailable> {
-        if self.connections() >= self.max_connections {
+        if self.connections() >= self.places() {
             Err(self.full())
         } else if self.is_read_only() {
             Ok(())
@@ -567,6 +568,12 @@ impl Served {
     /// The right to write to what it shows.
     pub(crate) fn lease(&self) -> &Arc<Lease> {
         &self.lease
+    }
+
+    /// How many connections it may have itself: those to what had its place count, too, and only become fewer.
+    fn places(&self) -> usize {
+        let before: usize = self.before.iter().map(|one| one.connections.count()).sum();
+        self.max_connections.saturating_sub(before)
     }
 
     /// What a client that writes asks for.

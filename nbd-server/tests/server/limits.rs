@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_server::wire::{self, command, command_flag, option};
-use nbd_server::{Export, Limits, Peer, Server, ServerConfig};
+use nbd_server::{Export, Limits, Peer, Removal, Server, ServerConfig};
 use tokio::time::{Instant, advance, sleep};
 
 use crate::device::{Call, TestDevice};
@@ -68,6 +68,30 @@ async fn an_export_has_as_many_connections_as_it_may_have_and_places_come_back()
     }
     enter("one").await;
     drop((enter("disk").await, enter("disk").await));
+}
+
+#[tokio::test]
+async fn connections_from_before_a_change_of_their_export_count() {
+    let (server, device) = with_limits(|limits| limits.connections_per_export = Some(2));
+    let mut held = Vec::new();
+    for text in ["one", "two"] {
+        let export = Export::new("disk", Arc::clone(&device) as _).description(text);
+        server.replace_exports([export], Removal::Drain).unwrap();
+        held.push(Raw::entered(&server).await);
+    }
+    let export = || Export::new("disk", Arc::clone(&device) as _).description("three");
+    server.replace_exports([export()], Removal::Drain).unwrap();
+    is_full(&server, "disk").await;
+    // Whichever of them goes leaves its place.
+    drop(held.remove(0));
+    while server.connections() > 1 {
+        tokio::task::yield_now().await;
+    }
+    held.push(Raw::entered(&server).await);
+    is_full(&server, "disk").await;
+    let one = export().max_connections(1);
+    server.replace_exports([one], Removal::Drain).unwrap();
+    is_full(&server, "disk").await;
 }
 
 #[tokio::test]

@@ -27,6 +27,9 @@ pub enum PartitionError {
     /// The table has no such partition.
     #[error("the disk has no partition {0}")]
     Missing(u32),
+    /// The partition is there to hold logical ones, counted from 5 on, and is no disk.
+    #[error("partition {0} is an extended one, which only holds those from 5 on")]
+    Extended(u32),
     /// The partition, or what leads to it, lies outside of the disk.
     #[error(
         "partition {number} lies at {start}, {len} bytes long, on a disk of {size_bytes} bytes"
@@ -65,6 +68,9 @@ pub async fn find(device: &dyn BlockDevice, number: u32) -> Result<ByteRange, Pa
         None => None,
     };
     let entry = entry.ok_or(PartitionError::Missing(number))?;
+    if entry.is_extended() {
+        return Err(PartitionError::Extended(number));
+    }
     inside(device, number, entry.start(), entry.len())
 }
 
@@ -279,9 +285,13 @@ mod tests {
         assert_eq!(found(&disk, 1).await, Ok((10, 20)));
         assert_eq!(found(&disk, 5).await, Ok((105, 50)));
         assert_eq!(found(&disk, 6).await, Ok((307, 40)));
-        for (number, why) in
-            [(0, "no partition 0"), (3, "no partition 3"), (4, "lies at"), (4000, "no partition")]
-        {
+        for (number, why) in [
+            (0, "no partition 0"),
+            (2, "an extended one"),
+            (3, "no partition 3"),
+            (4, "lies at"),
+            (4000, "no partition"),
+        ] {
             assert!(found(&disk, number).await.unwrap_err().contains(why), "{number}");
         }
         assert!(found(&[0; 5000], 1).await.unwrap_err().contains("no partition table"));

@@ -256,7 +256,7 @@ async fn take_requests<R: AsyncRead + Unpin>(
         let next = tokio::select! {
             next = session.pace.wait(next_request(intake, session.agreement.headers)) => next,
             () = session.budget.idle(idle) => {
-                tracing::info!(export = session.agreement.facts.name, limit = ?idle, "a client was idle for too long");
+                tracing::info!(export = session.agreement.facts.name, limit_secs = idle.map(|idle| idle.as_secs_f64()), "a client was idle for too long");
                 return End::Idle;
             }
         };

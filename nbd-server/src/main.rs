@@ -16,11 +16,16 @@ fn main() -> ExitCode {
         program::LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
         program::LogFormat::Json => log.json().init(),
     }
+    let format = options.log_format;
     let done = hangups.map_err(Into::into).and_then(|hangups| program::run(options, hangups));
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nbd-server: {}", program::text_of(&error));
+            let why = program::text_of(&error);
+            match format {
+                program::LogFormat::Text => eprintln!("nbd-server: {why}"),
+                program::LogFormat::Json => tracing::error!("{why}"),
+            }
             ExitCode::FAILURE
         }
     }

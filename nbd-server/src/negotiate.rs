@@ -162,7 +162,7 @@ async fn within<T>(
     tokio::select! {
         done = deadline.within(part) => {
             if done.is_none() {
-                tracing::info!(%peer, limit = ?shared.limits.handshake_timeout, "a handshake took too long");
+                tracing::info!(%peer, limit_secs = shared.limits.handshake_timeout.as_secs_f64(), "a handshake took too long");
             }
             done
         }

@@ -4,7 +4,7 @@
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, bail};
-use nbd_server::ClientRule;
+use nbd_server::{ClientRule, ClientRuleError};
 use rustix::process::{Gid, PidfdFlags, PidfdGetfdFlags, Uid};
 
 /// A user of this machine.
@@ -75,7 +75,13 @@ pub(crate) fn client(text: &str) -> Result<ClientRule, String> {
         let user = user(name).ok_or_else(|| format!("there is no user {name:?}"))?;
         return Ok(ClientRule::Uid(user.uid));
     }
-    text.parse().map_err(|error: nbd_server::ClientRuleError| error.to_string())
+    text.parse().map_err(|error| match error {
+        // The library knows no names of users.
+        ClientRuleError::Unknown(_) => format!(
+            "{text:?} is neither an address, a network ADDRESS/BITS, `unix`, uid:USER nor cid:NUMBER"
+        ),
+        error => error.to_string(),
+    })
 }
 
 /// Becomes another user and group, for good. To be called while the process has one thread: the kernel changes no more.
@@ -158,6 +164,8 @@ mod tests {
         assert_eq!((group("root"), group("77"), group("no such group")), (Some(0), Some(77), None));
         assert_eq!(client("uid:root"), Ok(ClientRule::Uid(0)));
         assert!(client("uid:no such user").unwrap_err().contains("no such user"));
+        assert!(client("root").unwrap_err().contains("uid:USER"));
+        assert!(client("1.2.3.4/33").unwrap_err().contains("32 bits"));
         assert_eq!(service("no such service"), None);
     }
 }

@@ -11,6 +11,14 @@ use clap_mangen::roff::{Roff, bold, roman};
 use super::config::{EXPORT, GENERIC, Key};
 use super::options::Options;
 
+/// What the program is called with.
+const SYNOPSIS: [&str; 4] = [
+    " --listen ADDRESS ... --export NAME=PATH[,...] ... [OPTION] ...",
+    " --config FILE [--listen ADDRESS] ... [--export NAME=PATH[,...]] ... [OPTION] ...",
+    " --config FILE --check-config",
+    " --help | --version | --man | --completions SHELL",
+];
+
 const SYNTAX: &str = "Configuration files have the format of the reference nbd-server: sections [NAME], lines KEY = \
 VALUE, and comments that begin with #. The first section of the main file is [generic]; each other one, and each in the \
 files that includedir adds, is an export of that name. Sizes are bytes, or take K, M, G or T. Relative paths begin at \
@@ -23,14 +31,28 @@ exports that stay are not opened again. Open connections stay with an export tha
 those to one that is gone. Addresses, limits, user and group change with the next start.";
 
 const STOPPING: &str = "Answers what is in flight, and what clients ask until they hear of it with ESHUTDOWN, closes the \
-connections, flushes and closes the images, and ends with 0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal ends at once, \
-with 1.";
+connections, flushes and closes the images, and ends with 0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal, half a \
+second later or more, ends at once, with 1.";
 
 /// Prints the manual.
 pub(super) fn print() -> anyhow::Result<()> {
     let mut page = Vec::new();
-    clap_mangen::Man::new(Options::command())
-        .render(&mut page)
+    let manual = clap_mangen::Man::new(Options::command());
+    let mut synopsis = Roff::new();
+    synopsis.control("SH", ["SYNOPSIS"]);
+    for (index, arguments) in SYNOPSIS.iter().enumerate() {
+        if index > 0 {
+            synopsis.control("br", []);
+        }
+        synopsis.text([bold("nbd-server"), roman(*arguments)]);
+    }
+    manual
+        .render_title(&mut page)
+        .and_then(|()| manual.render_name_section(&mut page))
+        .and_then(|()| page.write_all(synopsis.render().as_bytes()))
+        .and_then(|()| manual.render_description_section(&mut page))
+        .and_then(|()| manual.render_options_section(&mut page))
+        .and_then(|()| manual.render_version_section(&mut page))
         .context("cannot write the manual")?;
     let mut more = Roff::new();
     more.control("SH", ["CONFIGURATION FILES"]);

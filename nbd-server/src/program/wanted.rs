@@ -26,6 +26,11 @@ impl Wanted {
         self.locate(error.context(format!("cannot open {path} for export {:?}", self.spec.name)))
     }
 
+    /// The same where it is not the image that keeps it.
+    fn refuse(&self, error: anyhow::Error) -> anyhow::Error {
+        self.locate(error.context(format!("cannot serve the export {:?}", self.spec.name)))
+    }
+
     fn locate(&self, error: anyhow::Error) -> anyhow::Error {
         match &self.place {
             Some(place) => anyhow!("{place}: {}", text_of(&error)),
@@ -99,13 +104,14 @@ pub(super) fn clashes(found: &[(&Wanted, Option<ImageKey>)]) -> Vec<anyhow::Erro
     for (one, key) in found {
         let name = &one.spec.name;
         if !names.insert(name) {
-            clashes.push(one.blame(anyhow!("there is already an export named {name:?}")));
+            clashes.push(one.refuse(anyhow!("there is already an export named {name:?}")));
             continue;
         }
         if one.spec.is_default || name.is_empty() {
             if let Some(first) = default {
                 let first = &first.spec.name;
-                clashes.push(one.blame(anyhow!("the export {first:?} is already the default one")));
+                clashes
+                    .push(one.refuse(anyhow!("the export {first:?} is already the default one")));
             }
             default = default.or(Some(one));
         }
@@ -114,7 +120,7 @@ pub(super) fn clashes(found: &[(&Wanted, Option<ImageKey>)]) -> Vec<anyhow::Erro
             && let Some(other) = other_writer(one, key, found)
         {
             let place = other.place.as_ref().map(|place| format!(" ({place})")).unwrap_or_default();
-            clashes.push(one.blame(anyhow!(
+            clashes.push(one.refuse(anyhow!(
                 "the export {:?}{place} writes to the image, too, which is to be sealed when one writer is done",
                 other.spec.name
             )));

@@ -1,10 +1,14 @@
 //! The section of an export. Whether the image is there is found out when it is opened.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use nbd_server::wire::{MAX_STRING_BYTES, transmission_flag as flag};
 use nbd_server::{Admission, ClientName};
+use rustix::fs::OFlags;
 
 use super::fault::Fault;
 use super::generic;
@@ -237,18 +241,38 @@ fn admission(keys: &mut Keys<'_>) -> Admission {
     let mut admission = Admission::default();
     let line = keys.entry("authfile").map_or(0, |entry| entry.line);
     if let Some(path) = keys.path("authfile") {
-        match std::fs::read_to_string(&path) {
+        match read_authorized(&path) {
             Ok(text) => admission = authorized(&path, &text, keys.log),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let text = format!("there is no {}: everybody may use the export", path.display());
                 keys.log.remark(keys.file, line, text);
             }
             Err(error) => {
-                keys.log.fault(keys.file, line, Fault::Unreadable { path, why: error.kind() });
+                keys.log.fault(keys.file, line, Fault::Unreadable { path, why: error.to_string() });
             }
         }
     }
     generic::admission(keys, admission)
+}
+
+/// The longest `authfile` that is read, in bytes.
+const MAX_AUTHFILE_BYTES: u64 = 1 << 20;
+
+/// What an `authfile` holds: a file, because nothing else is sure to end.
+fn read_authorized(path: &Path) -> io::Result<String> {
+    let refused = |why: String| Err(io::Error::new(io::ErrorKind::InvalidData, why));
+    // A FIFO would wait for somebody to write.
+    let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let file = File::options().read(true).custom_flags(nonblock).open(path)?;
+    if !file.metadata()?.is_file() {
+        return refused("it is no regular file".to_owned());
+    }
+    let mut text = String::new();
+    file.take(MAX_AUTHFILE_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_AUTHFILE_BYTES {
+        return refused(format!("it is longer than {MAX_AUTHFILE_BYTES} bytes"));
+    }
+    Ok(text)
 }
 
 /// The clients of an `authfile`: the first word of each line, up to a `#`.

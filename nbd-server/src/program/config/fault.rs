@@ -1,7 +1,6 @@
 //! What can be wrong, or worth a word, in a configuration file, and where. Finding it is done in `ini` and `read`.
 
 use std::fmt;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -65,7 +64,7 @@ pub(crate) enum Fault {
     #[error("the file is longer than {0} bytes")]
     TooLong(u64),
     #[error("cannot read {}: {why}", path.display())]
-    Unreadable { path: PathBuf, why: io::ErrorKind },
+    Unreadable { path: PathBuf, why: String },
     #[error("{0}")]
     Export(String),
 }

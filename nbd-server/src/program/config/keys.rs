@@ -26,7 +26,11 @@ pub(crate) const GENERIC: &[Key] = &[
         "ADDRESS",
         "Where to listen, as --listen. Repeatable. With it alone, listenaddr, port and unixsock have no defaults",
     ),
-    key("listenaddr", "ADDRESS,...", "The addresses to listen on [default: ::, 0.0.0.0]"),
+    key(
+        "listenaddr",
+        "ADDRESS,...",
+        "The addresses to listen on; a name is all that it has [default: ::, 0.0.0.0]",
+    ),
     key(
         "port",
         "PORT",
@@ -178,7 +182,7 @@ pub(crate) const EXPORT: &[Key] = &[
     key(
         "authfile",
         "FILE",
-        "A file with a client or network on each line: who may use it. Where there is no such file, everybody",
+        "A regular file with a client or network on each line: who may use it. Where there is no such file, everybody",
     ),
     key(
         "blocksize",
@@ -208,7 +212,8 @@ pub(crate) const EXPORT: &[Key] = &[
     key(
         "prerun",
         "COMMAND",
-        "Run by the shell when a client chooses the export, %s being the path; where it fails, the client is turned away",
+        "Run by the shell when a client chooses the export, %s being the path; where it fails, the client is turned \
+         away. Who hangs up meanwhile keeps the place until it has ended",
     ),
     key("postrun", "COMMAND", "Run by the shell when the client has left"),
     key(

@@ -44,7 +44,7 @@ pub(crate) fn read(path: &Path) -> Result<Config, Faults> {
                 (file, sections)
             })),
             Err(error) => {
-                let (file, why) = (&files[0].0, error.kind());
+                let (file, why) = (&files[0].0, error.to_string());
                 log.fault(file, line, Fault::Unreadable { path: folder, why });
             }
         }
@@ -98,7 +98,7 @@ fn load(file: &Arc<Path>, log: &mut Log) -> Document {
             return Document::default();
         }
         Err(error) => {
-            let (path, why) = (file.to_path_buf(), error.kind());
+            let (path, why) = (file.to_path_buf(), error.to_string());
             log.fault(file, 0, Fault::Unreadable { path, why });
             return Document::default();
         }

@@ -18,7 +18,8 @@ use super::identity;
 #[derive(Debug, Parser)]
 #[command(name = "nbd-server", version)]
 pub(crate) struct Options {
-    /// Where to listen: unix:PATH, HOST:PORT or vsock:CID:PORT (port 0 takes a free one, CID `any` all). Repeatable.
+    /// Where to listen: unix:PATH, HOST:PORT or vsock:CID:PORT (port 0 takes a free one, CID `any` all). A name
+    /// is all addresses that it has. Repeatable.
     /// Sockets that systemd hands over are listened on, too
     #[arg(long, value_name = "unix:PATH|HOST:PORT|vsock:CID:PORT")]
     pub(crate) listen: Vec<Listen>,
@@ -31,7 +32,7 @@ pub(crate) struct Options {
     /// encrypted image, and of those below it, is what the file holds without its last newline.
     /// One client at a time may have it with writers=client; with seal, the image is closed and read-only once that client
     /// has disconnected. With tls-only, clients need TLS; where clients are named, a certificate with such a common or DNS name. A comma is
-    /// written twice
+    /// written twice, and so is an = in NAME
     #[arg(long = "export", value_name = "NAME=PATH[,...]")]
     pub(crate) exports: Vec<ExportSpec>,
 
@@ -40,8 +41,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Read the configuration, look at the images beside whoever has them open, tell by file and line what would keep them
-    /// from being served, and end
+    /// Tell by file and line all that would keep the configuration from being served, as the user who would serve it, and
+    /// end. Nothing is changed, and neither ports nor images that other programs have count
     #[arg(long, requires = "config")]
     pub(crate) check_config: bool,
 
@@ -67,7 +68,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "[HOST:]PORT", value_parser = metrics)]
     pub(crate) metrics: Option<SocketAddr>,
 
-    /// How the log is written to standard error: lines for people, or a JSON object each
+    /// How the log is written to standard error: lines for people, or a JSON object each. What is listened on is told on
+    /// standard output, alike with both
     #[arg(long, value_enum, value_name = "text|json", default_value = "text")]
     #[arg(hide_possible_values = true)]
     pub(crate) log_format: LogFormat,
@@ -389,11 +391,11 @@ impl FromStr for ExportSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut fields = split(text).into_iter();
         let first = fields.next().unwrap_or_default();
-        let (name, path) = first.split_once('=').ok_or("not NAME=PATH")?;
+        let (name, path) = named(&first).ok_or("not NAME=PATH")?;
         if path.is_empty() {
             return Err("the path is empty".to_owned());
         }
-        let mut spec = Self { name: name.to_owned(), path: path.into(), ..Self::default() };
+        let mut spec = Self { name, path: path.into(), ..Self::default() };
         for field in fields {
             spec.take(&field)?;
         }
@@ -484,6 +486,23 @@ impl ExportSpec {
     }
 }
 
+/// Splits at the first `=`; two of them are one of the name.
+fn named(text: &str) -> Option<(String, &str)> {
+    let mut name = String::new();
+    let mut rest = text;
+    loop {
+        let (part, behind) = rest.split_once('=')?;
+        name.push_str(part);
+        match behind.strip_prefix('=') {
+            Some(behind) => {
+                name.push('=');
+                rest = behind;
+            }
+            None => return Some((name, behind)),
+        }
+    }
+}
+
 /// Splits at commas; two of them are one that does not split.
 fn split(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];
@@ -553,6 +572,23 @@ mod tests {
             "host:70000",
         ] {
             assert!(text.parse::<Listen>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_equals_sign_of_a_name_is_written_twice() {
+        for (text, name, path) in [
+            ("a=b", "a", "b"),
+            ("a==b=c", "a=b", "c"),
+            ("a==,,b====c=d=e==", "a=,b==c", "d=e=="),
+            ("===x", "=", "x"),
+            ("=x", "", "x"),
+        ] {
+            let spec: ExportSpec = text.parse().unwrap();
+            assert_eq!((&*spec.name, spec.path.to_str().unwrap()), (name, path), "{text}");
+        }
+        for text in ["a", "a==b", "==", "a="] {
+            assert!(text.parse::<ExportSpec>().is_err(), "{text}");
         }
     }
 

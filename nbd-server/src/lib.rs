@@ -133,7 +133,7 @@ pub use extent_source::{DIRTY, ExtentSource, FlaggedExtent};
 pub use handshake::TlsMode;
 pub use limits::Limits;
 pub use peer::Peer;
-pub use replace::{Replaced, Retired};
+pub use replace::{Replaced, Replacement, Retired};
 pub use server::{Server, ServerConfig, ShutdownReport};
 pub use socket::{ListeningSocket, SocketFileOptions};
 pub use window::{Window, WriteThrough};

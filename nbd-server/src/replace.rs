@@ -6,12 +6,67 @@ use std::sync::Arc;
 
 use block::BlockDevice;
 
+use crate::admission::Admission;
 use crate::export::{Export, ExportError, Removal, Served};
 use crate::gauge::Gauge;
 use crate::server::{Server, Table};
 use crate::signal::Signal;
 #[cfg(feature = "tls")]
 use crate::tls::ServerTls;
+
+/// Exports that are to be the table, and what is to change with them. What is not said stays.
+#[derive(Debug)]
+pub struct Replacement {
+    exports: Vec<Export>,
+    removal: Removal,
+    more: Beside,
+}
+
+/// What changes together with a table.
+#[derive(Debug, Default)]
+pub(crate) struct Beside {
+    pub(crate) admission: Option<Admission>,
+    pub(crate) listing: Option<bool>,
+    #[cfg(feature = "tls")]
+    pub(crate) tls: Option<ServerTls>,
+}
+
+impl Replacement {
+    /// These exports alone; connections of those that go are left to go on.
+    pub fn of(exports: impl IntoIterator<Item = Export>) -> Self {
+        let exports = exports.into_iter().collect();
+        Self { exports, removal: Removal::Drain, more: Beside::default() }
+    }
+
+    /// What becomes of connections of exports that are removed.
+    #[must_use]
+    pub fn removal(mut self, how: Removal) -> Self {
+        self.removal = how;
+        self
+    }
+
+    /// As [`Server::set_admission`].
+    #[must_use]
+    pub fn admission(mut self, admission: Admission) -> Self {
+        self.more.admission = Some(admission);
+        self
+    }
+
+    /// As [`Server::set_listing`].
+    #[must_use]
+    pub fn listing(mut self, listing: bool) -> Self {
+        self.more.listing = Some(listing);
+        self
+    }
+
+    /// As [`Server::replace_tls`].
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn tls(mut self, tls: ServerTls) -> Self {
+        self.more.tls = Some(tls);
+        self
+    }
+}
 
 /// What [`Server::replace_exports`] changed, by the names of exports.
 #[derive(Debug, Default)]
@@ -108,28 +163,17 @@ impl Server {
         exports: impl IntoIterator<Item = Export>,
         how: Removal,
     ) -> Result<Replaced, ExportError> {
-        let next = self.table_of(exports)?;
-        self.exchange(
-            next,
-            how,
-            #[cfg(feature = "tls")]
-            None,
-        )
+        self.replace(Replacement::of(exports).removal(how))
     }
 
-    /// [`Server::replace_exports`] and [`Server::replace_tls`] at one stroke: where either cannot be, nothing changes.
+    /// [`Server::replace_exports`], together with what else takes another place: all at one stroke or nothing. A client that
+    /// finds an export of the new table is judged by the new rules.
     ///
     /// # Errors
     /// [`ExportError`].
-    #[cfg(feature = "tls")]
-    pub fn replace_exports_and_tls(
-        &self,
-        exports: impl IntoIterator<Item = Export>,
-        tls: ServerTls,
-        how: Removal,
-    ) -> Result<Replaced, ExportError> {
-        let next = self.table_of(exports)?;
-        self.exchange(next, how, Some(tls))
+    pub fn replace(&self, replacement: Replacement) -> Result<Replaced, ExportError> {
+        let next = self.table_of(replacement.exports)?;
+        self.exchange(next, replacement.removal, replacement.more)
     }
 
     fn table_of(&self, exports: impl IntoIterator<Item = Export>) -> Result<Table, ExportError> {

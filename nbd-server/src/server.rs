@@ -30,7 +30,7 @@ use crate::limits::Limits;
 use crate::listener;
 use crate::memory::Memory;
 use crate::peer::Peer;
-use crate::replace::{Replaced, settle};
+use crate::replace::{Beside, Replaced, settle};
 use crate::serve::serve;
 use crate::signal::Signal;
 use crate::socket::{Kind, ListeningSocket, SocketFileOptions};
@@ -313,12 +313,12 @@ impl Server {
         Served::new(export, &self.shared.limits, &self.shared.leases)
     }
 
-    /// Makes `next` the table, and uses other certificates with it where there are any.
+    /// Makes `next` the table, with what changes beside it.
     pub(crate) fn exchange(
         &self,
         mut next: Table,
         how: Removal,
-        #[cfg(feature = "tls")] tls: Option<ServerTls>,
+        beside: Beside,
     ) -> Result<Replaced, ExportError> {
         let mut table = self.shared.table.write();
         if self.shared.stopping.is_raised() {
@@ -326,14 +326,19 @@ impl Server {
         }
         let identifies = self.shared.identifies_clients();
         #[cfg(feature = "tls")]
-        let identifies = tls.as_ref().map_or(identifies, ServerTls::identifies_clients);
+        let identifies = beside.tls.as_ref().map_or(identifies, ServerTls::identifies_clients);
         for served in next.exports.values() {
             check_access(served, self.shared.tls_mode, identifies)?;
         }
         #[cfg(feature = "tls")]
-        if let Some(tls) = tls {
+        if let Some(tls) = beside.tls {
             self.shared.use_tls(tls);
         }
+        // Under the lock of the table, so that nobody finds it by the rules of another one.
+        let mut policy = self.shared.policy.write();
+        policy.admission = beside.admission.unwrap_or_else(|| policy.admission.clone());
+        policy.listing = beside.listing.unwrap_or(policy.listing);
+        drop(policy);
         let mut replaced = settle(&table.exports, &mut next);
         replaced.default_changed = table.default != next.default;
         let before = std::mem::replace(&mut *table, next);
@@ -345,8 +350,8 @@ impl Server {
         Ok(replaced)
     }
 
-    /// Sets who may connect, from the next connection on. By default everybody. Exports can have rules of their own:
-    /// [`Export::admission`].
+    /// Sets who may connect, and who of those that are connected may still choose an export. By default everybody. Exports
+    /// can have rules of their own: [`Export::admission`].
     pub fn set_admission(&self, admission: Admission) {
         self.shared.policy.write().admission = admission;
     }
@@ -546,10 +551,32 @@ impl Visitor {
         }
     }
 
-    /// Whether the client may have the export.
-    fn judge(&self, served: &Served) -> Result<(), Unavailable> {
-        served.access.judge(&self.protection)?;
-        if served.permits(self.peer()) { Ok(()) } else { Err(Unavailable::Forbidden) }
+    /// Why the client may not have the export, for itself and for the log; `None` where it may.
+    fn refusal(&self, served: &Served) -> Option<(Unavailable, &'static str)> {
+        let by_tls = served.access.judge(&self.protection).err();
+        let may_connect = || self.shared.policy.read().admission.permits(self.peer());
+        match by_tls {
+            Some(why @ Unavailable::TlsRequired) => Some((why, "the export needs TLS")),
+            Some(why) => {
+                Some((why, "its certificate bears none of the names of the export's clients"))
+            }
+            None if !may_connect() => Some((Unavailable::Forbidden, "it may not connect any more")),
+            None if !served.permits(self.peer()) => {
+                Some((Unavailable::Forbidden, "the export allows others only, or denies it"))
+            }
+            None => None,
+        }
+    }
+
+    /// Logs that an export that the client may use has no room for it now.
+    fn tell_full<T>(&self, name: &str, outcome: Result<T, Unavailable>) -> Result<T, Unavailable> {
+        let why = match &outcome {
+            Err(Unavailable::Full) => "it has as many connections as it may have",
+            Err(Unavailable::Leased) => "another client is writing to it",
+            _ => return outcome,
+        };
+        tracing::warn!(peer = %self.peer(), export = name, why, "a client gets no connection to the export");
+        outcome
     }
 
     fn find<T>(&self, name: &str, then: impl FnOnce(&Arc<Served>) -> T) -> Result<T, Unavailable> {
@@ -564,10 +591,10 @@ impl Visitor {
                 matches!(self.protection, Protection::Plain) && table.exports.values().any(hides);
             return Err(if hidden { Unavailable::TlsRequired } else { Unavailable::Unknown });
         };
-        if let Err(why) = self.judge(served) {
+        if let Some((refused, why)) = self.refusal(served) {
             let (export, peer) = (&served.facts.name, self.peer());
-            tracing::warn!(%peer, client = %self.protection, export, "a client may not use the export");
-            return Err(why);
+            tracing::warn!(%peer, client = %self.protection, export, why, "a client may not use the export");
+            return Err(refused);
         }
         // Still under the lock: an export that was found cannot be removed before it is held.
         Ok(then(served))
@@ -579,7 +606,7 @@ impl ExportDirectory for Visitor {
         let table = self.shared.table.read();
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let mut behind = table.exports.range::<str, _>((from, Bound::Unbounded));
-        let (name, served) = behind.find(|(_, served)| self.judge(served).is_ok())?;
+        let (name, served) = behind.find(|(_, served)| self.refusal(served).is_none())?;
         Some((name.clone(), served.facts.description.clone()))
     }
 
@@ -594,7 +621,7 @@ impl ExportDirectory for Visitor {
             (judged, Arc::clone(served.lease()))
         })?;
         self.awaited = Some(lease);
-        judged
+        self.tell_full(name, judged)
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
@@ -603,7 +630,7 @@ impl ExportDirectory for Visitor {
             (attached, Arc::clone(served.lease()))
         })?;
         self.awaited = Some(lease);
-        let attachment = attached?;
+        let attachment = self.tell_full(name, attached)?;
         let facts = attachment.facts();
         self.entered = Some(attachment);
         Ok(facts)

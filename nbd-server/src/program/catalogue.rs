@@ -10,12 +10,11 @@ use anyhow::{Context, bail};
 use block::{BlockDevice, ByteRange};
 use futures_util::future::join_all;
 use nbd_server::wire::transmission_flag;
-use nbd_server::{Export, Lease, Removal, Replaced, Server, Window, WriteThrough, partition};
+use nbd_server::{Export, Lease, Replaced, Replacement, Server, Window, WriteThrough, partition};
 use rustix::fs::Access;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::NewTls;
 use super::attendant::Doorkeeper;
 use super::images::{FileId, ImageKey, Opened, Opening, Sources, folder_of};
 use super::made::Made;
@@ -32,6 +31,8 @@ pub(super) struct Placed {
     spec: ExportSpec,
     /// `None` where there is no image.
     key: Option<ImageKey>,
+    /// Where the partition lies that it shows, if it is one.
+    partition: Option<ByteRange>,
     export: Export,
 }
 
@@ -106,7 +107,7 @@ impl Catalogue {
         Self { server, how, images, placed, leases, leaving: JoinSet::new() }
     }
 
-    /// Serves what is wanted and nothing else, and with it other certificates where there are any. Where that cannot be,
+    /// Serves what is wanted and nothing else, and with it what changes beside the exports. Where that cannot be,
     /// everything is as it was before.
     ///
     /// An export that is wanted as it is stays as it is, and its image is not opened again, unless another file has
@@ -115,19 +116,14 @@ impl Catalogue {
         &mut self,
         wanted: &[Wanted],
         references: Option<&AllowReferences>,
-        removal: Removal,
-        tls: Option<NewTls>,
+        beside: impl FnOnce(Replacement) -> Replacement,
     ) -> Result<Replaced, Refused> {
-        let mut made = Made::default();
+        let mut made = if self.how.only_looks { Made::rehearsed() } else { Made::default() };
         let applied = match self.prepare(wanted, references, &mut made).await {
             Ok(placed) => {
                 let exports = placed.values().map(|placed| placed.export.clone());
-                let replaced = match tls {
-                    None => self.server.replace_exports(exports, removal),
-                    #[cfg(feature = "tls")]
-                    Some(tls) => self.server.replace_exports_and_tls(exports, tls, removal),
-                };
-                replaced
+                self.server
+                    .replace(beside(Replacement::of(exports)))
                     .map(|replaced| (placed, replaced))
                     .map_err(|error| Refused::by_server(wanted, error))
             }
@@ -226,8 +222,8 @@ impl Catalogue {
         for (one, key) in found {
             let used = key.as_ref().and_then(|key| uses.get(key.file())).copied();
             match self.export(&one.spec, key.as_ref(), used.unwrap_or_default()).await {
-                Ok(export) => {
-                    let next = Placed { spec: one.spec.clone(), key, export };
+                Ok((export, partition)) => {
+                    let next = Placed { spec: one.spec.clone(), key, partition, export };
                     placed.insert(one.spec.name.clone(), next);
                 }
                 Err(error) => refused.push(one.blame(error)),
@@ -255,25 +251,41 @@ impl Catalogue {
         lease
     }
 
-    /// The export as it is served, or else a new one.
+    /// The export as it is served, or else a new one; and where its partition lies.
     async fn export(
         &mut self,
         spec: &ExportSpec,
         key: Option<&ImageKey>,
         used: Use,
-    ) -> anyhow::Result<Export> {
+    ) -> anyhow::Result<(Export, Option<ByteRange>)> {
         if let Some(known) = self.placed.get(&spec.name)
             && known.spec == *spec
             && known.key.as_ref() == key
+            && known.partition == self.partition(spec, key).await?
         {
-            return Ok(known.export.clone());
+            return Ok((known.export.clone(), known.partition));
         }
         match key {
             Some(key) => self.export_of(spec, key, used).await,
             None => {
                 let folder = folder_of(&spec.path);
-                self.apart(spec, Overlay::empty(spec.size.unwrap_or(0), folder), folder)
+                let disk = Overlay::empty(spec.size.unwrap_or(0), folder);
+                Ok((self.apart(spec, disk, folder)?, None))
             }
+        }
+    }
+
+    /// Where the partition of an export lies by now, in an image that is open.
+    async fn partition(
+        &self,
+        spec: &ExportSpec,
+        key: Option<&ImageKey>,
+    ) -> anyhow::Result<Option<ByteRange>> {
+        match (spec.partition, key.and_then(|key| self.images.get(key))) {
+            (Some(number), Some(shown)) => {
+                Ok(Some(partition::find(&*shown.device(), number).await?))
+            }
+            _ => Ok(None),
         }
     }
 
@@ -299,7 +311,7 @@ impl Catalogue {
         spec: &ExportSpec,
         key: &ImageKey,
         used: Use,
-    ) -> anyhow::Result<Export> {
+    ) -> anyhow::Result<(Export, Option<ByteRange>)> {
         let lease = self.lease(Written::File(key.file().clone()));
         let shown = self.shown(spec, key, used, &lease).await?;
         let sources = shown.sources(spec).await?;
@@ -315,7 +327,7 @@ impl Catalogue {
         for (name, source) in sources {
             export = export.context(name, source);
         }
-        Ok(export)
+        Ok((export, spec.partition.map(|_| range)))
     }
 
     /// The image of an export, which is opened where it is not. What is sealed is open for reading alone.
@@ -400,11 +412,9 @@ async fn find(
     if spec.writes == Writes::Temporary {
         return Ok(None);
     }
-    if !how.only_looks {
-        made.make(spec).await?;
-    }
+    let nameless = made.make(spec).await?;
     let (spec, how) = (spec.clone(), how.clone());
-    tokio::task::spawn_blocking(move || ImageKey::of(&spec, &how).map(Some)).await?
+    tokio::task::spawn_blocking(move || ImageKey::of(&spec, nameless, &how).map(Some)).await?
 }
 
 /// The part of an image that an export shows, and where it lies.

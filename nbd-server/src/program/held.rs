@@ -13,8 +13,7 @@ use super::images::{FileId, ImageKey};
 
 /// The file of an image. While it is held, no other one gets its numbers.
 pub(super) struct Held {
-    /// `None` for an image that is not made yet.
-    file: Option<Arc<File>>,
+    file: Arc<File>,
     id: FileId,
 }
 
@@ -23,32 +22,22 @@ impl Held {
     /// Where another file, or none, has the name of the image.
     pub(super) async fn of(key: &ImageKey) -> anyhow::Result<Self> {
         let (path, id) = (key.path().to_owned(), key.file().clone());
-        let file = match id {
-            FileId::Unmade(..) => None,
-            FileId::File(..) | FileId::Device(_) => {
-                let wanted = id.clone();
-                let file = blocking(move || {
-                    let file = File::from(rustix::fs::open(
-                        &path,
-                        OFlags::PATH | OFlags::CLOEXEC,
-                        Mode::empty(),
-                    )?);
-                    if FileId::of(&file.metadata()?) != Some(wanted) {
-                        bail!("another file was put in its place while it was opened");
-                    }
-                    Ok(file)
-                });
-                Some(Arc::new(file.await?))
+        let wanted = id.clone();
+        let file = blocking(move || {
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            let file = File::from(rustix::fs::open(&path, flags, Mode::empty())?);
+            if FileId::of(&file.metadata()?) != Some(wanted) {
+                bail!("another file was put in its place while it was opened");
             }
-        };
-        Ok(Self { file, id })
+            Ok(file)
+        });
+        Ok(Self { file: Arc::new(file.await?), id })
     }
 
     /// Whether a path leads to it now.
     pub(super) async fn is_at(&self, path: &Path) -> bool {
         let (path, id) = (path.to_owned(), self.id.clone());
-        matches!(id, FileId::Unmade(..))
-            || blocking(move || Ok(is(&path, &id))).await.unwrap_or(false)
+        blocking(move || Ok(is(&path, &id))).await.unwrap_or(false)
     }
 
     /// A path that leads to it now: the one by which it was opened, the one to which it was renamed, and for what
@@ -58,7 +47,7 @@ impl Held {
     /// Where there is none.
     pub(super) async fn path(&self, key: &ImageKey) -> anyhow::Result<PathBuf> {
         let known = key.path().to_owned();
-        let Some(file) = self.file.clone() else { return Ok(known) };
+        let file = Arc::clone(&self.file);
         let (id, is_raw) = (self.id.clone(), key.is_raw());
         blocking(move || {
             if is(&known, &id) {

@@ -7,19 +7,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use async_trait::async_trait;
 use block::{
-    BlockDevice, ByteRange, DeviceError, Holder, HostFile, ImageLocked, OpenOptions as HostOptions,
-    RawDevice,
+    BlockDevice, ByteRange, DeviceError, Holder, HostError, HostFile, ImageLocked,
+    OpenOptions as HostOptions, RawDevice,
 };
 use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
 use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, Passphrase, References, UnlockError};
 
 use super::depth::{self, AllocationDepth};
-use super::made;
 use super::options::{AllowReferences, ExportSpec, Format};
-use super::overlay::Overlay;
 
 /// The first bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -30,7 +28,8 @@ pub(super) struct Opening {
     pub(super) references: Option<AllowReferences>,
     /// How long may be worked on a passphrase for one key slot.
     pub(super) unlock_time: Option<Duration>,
-    /// Nothing is made, changed or locked: another program may be serving the images.
+    /// Nothing is made, changed or locked, because another program may be serving the images: it is only found out what
+    /// this program could serve.
     pub(super) only_looks: bool,
 }
 
@@ -41,8 +40,6 @@ pub(super) enum FileId {
     File(u64, u64),
     /// The number of a block device.
     Device(u64),
-    /// One that is to be made, with its length in bytes.
-    Unmade(PathBuf, u64),
 }
 
 impl FileId {
@@ -88,23 +85,19 @@ impl ImageKey {
         Self { path, ..self.clone() }
     }
 
-    /// Finds the image of an export, and its format. Blocks.
-    pub(super) fn of(spec: &ExportSpec, how: &Opening) -> anyhow::Result<Self> {
-        let unmade = if how.only_looks { made::wanting(spec) } else { None };
-        let (path, file, format) = match unmade {
-            Some(bytes) => {
-                let name = spec.path.file_name().context("it has no name")?;
-                let path = std::fs::canonicalize(folder_of(&spec.path))?.join(name);
-                (path.clone(), FileId::Unmade(path, bytes), Format::Raw)
-            }
-            None => {
-                let path = std::fs::canonicalize(&spec.path)?;
-                let file = FileId::of(&std::fs::metadata(&path)?)
-                    .context("it is neither a regular file nor a block device")?;
-                let format = format_of(spec, &path)?;
-                (path, file, format)
-            }
+    /// Finds the image of an export, and its format; `nameless` leads to one that has no name. Blocks.
+    pub(super) fn of(
+        spec: &ExportSpec,
+        nameless: Option<PathBuf>,
+        how: &Opening,
+    ) -> anyhow::Result<Self> {
+        let path = match nameless {
+            Some(path) => path,
+            None => std::fs::canonicalize(&spec.path)?,
         };
+        let file = FileId::of(&std::fs::metadata(&path)?)
+            .context("it is neither a regular file nor a block device")?;
+        let format = format_of(spec, &path)?;
         // A raw image refers to nothing: it stays what it is where others may refer to something else.
         let references = spec.references.as_ref().or(how.references.as_ref());
         Ok(Self {
@@ -154,20 +147,17 @@ impl Opened {
         writable: bool,
         how: &Opening,
     ) -> anyhow::Result<Self> {
-        let (read_only, lock) = (!writable || how.only_looks, !how.only_looks);
-        if let FileId::Unmade(path, bytes) = &key.file {
-            let device = Overlay::empty(*bytes, folder_of(path));
-            return Ok(Self { device, image: None, only_looks: true });
-        }
+        let rehearse = how.only_looks;
         let (device, image): (Arc<dyn BlockDevice>, _) = match key.format {
             Format::Raw => {
-                let options = HostOptions { read_only, lock, ..HostOptions::writing() };
+                let options =
+                    HostOptions { read_only: !writable, rehearse, ..HostOptions::writing() };
                 let file = HostFile::open(&key.path, options).await.map_err(in_use)?;
                 (RawDevice::new(file), None)
             }
             Format::Qcow2 => {
-                let mut options = qcow2_options(key, !read_only);
-                options.lock = lock;
+                let mut options = qcow2_options(key, writable);
+                options.rehearse = rehearse;
                 options.passphrases = passphrases(key)?;
                 options.unlock_time = how.unlock_time.unwrap_or(options.unlock_time);
                 let image = Image::open(&key.path, options).await.map_err(explained)?;
@@ -319,16 +309,22 @@ fn explained(error: qcow2::Error) -> anyhow::Error {
 /// An error, with who it is that has the image where that is this server.
 fn in_use(error: impl Into<anyhow::Error>) -> anyhow::Error {
     let error = error.into();
-    let locked = error.chain().find_map(|cause| {
-        cause.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<ImageLocked>()
+    let host = match error.downcast_ref::<qcow2::Error>() {
+        // It is no cause of its own.
+        Some(qcow2::Error::Host(host)) => Some(host),
+        _ => error.downcast_ref::<HostError>(),
+    };
+    let locked = host.and_then(|host| {
+        let locked = host.source.get_ref()?.downcast_ref::<ImageLocked>()?;
+        locked.holders.iter().any(Holder::is_own).then_some((&host.path, locked.conflict))
     });
-    let is_ours = locked.is_some_and(|locked| locked.holders.iter().any(Holder::is_own));
-    if is_ours {
-        error.context(
-            "another export of this server has it open, in a way that does not go with this one",
-        )
-    } else {
-        error
+    match locked {
+        Some((path, conflict)) => anyhow!(
+            "cannot lock {}: another export of this server has it open {conflict}; \
+             remove one of them, or let both only read",
+            path.display()
+        ),
+        None => error,
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod attendant;
 mod catalogue;
+mod check;
 mod config;
 mod depth;
 mod descriptors;
@@ -13,8 +14,10 @@ mod images;
 mod limits;
 mod made;
 mod manual;
+mod nameless;
 mod options;
 mod overlay;
+mod places;
 mod reload;
 mod sealable;
 mod sockets;
@@ -27,8 +30,9 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use nbd_server::{ListeningSocket, Removal, Server, ServerConfig, SocketFileOptions};
+use nbd_server::{ListeningSocket, Server, ServerConfig, SocketFileOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
 
 use catalogue::Catalogue;
 use config::Config;
@@ -36,6 +40,9 @@ pub(crate) use errors::text_of;
 use images::Opening;
 pub(crate) use options::{LogFormat, Options};
 use reload::Reloading;
+
+/// Signals that come within such a time are one: timeout(1) sends two, to the process and to its group.
+const ONE_WISH: Duration = Duration::from_millis(500);
 
 /// How long the last operations on files may take when the program ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -70,7 +77,8 @@ pub(crate) fn run(options: Options, hangup: Signal) -> anyhow::Result<()> {
     let reloading = Reloading::new(&options, config.as_ref())?;
     let listen = sockets::asked(&options, config.as_ref());
     if options.check_config {
-        return reload::check(&reloading, config.as_ref(), &listen, opening(&options));
+        let how = opening(&options);
+        return check::check(&options, &reloading, config.as_ref(), &listen, how);
     }
     descriptors::raise_limit();
     let generic = config.as_ref().map(|config| &config.generic);
@@ -81,16 +89,13 @@ pub(crate) fn run(options: Options, hangup: Signal) -> anyhow::Result<()> {
     let server_config = ServerConfig::with_limits(limits.of_server());
     #[cfg(feature = "tls")]
     let server_config = tls::with(server_config, options.tls.find(config.as_ref())?);
-    let addresses = sockets::resolve(&listen)?;
+    let (addresses, refused) = sockets::resolve(&listen);
+    if !refused.0.is_empty() {
+        return Err(refused.into());
+    }
     let sockets = sockets::open(addresses, &socket_options(&options, config.as_ref()))?;
-    let of_config = |field: fn(&config::Generic) -> Option<&String>| {
-        generic.and_then(field).map(String::as_str)
-    };
     // While there is one thread, after the sockets and before the images are opened.
-    identity::become_user(
-        of_config(|generic| generic.user.as_ref()),
-        of_config(|generic| generic.group.as_ref()),
-    )?;
+    become_user(config.as_ref())?;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if let Some(threads) = generic.and_then(|generic| generic.threads) {
         runtime.worker_threads(threads);
@@ -104,6 +109,19 @@ pub(crate) fn run(options: Options, hangup: Signal) -> anyhow::Result<()> {
     // What is in flight keeps its file locked: whoever comes next must find it free.
     block::wait_until_closed(CLOSE_TIMEOUT);
     done
+}
+
+/// Becomes the user and the group that the configuration names.
+fn become_user(config: Option<&Config>) -> anyhow::Result<()> {
+    let generic = config.map(|config| &config.generic);
+    let user = generic.and_then(|generic| generic.user.as_deref());
+    identity::become_user(user, generic.and_then(|generic| generic.group.as_deref()))
+}
+
+/// Where counters are told, if anywhere.
+#[cfg(feature = "metrics")]
+fn metrics_address(options: &Options, config: Option<&Config>) -> Option<std::net::SocketAddr> {
+    options.metrics.or(config.and_then(|config| config.generic.metrics))
 }
 
 fn socket_options(options: &Options, config: Option<&Config>) -> SocketFileOptions {
@@ -139,9 +157,7 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
     let server = Server::new(server_config);
     let mut catalogue = Catalogue::new(server.clone(), opening(&options));
     #[cfg(feature = "metrics")]
-    let metrics = options.metrics.or(config.as_ref().and_then(|config| config.generic.metrics));
-    #[cfg(feature = "metrics")]
-    if let Some(address) = metrics {
+    if let Some(address) = metrics_address(&options, config.as_ref()) {
         let told = server.listen_metrics(address).await;
         let address = told.with_context(|| format!("cannot tell counters on {address}"))?;
         tracing::info!("counters are told on http://{address}/metrics");
@@ -189,9 +205,9 @@ async fn begin(
     catalogue: &mut Catalogue,
     sockets: Vec<ListeningSocket>,
 ) -> anyhow::Result<()> {
-    reloading.set_policy(server, config);
     let references = config.and_then(|config| config.generic.references.as_ref());
-    catalogue.apply(&reloading.wanted(config), references, Removal::Drain, None).await?;
+    let beside = |exports| reloading.with_policy(exports, config);
+    catalogue.apply(&reloading.wanted(config), references, beside).await?;
     let mut out = std::io::stdout();
     for socket in sockets {
         let address = socket.to_string();
@@ -218,6 +234,8 @@ struct Stop {
     terminate: Signal,
     interrupt: Signal,
     requested: bool,
+    /// When the first came.
+    first: Option<Instant>,
 }
 
 impl Stop {
@@ -226,6 +244,7 @@ impl Stop {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             requested: false,
+            first: None,
         })
     }
 
@@ -237,11 +256,18 @@ impl Stop {
         }
     }
 
-    /// Waits for one more.
+    /// Waits for one more that is meant as such.
     async fn again(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => {}
+                _ = self.interrupt.recv() => {}
+            }
+            let now = Instant::now();
+            let first = *self.first.get_or_insert(now);
+            if first == now || now.duration_since(first) > ONE_WISH {
+                return;
+            }
         }
     }
 }
@@ -315,7 +341,8 @@ mod tests {
      {
         let file = tempfile::NamedTempFile::new().unwrap();
         let text = format!("a={},format=raw", file.path().display());
-        let key = ImageKey::of(&text.parse::<ExportSpec>().unwrap(), &Opening::default()).unwrap();
+        let key =
+            ImageKey::of(&text.parse::<ExportSpec>().unwrap(), None, &Opening::default()).unwrap();
         let stuck = Arc::new(Stuck { device: MemoryDevice::new(512), closing: Notify::new() });
         let server = Server::new(ServerConfig::default());
         let mut catalogue = Catalogue::new(server.clone(), Opening::default());

@@ -1,24 +1,24 @@
-//! What is to be served, from the command line and from files that are read again, and whether it could be. Opening it
-//! is the catalogue's.
+//! What is to be served, from the command line and from files that are read again. Opening it is the catalogue's.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::bail;
-use nbd_server::{Admission, ClientRule, Removal, Server, ServerConfig};
+use nbd_server::{Admission, ClientRule, Replacement, Server, ServerConfig};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::NewTls;
 use super::catalogue::Catalogue;
 use super::config::{self, Config, Fault, Faults, Finding, Generic, Place};
 use super::errors::text_of;
-use super::images::Opening;
-use super::made::Made;
 use super::options::{ExportSpec, Options};
-use super::sockets::{self, Asked};
 use super::wanted::{Refused, Wanted};
 
-/// How long images that were only looked at may take to close.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long reading files again may take: one can lie on a host that does not answer.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What comes of reading the files.
+type Read = Result<(Config, anyhow::Result<Option<NewTls>>), Faults>;
 
 /// Where what is served is told.
 pub(super) struct Reloading {
@@ -30,6 +30,8 @@ pub(super) struct Reloading {
     deny: Vec<ClientRule>,
     #[cfg(feature = "tls")]
     tls: super::tls::TlsOptions,
+    /// The last time that the files were read again.
+    reading: Option<JoinHandle<Read>>,
 }
 
 impl Reloading {
@@ -46,6 +48,7 @@ impl Reloading {
             deny: options.deny.clone(),
             #[cfg(feature = "tls")]
             tls: options.tls.clone(),
+            reading: None,
         };
         if let Some(config) = config
             && !reloading.finds_any(config)
@@ -82,48 +85,39 @@ impl Reloading {
         wanted
     }
 
-    /// Sets who may connect, and whether exports are listed.
-    pub(super) fn set_policy(&self, server: &Server, config: Option<&Config>) {
+    /// Adds who may connect, and whether exports are listed.
+    pub(super) fn with_policy(
+        &self,
+        replacement: Replacement,
+        config: Option<&Config>,
+    ) -> Replacement {
         let generic = config.map(|config| &config.generic);
         let mut admission = generic.map(|generic| generic.admission.clone()).unwrap_or_default();
         if !self.allow.is_empty() {
             admission = admission.allow(self.allow.iter().copied());
         }
-        server.set_admission(Admission::deny(admission, self.deny.iter().copied()));
-        server.set_listing(generic.is_none_or(|generic| generic.listing));
+        replacement
+            .admission(Admission::deny(admission, self.deny.iter().copied()))
+            .listing(generic.is_none_or(|generic| generic.listing))
     }
 
     /// Reads the files again and serves what they say; whatever is wrong with them, all goes on as before.
     pub(super) async fn reload(&mut self, server: &Server, catalogue: &mut Catalogue) {
         let Some(path) = self.path.clone() else { return self.reload_alone(server) };
-        let read = tokio::task::spawn_blocking(move || config::read(&path)).await;
-        let Ok(read) = read else { return };
-        let config = match read.and_then(|config| self.complete(config)) {
-            Ok(config) => config,
-            Err(Faults(findings)) => {
-                for finding in findings {
-                    tracing::error!("{finding}");
-                }
-                tracing::error!("the configuration is broken, and not reloaded");
-                return;
-            }
-        };
+        let Some((config, tls)) = self.read(path).await else { return };
         for remark in &config.remarks {
             tracing::warn!("{remark}");
         }
         self.finds_any(&config);
         let generic = &config.generic;
-        let tls = match self.tls(&config) {
-            Ok(tls) => tls,
-            Err(error) => {
-                return tracing::error!("{}; the configuration is not reloaded", text_of(&error));
-            }
-        };
         let has_tls = tls.is_some();
         let wanted = self.wanted(Some(&config));
-        match catalogue.apply(&wanted, generic.references.as_ref(), generic.removal, tls).await {
+        let beside = |exports: Replacement| {
+            let all = self.with_policy(exports, Some(&config)).removal(generic.removal);
+            with_tls(all, tls)
+        };
+        match catalogue.apply(&wanted, generic.references.as_ref(), beside).await {
             Ok(replaced) => {
-                self.set_policy(server, Some(&config));
                 if self.generic.as_ref().is_some_and(|start| !start.starts_like(generic)) {
                     let file = whole(&config).file;
                     tracing::warn!(
@@ -160,7 +154,7 @@ impl Reloading {
     }
 
     /// A server with TLS as it would be, and listening nowhere.
-    fn server_config(&self, config: Option<&Config>) -> anyhow::Result<ServerConfig> {
+    pub(super) fn server_config(&self, config: Option<&Config>) -> anyhow::Result<ServerConfig> {
         #[cfg(feature = "tls")]
         return Ok(super::tls::with(ServerConfig::default(), self.tls.find(config)?));
         #[cfg(not(feature = "tls"))]
@@ -170,26 +164,63 @@ impl Reloading {
         }
     }
 
-    /// The certificates that count, as they are now.
-    fn tls(&self, config: &Config) -> anyhow::Result<Option<NewTls>> {
+    /// Reads the files and the certificates that count, within [`READ_TIMEOUT`]. Where that cannot be, says why.
+    async fn read(&mut self, path: PathBuf) -> Option<(Config, Option<NewTls>)> {
+        if self.reading.as_ref().is_some_and(|reading| !reading.is_finished()) {
+            tracing::error!(
+                "the configuration is not reloaded: reading it has not ended since it was to be reloaded last"
+            );
+            return None;
+        }
         #[cfg(feature = "tls")]
-        return self.tls.of_reload(config);
-        #[cfg(not(feature = "tls"))]
-        {
-            let _ = config;
-            Ok(None)
+        let tls = self.tls.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let config = complete(config::read(&path)?)?;
+            #[cfg(feature = "tls")]
+            let tls = tls.of_reload(&config);
+            #[cfg(not(feature = "tls"))]
+            let tls = Ok(None);
+            Ok::<_, Faults>((config, tls))
+        });
+        // Kept where it is not over in time, so that those that hang do not become more.
+        let reading = self.reading.insert(reading);
+        match timeout(READ_TIMEOUT, reading).await {
+            Ok(Ok(Ok((config, Ok(tls))))) => return Some((config, tls)),
+            Ok(Ok(Ok((_, Err(error))))) => {
+                tracing::error!("{}; the configuration is not reloaded", text_of(&error));
+            }
+            Ok(Ok(Err(Faults(findings)))) => {
+                for finding in findings {
+                    tracing::error!("{finding}");
+                }
+                tracing::error!("the configuration is broken, and not reloaded");
+            }
+            Ok(Err(error)) => tracing::error!(%error, "the configuration is not reloaded"),
+            Err(_) => tracing::error!(
+                limit_secs = READ_TIMEOUT.as_secs(),
+                "the configuration is not reloaded: reading it, or a file that it names, takes too long"
+            ),
         }
+        None
     }
+}
 
-    /// Refuses files that may be half-written.
-    fn complete(&self, config: Config) -> Result<Config, Faults> {
-        let unfinished = config.remarks.iter().filter(|remark| remark.unfinished);
-        let finding = |place: &Place| Finding { place: place.clone(), what: Fault::Unfinished };
-        let findings: Vec<_> = unfinished.map(|remark| finding(&remark.place)).collect();
-        if !findings.is_empty() {
-            return Err(Faults(findings));
-        }
-        Ok(config)
+/// Refuses files that may be half-written.
+fn complete(config: Config) -> Result<Config, Faults> {
+    let unfinished = config.remarks.iter().filter(|remark| remark.unfinished);
+    let finding = |place: &Place| Finding { place: place.clone(), what: Fault::Unfinished };
+    let findings: Vec<_> = unfinished.map(|remark| finding(&remark.place)).collect();
+    if findings.is_empty() { Ok(config) } else { Err(Faults(findings)) }
+}
+
+/// Adds other certificates, where there are any.
+fn with_tls(replacement: Replacement, tls: Option<NewTls>) -> Replacement {
+    match tls {
+        #[cfg(feature = "tls")]
+        Some(tls) => replacement.tls(tls),
+        #[cfg(not(feature = "tls"))]
+        Some(never) => match never {},
+        None => replacement,
     }
 }
 
@@ -198,42 +229,36 @@ fn whole(config: &Config) -> Place {
     config.place(1)
 }
 
-/// Does all that the start does short of listening and serving, with images opened beside whoever has them, and tells
-/// what would be served.
-///
-/// # Errors
-/// All that could not be served.
-pub(super) fn check(
-    reloading: &Reloading,
-    config: Option<&Config>,
-    listen: &[Asked],
-    how: Opening,
-) -> anyhow::Result<()> {
-    let mut wrong: Vec<String> = Vec::new();
-    wrong.extend(sockets::resolve(listen).err().map(|refused| refused.to_string()));
-    let server_config = reloading.server_config(config);
-    wrong.extend(server_config.as_ref().err().map(text_of));
-    let references = config.and_then(|config| config.generic.references.as_ref());
-    let wanted = reloading.wanted(config);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let looked = runtime.block_on(async {
-        let can_serve = server_config.is_ok();
-        let server = Server::new(server_config.unwrap_or_default());
-        let mut catalogue = Catalogue::new(server, Opening { only_looks: true, ..how });
-        let looked = if can_serve {
-            catalogue.apply(&wanted, references, Removal::Drain, None).await.map(drop)
-        } else {
-            // What exports demand of certificates that cannot be used is not told.
-            catalogue.prepare(&wanted, references, &mut Made::default()).await.map(drop)
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn files_that_do_not_end_are_given_up_and_no_more_are_read_until_they_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let (hangs, good) = (dir.path().join("hangs"), dir.path().join("good"));
+        mknodat(CWD, &hangs, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        std::fs::write(&good, "[generic]\n").unwrap();
+        let options = Options::parse_from(["nbd-server", "--listen=unix:x", "--export=a=b"]);
+        let mut reloading = Reloading::new(&options, None).unwrap();
+        // Time stands still while files are read, unless somebody moves it.
+        let read = tokio::select! {
+            biased;
+            read = reloading.read(hangs.clone()) => read,
+            () = async {
+                tokio::time::advance(READ_TIMEOUT * 2).await;
+                std::future::pending().await
+            } => None,
         };
-        catalogue.end(CLOSE_TIMEOUT).await;
-        looked
-    });
-    wrong.extend(looked.err().map(|refused| refused.to_string()));
-    if !wrong.is_empty() {
-        bail!(wrong.join("\n"));
+        assert!(read.is_none());
+        assert!(reloading.read(good.clone()).await.is_none(), "the first one goes on");
+        drop(std::fs::OpenOptions::new().write(true).open(&hangs).unwrap());
+        while reloading.reading.as_ref().is_some_and(|reading| !reading.is_finished()) {
+            tokio::task::yield_now().await;
+        }
+        assert!(reloading.read(good).await.is_some());
     }
-    let files = config.map_or(0, |config| config.files.len());
-    println!("{} exports in {files} files: all is well", wanted.len());
-    Ok(())
 }

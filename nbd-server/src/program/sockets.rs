@@ -1,8 +1,9 @@
 //! The sockets that the program listens on, opened before it becomes another user: those that were asked for, and those
 //! that systemd hands over.
 
-use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use nbd_server::{ListeningSocket, SocketFileOptions};
@@ -11,6 +12,7 @@ use super::config::{Config, Place};
 use super::identity;
 use super::images::folder_of;
 use super::options::{Listen, Options};
+use super::places::Places;
 use super::wanted::Refused;
 
 /// An address to listen on, and where it is said.
@@ -31,8 +33,15 @@ pub(super) struct Resolved {
 
 enum Address {
     Unix(PathBuf),
-    Vsock { cid: Option<u32>, port: u32 },
-    Tcp { address: SocketAddr, only_v6: bool },
+    Vsock {
+        cid: Option<u32>,
+        port: u32,
+    },
+    /// All that a name has.
+    Tcp {
+        addresses: Vec<SocketAddr>,
+        only_v6: bool,
+    },
 }
 
 /// Where to listen: where the command line says, or else the file, unless sockets are handed over.
@@ -52,11 +61,8 @@ pub(super) fn asked(options: &Options, config: Option<&Config>) -> Vec<Asked> {
     }
 }
 
-/// Finds the addresses. Asks name servers where they have names.
-///
-/// # Errors
-/// All that cannot be found.
-pub(super) fn resolve(asked: &[Asked]) -> Result<Vec<Resolved>, Refused> {
+/// Finds the addresses, and tells which cannot be found. Asks name servers where they have names.
+pub(super) fn resolve(asked: &[Asked]) -> (Vec<Resolved>, Refused) {
     let (mut resolved, mut refused) = (Vec::new(), Vec::new());
     for Asked { listen, place } in asked {
         let place = place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default();
@@ -69,7 +75,7 @@ pub(super) fn resolve(asked: &[Asked]) -> Result<Vec<Resolved>, Refused> {
             Err(error) => refused.push(error.context(told)),
         }
     }
-    if refused.is_empty() { Ok(resolved) } else { Err(Refused(refused)) }
+    (resolved, Refused(refused))
 }
 
 fn address(listen: &Listen) -> anyhow::Result<Address> {
@@ -84,14 +90,80 @@ fn address(listen: &Listen) -> anyhow::Result<Address> {
         Listen::Vsock { cid, port } => Address::Vsock { cid: *cid, port: *port },
         Listen::Tcp { host, port, only_v6, .. } => {
             let found = (host.as_str(), *port).to_socket_addrs();
-            let mut found = found.with_context(|| format!("cannot resolve {host}"))?;
-            let address = found.next().with_context(|| format!("{host} has no address"))?;
-            Address::Tcp { address, only_v6: *only_v6 }
+            let found = found.with_context(|| format!("cannot resolve {host}"))?;
+            let mut addresses: Vec<SocketAddr> = Vec::new();
+            for address in found {
+                if !addresses.contains(&address) {
+                    addresses.push(address);
+                }
+            }
+            if addresses.is_empty() {
+                bail!("{host} has no address");
+            }
+            // Addresses of one name leave each other alone.
+            let only_v6 = *only_v6 || addresses.len() > 1;
+            Address::Tcp { addresses, only_v6 }
         }
     })
 }
 
-/// Opens them; clients wait until they are served.
+/// What comes of addresses: sockets, or the knowledge that there could be some.
+pub(super) trait Maker {
+    type Socket;
+    fn unix(&mut self, path: &Path, options: &SocketFileOptions) -> io::Result<Self::Socket>;
+    fn vsock(&mut self, cid: Option<u32>, port: u32) -> io::Result<Self::Socket>;
+    fn tcp(&mut self, address: SocketAddr, only_v6: bool) -> io::Result<Self::Socket>;
+    /// The TCP port that a socket got.
+    fn port(socket: &Self::Socket) -> Option<u16>;
+}
+
+/// Makes sockets that listen; clients wait until they are served.
+struct Listening;
+
+impl Maker for Listening {
+    type Socket = ListeningSocket;
+
+    fn unix(&mut self, path: &Path, options: &SocketFileOptions) -> io::Result<ListeningSocket> {
+        ListeningSocket::unix(path, options)
+    }
+
+    fn vsock(&mut self, cid: Option<u32>, port: u32) -> io::Result<ListeningSocket> {
+        ListeningSocket::vsock(cid, port)
+    }
+
+    fn tcp(&mut self, address: SocketAddr, only_v6: bool) -> io::Result<ListeningSocket> {
+        ListeningSocket::tcp(address, only_v6)
+    }
+
+    fn port(socket: &ListeningSocket) -> Option<u16> {
+        socket.tcp_address().map(|address| address.port())
+    }
+}
+
+impl Maker for Places {
+    type Socket = ();
+
+    fn unix(&mut self, path: &Path, options: &SocketFileOptions) -> io::Result<()> {
+        Self::unix(self, path, options)
+    }
+
+    fn vsock(&mut self, cid: Option<u32>, port: u32) -> io::Result<()> {
+        Self::vsock(self, cid, port)
+    }
+
+    fn tcp(&mut self, address: SocketAddr, only_v6: bool) -> io::Result<()> {
+        Self::tcp(self, address, only_v6)
+    }
+
+    fn port((): &()) -> Option<u16> {
+        None
+    }
+}
+
+/// Opens the sockets, after those that systemd hands over.
+///
+/// # Errors
+/// All that cannot be opened.
 pub(super) fn open(
     addresses: Vec<Resolved>,
     options: &SocketFileOptions,
@@ -101,20 +173,97 @@ pub(super) fn open(
         let socket = ListeningSocket::inherited(descriptor);
         sockets.push(socket.context("cannot listen on a socket of LISTEN_FDS")?);
     }
-    for Resolved { address, optional, told } in addresses {
-        let opened = match &address {
-            Address::Unix(path) => ListeningSocket::unix(path, options),
-            Address::Vsock { cid, port } => ListeningSocket::vsock(*cid, *port),
-            Address::Tcp { address, only_v6 } => ListeningSocket::tcp(*address, *only_v6),
-        };
-        match opened {
-            Ok(socket) => sockets.push(socket),
-            Err(error) if optional => tracing::warn!("{told}: {error}; going on without"),
-            Err(error) => return Err(anyhow!(error).context(told)),
-        }
-    }
+    sockets.extend(make(&mut Listening, addresses, options)?);
     if sockets.is_empty() {
         bail!("nowhere to listen");
     }
     Ok(sockets)
+}
+
+/// Makes the socket, or the sockets, of every address.
+///
+/// # Errors
+/// All that cannot be made.
+pub(super) fn make<M: Maker>(
+    maker: &mut M,
+    addresses: Vec<Resolved>,
+    options: &SocketFileOptions,
+) -> Result<Vec<M::Socket>, Refused> {
+    let (mut sockets, mut refused) = (Vec::new(), Vec::new());
+    for Resolved { address, optional, told } in addresses {
+        let opened = match &address {
+            Address::Unix(path) => maker.unix(path, options).map(|socket| vec![socket]),
+            Address::Vsock { cid, port } => maker.vsock(*cid, *port).map(|socket| vec![socket]),
+            Address::Tcp { addresses, only_v6 } => named(maker, addresses, *only_v6, &told),
+        };
+        match opened {
+            Ok(opened) => sockets.extend(opened),
+            Err(error) if optional => tracing::warn!("{told}: {error}; going on without"),
+            Err(error) => refused.push(anyhow!(error).context(told)),
+        }
+    }
+    if refused.is_empty() { Ok(sockets) } else { Err(Refused(refused)) }
+}
+
+/// How often a port is looked for that is free on all addresses of a name.
+const PORT_ATTEMPTS: usize = 16;
+
+/// Makes the sockets of all addresses that a name has, on one port.
+fn named<M: Maker>(
+    maker: &mut M,
+    addresses: &[SocketAddr],
+    only_v6: bool,
+    told: &str,
+) -> io::Result<Vec<M::Socket>> {
+    let mut attempts = 1..PORT_ATTEMPTS;
+    loop {
+        match on_one_port(maker, addresses, only_v6, told) {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse
+                    && addresses.iter().all(|address| address.port() == 0)
+                    && attempts.next().is_some() => {}
+            made => return made,
+        }
+    }
+}
+
+/// The same, with a port that is free on the first address, where any may be taken. A machine may lack some of the
+/// addresses, IPv6 for one.
+fn on_one_port<M: Maker>(
+    maker: &mut M,
+    addresses: &[SocketAddr],
+    only_v6: bool,
+    told: &str,
+) -> io::Result<Vec<M::Socket>> {
+    let explain = |ip: IpAddr, error: io::Error| match addresses {
+        [_] => error,
+        _ => io::Error::new(error.kind(), format!("{ip}: {error}")),
+    };
+    let (mut sockets, mut lacking, mut free) = (Vec::new(), Vec::new(), None);
+    for address in addresses {
+        let address = SocketAddr::new(address.ip(), free.unwrap_or(address.port()));
+        match maker.tcp(address, only_v6) {
+            Ok(socket) => {
+                free = free.or(M::port(&socket));
+                sockets.push(socket);
+            }
+            Err(error) if is_lacking(&error) => lacking.push(explain(address.ip(), error)),
+            Err(error) => return Err(explain(address.ip(), error)),
+        }
+    }
+    if sockets.is_empty() {
+        let kind = io::ErrorKind::AddrNotAvailable;
+        let all: Vec<_> = lacking.iter().map(ToString::to_string).collect();
+        return Err(io::Error::new(kind, all.join("; ")));
+    }
+    for error in lacking {
+        tracing::warn!("{told}: {error}; going on without");
+    }
+    Ok(sockets)
+}
+
+/// Whether this machine has no such address, or no address of its kind.
+fn is_lacking(error: &io::Error) -> bool {
+    let no_family = Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error());
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == no_family
 }

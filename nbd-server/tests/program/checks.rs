@@ -108,6 +108,160 @@ fn the_check_finds_users_groups_and_addresses_that_there_are_not() {
     }
 }
 
+/// Whether the check finds nothing, and the start serves.
+fn is_served(dir: &Path, text: &str) -> [bool; 2] {
+    std::fs::write(dir.join("config"), text).unwrap();
+    let before = names(dir);
+    let mut check = Running::start(dir, &["--config=config", "--check-config"]);
+    let is_well = check.status().success();
+    assert_eq!(names(dir), before, "{text}: the check left something behind");
+    let mut server = Running::start(dir, &["--config=config"]);
+    let serves = server.ended_at_once().is_none();
+    assert!(!serves || server.stop());
+    if !serves {
+        assert_eq!(names(dir), before, "{text}: the start left something behind");
+    }
+    [is_well, serves]
+}
+
+/// The same images with more names, a snapshot, and one above.
+fn related_images() -> tempfile::TempDir {
+    let dir = images();
+    let path = dir.path();
+    std::fs::hard_link(path.join("disk.img"), path.join("link.img")).unwrap();
+    run(path, "qemu-img", &["snapshot", "-c", "before", "disk.qcow2"]);
+    create_qcow2(path, "top.qcow2", Some(("disk.qcow2", "qcow2")));
+    dir
+}
+
+/// Two exports, each by its keys.
+fn two(one: &str, other: &str) -> String {
+    format!("[generic]\nunixsock = socket\n[one]\n{one}[two]\n{other}")
+}
+
+const RAW: &str = "exportname = disk.img\n";
+const LINK: &str = "exportname = link.img\n";
+const QCOW2: &str = "exportname = disk.qcow2\nformat = qcow2\n";
+const TOP: &str = "exportname = top.qcow2\nformat = qcow2\n";
+const NEW: &str = "exportname = new.img\nfilesize = 1M\n";
+const READ: &str = "readonly = true\n";
+
+#[test]
+fn the_check_finds_images_that_could_not_be_open_together() {
+    let held = "another export of this server has it open";
+    let past = "passes the end of the device";
+    let cases = [
+        (RAW, LINK, "", held),
+        (RAW, LINK, READ, held),
+        (QCOW2, QCOW2, "snapshot = before\n", held),
+        (TOP, QCOW2, "", held),
+        (QCOW2, TOP, READ, held),
+        (QCOW2, "exportname = disk.qcow2\nformat = raw\n", "", held),
+        (QCOW2, QCOW2, "allow_references = any\n", held),
+        (NEW, "exportname = new.img\nfilesize = 2M\n", "", past),
+        (NEW, "exportname = new.img\nformat = qcow2\n", "", "new.img"),
+    ];
+    // A program waits a little for a lock.
+    std::thread::scope(|scope| {
+        for (one, other, more, expected) in cases {
+            scope.spawn(move || {
+                let dir = related_images();
+                is_refused(dir.path(), &two(one, &[other, more].concat()), &["config:", expected]);
+            });
+        }
+    });
+}
+
+#[test]
+fn the_check_finds_images_that_only_can_be_read() {
+    let dir = images();
+    let dir = dir.path();
+    let mut image = std::fs::read(dir.join("disk.qcow2")).unwrap();
+    // The bit that says corrupt, among the features that are not to be ignored.
+    image[79] |= 2;
+    std::fs::write(dir.join("disk.qcow2"), image).unwrap();
+    let text = |more: &str| format!("[generic]\nunixsock = socket\n[one]\n{QCOW2}{more}");
+    is_refused(dir, &text(""), &["config:3: ", "an image that is marked corrupt"]);
+    assert_eq!(is_served(dir, &text(READ)), [true; 2]);
+}
+
+#[test]
+fn the_check_is_content_with_images_that_are_open_together() {
+    let dir = related_images();
+    let dir = dir.path();
+    for (one, other, more) in [
+        (RAW, RAW, READ),
+        ("exportname = disk.img\nreadonly = true\n", LINK, READ),
+        (
+            "exportname = disk.qcow2\nformat = qcow2\nreadonly = true\n",
+            QCOW2,
+            "snapshot = before\n",
+        ),
+        (TOP, QCOW2, READ),
+        (NEW, "exportname = ./new.img\n", READ),
+        (NEW, "exportname = new.img\nfilesize = 512K\n", ""),
+    ] {
+        let text = two(one, &[other, more].concat());
+        assert_eq!(is_served(dir, &text), [true; 2], "{text}");
+        let _ = std::fs::remove_file(dir.join("new.img"));
+    }
+}
+
+#[test]
+fn the_check_finds_what_the_host_does_not_give() {
+    let dir = images();
+    let dir = dir.path();
+    let export = "[one]\nexportname = disk.img\n";
+    // Whether there is a file system that holds it is another question.
+    let text = "[generic]\nunixsock = socket\n[one]\nexportname = new.img\nfilesize = 8000000T\n";
+    let told = is_served(dir, text);
+    assert!(told[0] == told[1], "{told:?}");
+    std::fs::create_dir(dir.join("folder")).unwrap();
+    let long = format!("unix:{}", "x".repeat(200));
+    for (generic, expected) in [
+        ("unixsock = folder\n".to_owned(), "config:2: cannot listen on unix:folder"),
+        ("unixsock = disk.img\n".to_owned(), "config:2: cannot listen on unix:disk.img"),
+        (format!("listen = {long}\n"), "config:2: cannot listen on unix:xxx"),
+        (
+            "unixsock = socket\nlisten = unix:./socket\n".to_owned(),
+            "config:2: cannot listen on unix:socket: Address",
+        ),
+        ("listen = 192.0.2.1:0\n".to_owned(), "config:2: cannot listen on 192.0.2.1:0"),
+    ] {
+        is_refused(dir, &format!("[generic]\n{generic}{export}"), &[expected]);
+    }
+}
+
+#[test]
+fn the_check_is_made_as_the_user_who_would_serve() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let dir = images();
+    let dir = dir.path();
+    std::fs::create_dir(dir.join("run")).unwrap();
+    let text = |user: &str, more: &str| {
+        format!(
+            "[generic]\nunixsock = run/socket\nuser = {user}\ngroup = 0\n[one]\nexportname = disk.img\n{more}"
+        )
+    };
+    if std::fs::metadata(dir).unwrap().uid() != 0 {
+        is_refused(dir, &text("root", ""), &["cannot "]);
+        return;
+    }
+    let set = |path: &Path, mode| {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap()
+    };
+    set(dir, 0o755);
+    // Where the user can take the socket away again.
+    set(&dir.join("run"), 0o777);
+    set(&dir.join("disk.img"), 0o644);
+    is_refused(dir, &text("12345", ""), &["config:5: cannot open", "Permission denied"]);
+    assert_eq!(is_served(dir, &text("12345", "readonly = true\n")), [true; 2]);
+    set(&dir.join("disk.img"), 0o666);
+    assert_eq!(is_served(dir, &text("12345", "")), [true; 2]);
+    let new = "[two]\nexportname = new.img\nfilesize = 1M\n";
+    is_refused(dir, &text("12345", new), &["config:7: cannot open", "Permission denied"]);
+}
+
 #[test]
 fn everything_that_is_wrong_is_told_at_once() {
     let dir = images();

@@ -244,8 +244,14 @@ fn the_manual_and_the_completions_come_from_the_same_definition() {
     let dir = tempfile::tempdir().unwrap();
     let program = env!("CARGO_BIN_EXE_nbd-server");
     let manual = run(dir.path(), program, &["--man"]);
-    for told in [r"\-\-listen", r"\-\-check\-config", "CONFIGURATION FILES", "exportname", "SIGHUP"]
-    {
+    for told in [
+        r"\-\-listen",
+        r"\-\-check\-config",
+        "CONFIGURATION FILES",
+        "exportname",
+        "SIGHUP",
+        r"\-\-listen ADDRESS ... \-\-export NAME=PATH[,...] ...",
+    ] {
         assert!(manual.contains(told), "{told}");
     }
     for shell in ["bash", "zsh", "fish"] {
@@ -292,8 +298,6 @@ fn the_configuration_that_the_reference_ships_with_loads_and_takes_exports_later
     let dir = dir.path();
     image(dir);
     let program = env!("CARGO_BIN_EXE_nbd-server");
-    let told = run(dir, program, &[&format!("--config={SHIPPED}"), "--check-config"]);
-    assert!(told.ends_with("all is well\n"), "{told}");
     // With a folder of our own, and as the user that runs this.
     let shipped = std::fs::read_to_string(SHIPPED).unwrap();
     let ours = |line: &&str| !["user", "group"].iter().any(|key| line.trim().starts_with(key));
@@ -302,6 +306,8 @@ fn the_configuration_that_the_reference_ships_with_loads_and_takes_exports_later
     assert!(text.contains("includedir = conf.d"), "{text}");
     write(dir, "config", &text);
     std::fs::create_dir(dir.join("conf.d")).unwrap();
+    let told = run(dir, program, &["--config=config", "--check-config"]);
+    assert!(told.ends_with("all is well\n"), "{told}");
     let mut server = Running::start(dir, &["--config=config", "--listen=unix:socket"]);
     server.address();
     server.log_until("nothing is served");
@@ -343,25 +349,88 @@ fn a_refused_reload_takes_the_images_away_that_it_made() {
 fn a_hangup_before_anything_is_served_reloads_what_is_served_then() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    image(dir);
-    run(dir, "mkfifo", &["authorized"]);
-    let text =
-        "[generic]\nunixsock = socket\n[one]\nexportname = disk.img\nauthfile = authorized\n";
-    write(dir, "config", text);
+    create_qcow2(dir, "disk.qcow2", None);
+    run(dir, "mkfifo", &["secret"]);
+    let export = "exportname = disk.qcow2\nformat = qcow2\npassphrase_file = secret\n";
+    write(dir, "config", &format!("[generic]\nunixsock = socket\n[one]\n{export}"));
     let mut server = Running::start(dir, &["--config=config"]);
     // Which is opened as soon as it is read: nothing is served by then.
-    let answer = |signal: Option<&Running>| {
-        let mut fifo =
-            std::fs::OpenOptions::new().write(true).open(dir.join("authorized")).unwrap();
-        if let Some(server) = signal {
-            server.signal("-HUP");
-        }
-        std::io::Write::write_all(&mut fifo, b"unix\n").unwrap();
-    };
-    answer(Some(&server));
+    let mut fifo = std::fs::OpenOptions::new().write(true).open(dir.join("secret")).unwrap();
+    server.signal("-HUP");
+    std::io::Write::write_all(&mut fifo, b"of nothing\n").unwrap();
+    drop(fifo);
     server.address();
-    answer(None);
     server.log_until("reloaded");
     assert!(qemu_io(dir, "write -P 9 1M 4k", URI));
+    assert!(server.stop());
+}
+
+#[test]
+fn a_list_of_clients_that_does_not_end_is_refused_and_reloads_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let text = |list: &str| {
+        format!("[generic]\nunixsock = socket\n[one]\nexportname = disk.img\nauthfile = {list}\n")
+    };
+    write(dir, "list", "unix\n");
+    write(dir, "config", &text("list"));
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    run(dir, "mkfifo", &["fifo"]);
+    write(dir, "long", &"#".repeat((1 << 20) + 1));
+    for (list, why) in [
+        ("fifo", "config:5: cannot read fifo: it is no regular file"),
+        ("/dev/zero", "config:5: cannot read /dev/zero: it is no regular file"),
+        ("long", "config:5: cannot read long: it is longer than 1048576 bytes"),
+        ("list/x", "config:5: cannot read list/x: Not a directory"),
+    ] {
+        write(dir, "config", &text(list));
+        server.signal("-HUP");
+        let log = server.log_until("not reloaded").concat();
+        assert!(log.contains(why), "{log}");
+        assert!(qemu_io(dir, "read 0 4k", URI));
+    }
+    write(dir, "list", "10.0.0.1\n");
+    write(dir, "config", &text("list"));
+    server.signal("-HUP");
+    server.log_until(r#"changed=["one"]"#);
+    assert!(!qemu_io(dir, "read 0 4k", URI));
+    let log = server.log_until("may not use the export").concat();
+    assert!(log.contains("the export allows others only, or denies it"), "{log}");
+    assert!(server.stop());
+}
+
+/// Makes the disk one with a partition of so many sectors.
+fn divide(dir: &Path, sectors: u32) {
+    use std::os::unix::fs::FileExt;
+    let mut record = [0; 512];
+    record[450] = 0x83;
+    record[454..458].copy_from_slice(&64_u32.to_le_bytes());
+    record[458..462].copy_from_slice(&sectors.to_le_bytes());
+    record[510..].copy_from_slice(&[0x55, 0xaa]);
+    let disk = std::fs::OpenOptions::new().write(true).open(dir.join("disk.img")).unwrap();
+    disk.write_all_at(&record, 0).unwrap();
+    disk.sync_all().unwrap();
+}
+
+#[test]
+fn a_partition_that_moved_is_found_again_by_a_reload() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    divide(dir, 64);
+    let export = "[one]\nexportname = disk.img\npartition = 1\n";
+    write(dir, "config", &format!("[generic]\nunixsock = socket\n{export}"));
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    for (sectors, told) in [(64, "kept=1"), (128, r#"changed=["one"]"#), (128, "kept=1")] {
+        divide(dir, sectors);
+        server.signal("-HUP");
+        let log = server.log_until("reloaded").concat();
+        assert!(log.contains(told), "{log}");
+        let size = run(dir, "nbdinfo", &["--size", URI]);
+        assert_eq!(size.trim(), (sectors * 512).to_string());
+    }
     assert!(server.stop());
 }

@@ -36,6 +36,60 @@ fn once_ends_with_the_last_client_that_used_an_export() {
 }
 
 #[test]
+fn a_name_is_listened_on_with_all_its_addresses_on_one_port() {
+    use std::net::{TcpListener, ToSocketAddrs};
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let mut expected: Vec<_> = ("localhost", 0).to_socket_addrs().unwrap().collect();
+    expected.retain(|address| TcpListener::bind(address).is_ok());
+    expected.dedup();
+    let mut server = Running::start(dir, &["--listen=localhost:0", EXPORT]);
+    let mut port = 0;
+    for address in expected {
+        let told: std::net::SocketAddr = server.address().parse().unwrap();
+        assert_eq!(told.ip(), address.ip());
+        assert!(port == 0 || port == told.port(), "{told}, and not {port}");
+        port = told.port();
+        assert!(can_connect(dir, &format!("nbd://{told}/one")));
+    }
+    assert!(server.stop());
+}
+
+#[test]
+fn a_name_without_an_address_of_this_machine_is_refused_with_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let mut server = Running::start(dir, &["--listen=192.0.2.1:0", EXPORT]);
+    assert!(!server.status().success());
+    let errors = server.errors();
+    assert!(errors.contains("cannot listen on 192.0.2.1:0: Cannot assign requested"), "{errors}");
+}
+
+#[test]
+fn who_gets_no_connection_is_told_of_in_the_log_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let one = format!("{EXPORT},max-connections=1");
+    let mut server = Running::start(dir, &["--listen=unix:socket", &one, "--log-format=json"]);
+    server.address();
+    let stays = super::stop::entered(dir);
+    assert!(!can_connect(dir, URI));
+    let log = server.log_until("a client gets no connection to the export").concat();
+    assert!(log.contains(r#""why":"it has as many connections as it may have""#), "{log}");
+    drop(stays);
+    assert!(server.stop());
+    let arguments = ["--listen=unix:socket", "--export=a=none", "--log-format=json"];
+    let mut server = Running::start(dir, &arguments);
+    assert!(!server.status().success());
+    let errors = server.errors();
+    assert!(errors.lines().all(|line| line.starts_with('{')), "{errors}");
+    assert!(errors.contains("No such file"), "{errors}");
+}
+
+#[test]
 fn a_unix_socket_has_the_mode_and_the_owner_that_are_said() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

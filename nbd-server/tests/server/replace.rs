@@ -9,8 +9,8 @@ use block::{BlockDevice, ByteRange, DeviceError, Durability, MemoryDevice};
 use bytes::Bytes;
 use nbd_server::client::{Address, ClientOptions, NbdDevice};
 use nbd_server::{
-    Admission, Export, ExportError, ExtentSource, FlaggedExtent, Peer, Removal, Server,
-    ServerConfig,
+    Admission, Export, ExportError, ExtentSource, FlaggedExtent, Peer, Removal, Replacement,
+    Server, ServerConfig,
 };
 use tokio::task::JoinHandle;
 
@@ -250,6 +250,35 @@ async fn who_may_not_use_an_export_neither_sees_it_nor_gets_in() {
     served.server.set_admission(Admission::nobody());
     let mut raw = Raw::new(&served.server);
     assert!(raw.rest().await.is_empty());
+}
+
+#[tokio::test]
+async fn exports_and_who_may_have_them_change_at_one_stroke() {
+    let served = Served::new().await;
+    served.server.add_export(export("old", &disk())).unwrap();
+    let seven = || Admission::default().allow(["uid:7".parse().unwrap()]);
+    // Connected, and let in, before.
+    let mut clients = Vec::new();
+    for uid in [7, 8] {
+        let mut raw = Raw::of(&served.server, Peer::Unix { uid });
+        raw.greet(3).await;
+        clients.push(raw);
+    }
+    let broken = [export("twice", &disk()), export("twice", &disk())];
+    let refused = served.server.replace(Replacement::of(broken).admission(seven()).listing(false));
+    assert_eq!(refused.unwrap_err(), ExportError::Duplicate("twice".into()));
+    for raw in &mut clients {
+        assert_eq!(raw.option(option::LIST, &[]).await.len(), 2, "nothing has changed");
+    }
+    let next = Replacement::of([export("new", &disk())]).admission(seven());
+    served.server.replace(next).unwrap();
+    for (raw, (listed, answer)) in clients.iter_mut().zip([(2, reply::ACK), (1, reply::ERR_POLICY)])
+    {
+        assert_eq!(raw.option(option::LIST, &[]).await.len(), listed);
+        let told = raw.option(option::GO, &crate::raw::go("new")).await;
+        assert_eq!(told.last().unwrap().0, answer);
+    }
+    assert!(Raw::of(&served.server, Peer::Unix { uid: 8 }).rest().await.is_empty());
 }
 
 /// Knows one flag of everything.

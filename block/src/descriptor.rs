@@ -184,7 +184,9 @@ impl Descriptor {
                 Ok(start) => start,
                 Err(Errno::NXIO) => break,
                 // Block devices, and file systems that know no holes: all of it is data.
-                Err(Errno::INVAL) if found.is_empty() => return Ok(vec![range]),
+                Err(Errno::INVAL) if found.is_empty() => {
+                    return Ok(vec![ByteRange::between(at, i64::MAX.unsigned_abs())]);
+                }
                 Err(error) => return Err(error.into()),
             };
             if start >= range.end() {
@@ -195,7 +197,7 @@ impl Descriptor {
                 Err(Errno::NXIO) => break, // Cut by somebody meanwhile.
                 Err(error) => return Err(error.into()),
             };
-            found.push(ByteRange::between(start, end.min(range.end())));
+            found.push(ByteRange::between(start, end));
             at = end.max(at + 1);
         }
         Ok(found)

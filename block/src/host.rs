@@ -425,15 +425,26 @@ impl HostFile {
         range: ByteRange,
         max: usize,
     ) -> Result<(Vec<ByteRange>, u64), HostError> {
+        let mut found = self.data_from(range, max).await?;
+        let is_all = found.len() < max;
+        if let Some(last) = found.last_mut() {
+            *last = last.intersection(range);
+        }
+        let end = found.last().filter(|_| !is_all).map_or(range.end(), |last| last.end());
+        Ok((found, end))
+    }
+
+    /// At most `max` data ranges that begin in `range`, the last of them as far as it goes.
+    pub(crate) async fn data_from(
+        &self,
+        range: ByteRange,
+        max: usize,
+    ) -> Result<Vec<ByteRange>, HostError> {
         let op = Op::Map { range, max };
         match self.inner.run(op, HostOp::Stat, Keep::default()).await {
-            Ok(Outcome::Ranges(found)) if found.len() < max => Ok((found, range.end())),
-            Ok(Outcome::Ranges(found)) => {
-                let end = found.last().map_or(range.end(), |last| last.end());
-                Ok((found, end))
-            }
-            Ok(_) => Ok((vec![range], range.end())),
-            Err(error) if is_unsupported(&error.source) => Ok((vec![range], range.end())),
+            Ok(Outcome::Ranges(found)) => Ok(found),
+            Ok(_) => Ok(vec![range]),
+            Err(error) if is_unsupported(&error.source) => Ok(vec![range]),
             Err(error) => Err(error),
         }
     }

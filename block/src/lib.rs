@@ -55,6 +55,7 @@ mod raw;
 mod reader;
 mod rehearsal;
 mod storage;
+mod stretches;
 mod unfinished;
 mod uring;
 

@@ -524,8 +524,10 @@ impl State {
     }
 
     fn map(&self, range: ByteRange, max: usize) -> Vec<ByteRange> {
-        let inside = self.data.iter().map(|data| data.intersection(range));
-        inside.filter(|data| !data.is_empty()).take(max).collect()
+        let inside = self.data.iter().filter(|data| data.overlaps(range));
+        let told =
+            inside.map(|data| ByteRange::between(data.start().max(range.start()), data.end()));
+        told.take(max).collect()
     }
 
     fn change(&mut self, op: LoggedOp) -> io::Result<Outcome> {

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
+use crate::stretches::Stretches;
 use crate::unfinished::Unfinished;
 use crate::{
     BlockDevice, ByteRange, DeviceError, Durability, Extent, HostFile, Limits, MAX_EXTENTS,
@@ -24,6 +25,7 @@ const PREFERRED_BYTES: u32 = 4096;
 pub struct RawDevice {
     file: HostFile,
     limits: Limits,
+    stretches: Stretches,
     /// Requests read it, closing writes it: so closing waits for what is in flight.
     open: Arc<RwLock<bool>>,
 }
@@ -62,7 +64,8 @@ impl RawDevice {
             can_discard: !file.is_read_only(),
             fast_zeroes: file.has_fast_zeroes(),
         };
-        Arc::new(Self { file, limits, open: Arc::new(RwLock::new(true)) })
+        let (stretches, open) = (Stretches::default(), Arc::new(RwLock::new(true)));
+        Arc::new(Self { file, limits, stretches, open })
     }
 
     /// The file underneath.
@@ -95,19 +98,29 @@ impl BlockDevice for RawDevice {
         let _open = self.enter().await?;
         self.limits.check_read(range)?;
         let mut segments = Segments::default();
-        if range.len() <= READ_PIECE_BYTES {
+        let stretches = if !self.stretches.covers(range) {
+            self.stretches.of(&self.file, range).await
+        } else if range.len() <= READ_PIECE_BYTES {
             segments.push(Segment::Data(self.file.read(range).await?));
             return Ok(segments);
-        }
+        } else {
+            vec![range]
+        };
         // Owned, so that the futures borrow nothing of a closure's argument.
-        let pieces: Vec<_> = range.pieces(READ_PIECE_BYTES).collect();
-        let reads = pieces.into_iter().map(|piece| {
-            let file = self.file.clone();
+        let pieces: Vec<_> =
+            stretches.iter().flat_map(|one| one.pieces(READ_PIECE_BYTES)).collect();
+        let reads = pieces.iter().map(|piece| {
+            let (file, piece) = (self.file.clone(), *piece);
             async move { file.read(piece).await }
         });
-        for bytes in try_join_all(reads).await? {
+        let read = try_join_all(reads).await?;
+        let mut at = range.start();
+        for (piece, bytes) in pieces.into_iter().zip(read) {
+            segments.push(Segment::Zero(piece.start() - at));
             segments.push(Segment::Data(bytes));
+            at = piece.end();
         }
+        segments.push(Segment::Zero(range.end() - at));
         Ok(segments)
     }
 
@@ -311,6 +324,38 @@ mod tests {
         std::fs::rename(&other, &path).unwrap();
         drop(unfinished);
         assert_eq!(std::fs::read(&path).unwrap(), b"theirs");
+    }
+
+    #[tokio::test]
+    async fn long_reads_tell_long_holes_and_short_ones_read_them() {
+        let storage = MemoryStorage::with_alignment(512);
+        let file = HostFile::from_storage("memory".as_ref(), storage.into_dyn()).unwrap();
+        file.set_len(8 << 20).await.unwrap();
+        let device = RawDevice::new(file);
+        for (at, len) in [(1 << 20, 70_144), (3 << 20, 3 << 20)] {
+            device.write(at, Bytes::from(vec![7; len]), Durability::Deferred).await.unwrap();
+        }
+        let told = |read: &Segments| -> Vec<(bool, u64)> {
+            read.0.iter().map(|one| (matches!(one, Segment::Data(_)), one.len())).collect()
+        };
+        let read = device.read(range(0, 8 << 20)).await.unwrap();
+        let hole = (2 << 20) - 70_144;
+        let first = [(false, 1 << 20), (true, 70_144), (false, hole)];
+        let rest = [(true, 1 << 20), (true, 1 << 20), (true, 1 << 20), (false, 2 << 20)];
+        assert_eq!(told(&read), [&first[..], &rest].concat());
+        let mut expected = vec![0; 8 << 20];
+        for (at, len) in [(1 << 20, 70_144), (3 << 20, 3 << 20)] {
+            expected[at..at + len].fill(7);
+        }
+        assert!(read.to_vec() == expected);
+        assert_eq!(told(&device.read(range(0, 65_536)).await.unwrap()), [(false, 65_536)]);
+        assert_eq!(told(&device.read(range(0, 65_535)).await.unwrap()), [(true, 65_535)]);
+        // What was known as data and is a hole by now reads as zeros all the same.
+        device.discard(range(3 << 20, 4 << 20), Durability::Deferred).await.unwrap();
+        assert!(crate::is_zero(&device.read(range(3 << 20, 4 << 20)).await.unwrap().to_vec()));
+        // And what was known as a hole and is data by now is read.
+        device.write(0, Bytes::from(vec![9; 65_536]), Durability::Deferred).await.unwrap();
+        assert_eq!(device.read(range(0, 65_536)).await.unwrap().to_vec(), [9; 65_536]);
     }
 
     #[tokio::test]

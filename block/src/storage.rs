@@ -64,7 +64,8 @@ pub enum Op {
         /// The new length.
         len: u64,
     },
-    /// Tell which parts of the range hold data, in order, at most `max` of them (`SEEK_DATA`, `SEEK_HOLE`).
+    /// Tell which parts of the range hold data, in order, at most `max` of them (`SEEK_DATA`, `SEEK_HOLE`). The last may
+    /// be told as far as it goes.
     Map {
         /// What to look at.
         range: ByteRange,

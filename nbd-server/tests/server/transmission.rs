@@ -375,3 +375,34 @@ async fn requests_sent_together_with_the_last_option_are_served() {
     raw.take(10).await;
     assert_eq!(raw.reply().await.cookie, 3);
 }
+
+#[tokio::test]
+async fn holes_of_a_raw_file_are_told_as_holes_except_in_one_piece() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = block::RawDevice::create(&dir.path().join("disk"), 4 << 20).await.unwrap();
+    let server = Server::new(ServerConfig::default());
+    server.add_export(Export::new("disk", device)).unwrap();
+    let mut raw = Raw::entered(&server).await;
+    raw.request(command::WRITE, 0, 1, 1 << 20, 1 << 20).await;
+    raw.send(&[7; 1 << 20]).await;
+    assert_eq!(raw.reply().await.error, 0);
+    raw.request(command::READ, 0, 2, 0, 4 << 20).await;
+    let reply = raw.reply().await;
+    let chunks = reply.content.iter().map(|(kind, payload)| (*kind, payload.len()));
+    let hole = (chunk::OFFSET_HOLE, 12);
+    let data = (chunk::OFFSET_DATA, 8 + (1 << 20));
+    assert_eq!(chunks.collect::<Vec<_>>(), [hole, data, hole]);
+    let lens = |index: usize| Fields(&reply.content[index].1[8..]).u32().unwrap();
+    assert_eq!((lens(0), lens(2)), (1 << 20, 2 << 20));
+    assert!(reply.content[1].1[8..].iter().all(|byte| *byte == 7));
+    raw.request(command::READ, flag::DF, 3, 0, 4 << 20).await;
+    let reply = raw.reply().await;
+    let [(chunk::OFFSET_DATA, whole)] = &reply.content[..] else { panic!("{:?}", reply.error) };
+    assert_eq!(whole.len(), 8 + (4 << 20));
+    assert_eq!(whole[8..].iter().filter(|byte| **byte == 7).count(), 1 << 20);
+    // Where simple replies are all there is, zeros are spelt out.
+    let mut simple = Raw::new(&server);
+    simple.enter(false).await;
+    simple.request(command::READ, 0, 4, 0, 1 << 20).await;
+    assert_eq!(simple.reply_of(1 << 20).await.content[0].1, vec![0; 1 << 20]);
+}

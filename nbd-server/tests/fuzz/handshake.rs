@@ -8,7 +8,7 @@ use nbd_server::handshake::{
 };
 use nbd_server::wire::{Headers, transmission_flag};
 
-struct OneExport;
+pub(crate) struct OneExport;
 
 impl ExportDirectory for OneExport {
     fn next(&mut self, after: Option<&str>) -> Option<(String, String)> {

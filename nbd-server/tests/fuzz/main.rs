@@ -4,6 +4,7 @@
 mod client;
 mod conversation;
 mod handshake;
+mod seeds;
 mod session;
 mod transmission;
 

@@ -10,6 +10,7 @@ mod depth;
 mod encrypted;
 #[cfg(feature = "client")]
 mod kills;
+mod leaks;
 #[cfg(feature = "client")]
 mod leases;
 mod limits;

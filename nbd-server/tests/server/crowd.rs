@@ -211,3 +211,43 @@ async fn a_flood_of_options_ends_whether_or_not_anybody_reads_the_answers() {
     down_to(&server, 0).await;
     drop(deaf);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_crowd_leaves_no_task_behind() {
+    let (server, _) = server();
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let before = tasks();
+    for _ in 0..3 {
+        let mut crowd = Vec::new();
+        for number in 0..60 {
+            let mut raw = Raw::with_buffer(&server, 4096);
+            // Some come no further than to the handshake, some leave properly, some never read.
+            if number % 4 == 0 {
+                raw.send(b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0").await;
+            } else {
+                raw.enter(true).await;
+            }
+            if number % 4 > 1 {
+                for cookie in 0..10 {
+                    raw.request(command::READ, command_flag::DF, cookie, 0, MIB).await;
+                }
+            }
+            if number % 2 == 1 {
+                raw.request(command::DISC, 0, 0, 0, 0).await;
+            }
+            crowd.push(raw);
+        }
+        assert!(tasks() >= before + 60);
+        drop(crowd);
+        down_to(&server, 0).await;
+        let mut patience = 10_000;
+        while tasks() > before && patience > 0 {
+            tokio::task::yield_now().await;
+            patience -= 1;
+        }
+        assert_eq!(tasks(), before);
+        assert_eq!(server.memory_in_use(), 0);
+    }
+    server.shutdown(Duration::from_secs(5)).await;
+    assert_eq!(tasks(), before);
+}

@@ -94,7 +94,9 @@ pub fn main() -> ExitCode {
         Command::Serve(options) => start_log(options.log_format, "info"),
         Command::Demo(_) => start_log(LogFormat::Text, "warn"),
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = block::survive_size_limit()
+        .and_then(|()| tokio::runtime::Builder::new_multi_thread().enable_all().build());
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
             complain(&format!("sendense-hub: no runtime: {error}"));

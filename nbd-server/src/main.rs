@@ -7,11 +7,13 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let hangups = program::catch_hangups();
+    let hangups = program::catch_signals();
     let options = program::Options::of_process();
     let filter =
         tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // It would panic where standard error takes no more.
+    let log = log.log_internal_errors(false);
     match options.log_format {
         program::LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
         program::LogFormat::Json => log.json().init(),

@@ -26,7 +26,9 @@ const DONE_WITH_WARNINGS: u8 = 3;
 
 /// Runs the program.
 pub(crate) fn main(arguments: Arguments) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = block::survive_size_limit()
+        .and_then(|()| tokio::runtime::Builder::new_multi_thread().enable_all().build());
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
             say(format_args!("sendense-agent: cannot start: {error}"));

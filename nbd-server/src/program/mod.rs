@@ -53,9 +53,10 @@ type NewTls = nbd_server::tls::ServerTls;
 #[cfg(not(feature = "tls"))]
 type NewTls = std::convert::Infallible;
 
-/// From now on SIGHUP does not end the process, but is kept for [`run`]. To be called first of all: signals come at any
-/// moment.
-pub(crate) fn catch_hangups() -> io::Result<Signal> {
+/// From now on SIGHUP does not end the process, but is kept for [`run`], and SIGXFSZ does nothing. To be called first of
+/// all: signals come at any moment.
+pub(crate) fn catch_signals() -> io::Result<Signal> {
+    block::survive_size_limit()?;
     // It outlives this runtime, which has no thread; there may be one only, until the process is the user it is to be.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let _entered = runtime.enter();

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use super::stop::{entered, request};
 use super::{Running, image, run};
 
 /// A client that has read the greeting, if there was one, and answered it.
@@ -34,6 +35,28 @@ fn go(stream: &mut UnixStream, export: &str) -> (u32, String) {
             return (kind, String::from_utf8(data).unwrap());
         }
     }
+}
+
+#[test]
+fn a_file_that_may_not_grow_further_fails_a_write_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::File::create(dir.join("disk.img")).unwrap().set_len(8 << 20).unwrap();
+    // In units of 512 bytes.
+    let script = "ulimit -f 4096 && exec \"$0\" --listen=unix:socket --export==disk.img,format=raw";
+    let program = env!("CARGO_BIN_EXE_nbd-server");
+    let mut server = Running::launch(dir, "sh", &["-c", script, program]);
+    server.address();
+    let mut client = entered(dir);
+    for (at, expected) in [(1 << 20, 0), (4 << 20, 28), (1 << 20, 0)] {
+        client.write_all(&request(1, 1, at, 4096)).unwrap();
+        client.write_all(&[9; 4096]).unwrap();
+        let mut reply = [0; 16];
+        client.read_exact(&mut reply).unwrap();
+        assert_eq!(reply[4..8], u32::to_be_bytes(expected), "at {at}");
+    }
+    drop(client);
+    assert!(server.stop());
 }
 
 const ACK: (u32, String) = (1, String::new());

@@ -17,7 +17,7 @@ pub(super) fn entered(dir: &Path) -> UnixStream {
 }
 
 /// A request header of simple replies.
-fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+pub(super) fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     let mut bytes = vec![0x25, 0x60, 0x95, 0x13, 0, 0];
     bytes.extend(command.to_be_bytes());
     bytes.extend(cookie.to_be_bytes());

@@ -95,3 +95,12 @@ fn without_room_nothing_is_lost_and_with_room_the_same_command_succeeds() {
         runs_out_of_room(deed, &small, &prepared);
     }
 }
+
+#[test]
+fn a_file_that_may_not_grow_further_is_told_as_such() {
+    let place = Place::new();
+    // In units of 512 bytes.
+    let script = "ulimit -f 4096 && exec \"$0\" create -f qcow2 -o preallocation=full x.qcow2 8M";
+    let answer = place.answer("sh", &["-c", script, env!("CARGO_BIN_EXE_qcow2")]);
+    answer.bad(1, "File too large");
+}

@@ -17,10 +17,12 @@ use tokio::sync::Mutex as AsyncMutex;
 use self::bounce::Locks;
 use crate::buffer::{Buffer, BufferPool, ZEROS_BYTES, zeros};
 use crate::storage::{Effect, Hold, Keep, Lengths, Op, Outcome, Request, Storage, StorageFacts};
-use crate::{ByteRange, Engine, FileReader, HostError, HostOp, RangeLock, Root};
+use crate::{ByteRange, Engine, ErrorKind, FileReader, HostError, HostOp, RangeLock, Root};
 
 /// The unit, in bytes, in which ranges are punched and zeroed on the host; the edges are written.
 const HOLE_BYTES: u64 = 4096;
+/// Zeroing that much, in bytes, leaves no space allocated where it fails for want of room.
+const RESTORED_BYTES: u64 = 1 << 20;
 /// How many data ranges are asked for at once.
 const MAP_RANGES: usize = 1024;
 
@@ -332,9 +334,13 @@ impl HostFile {
         }
         let (head, middle, tail) = inner.hole_parts(range);
         if !middle.is_empty() {
+            let holes = self.holes_to_restore(middle).await?;
             let keep = inner.shared_keep(middle, &hold, Some(middle.end())).await;
             match inner.run(Op::ZeroRange { range: middle }, HostOp::Punch, keep).await {
                 Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    return Err(self.restore_holes(holes, error, &hold).await);
+                }
                 Err(error) if is_unsupported(&error.source) => {
                     inner.can_zero.store(false, Ordering::Relaxed);
                     return Ok(false);
@@ -345,6 +351,44 @@ impl HostFile {
         self.write_plain_zeros(head, &hold).await?;
         self.write_plain_zeros(tail, &hold).await?;
         Ok(true)
+    }
+
+    /// What has to be punched again where zeroing `range` fails for want of room: it can take all of the room that there
+    /// is before it does. (Space that was allocated and never written counts as a hole, too.)
+    async fn holes_to_restore(&self, range: ByteRange) -> Result<Vec<ByteRange>, HostError> {
+        if range.len() < RESTORED_BYTES || self.inner.facts.fixed_len {
+            return Ok(Vec::new());
+        }
+        let inside = range.intersection(ByteRange::between(0, self.len()));
+        Ok(gaps(inside, &self.data_ranges(inside).await?))
+    }
+
+    /// Punches what of `holes` nobody has written to meanwhile, and cuts off what lies behind the end. Gives the error
+    /// back.
+    async fn restore_holes(
+        &self,
+        holes: Vec<ByteRange>,
+        error: HostError,
+        hold: &Hold,
+    ) -> HostError {
+        let inner = &self.inner;
+        for hole in holes {
+            // Keeps writes out while it is found out what was written.
+            let guard = Arc::new(inner.locks.lock_exclusive(hole).await);
+            let Ok(data) = self.data_ranges(hole).await else { continue };
+            for range in gaps(hole, &data) {
+                let locks = Locks { guard: Some(Arc::clone(&guard)), resize: None };
+                let keep = inner.keep(hold, &locks, 0, 0);
+                if let Err(error) = inner.run(Op::Punch { range }, HostOp::Punch, keep).await {
+                    tracing::warn!(%error, "what could not be zeroed whole stays allocated in part");
+                }
+            }
+        }
+        if error.range.end() <= inner.physical_len() {
+            return error;
+        }
+        let resize = inner.lock_resize().await;
+        inner.cut_back_unless_room(&resize, error).await
     }
 
     /// Whether [`HostFile::write_zeroes`] is, as far as is known, cheaper than writing.
@@ -539,6 +583,15 @@ impl Inner {
             _ => Err(self.error(HostOp::Read, block, io::ErrorKind::InvalidData.into())),
         }
     }
+}
+
+/// What of `range` lies between `data`, which is in order.
+fn gaps(range: ByteRange, data: &[ByteRange]) -> Vec<ByteRange> {
+    let ends = data.iter().map(|data| data.end());
+    let starts = data.iter().map(|data| data.start());
+    let begins = std::iter::once(range.start()).chain(ends);
+    let gaps = begins.zip(starts.chain(std::iter::once(range.end())));
+    gaps.map(|(start, end)| ByteRange::between(start, end)).filter(|gap| !gap.is_empty()).collect()
 }
 
 /// Whether the host says that it cannot do such a thing at all, in any of the ways in which it says so.

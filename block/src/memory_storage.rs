@@ -82,6 +82,8 @@ struct Fault {
     kind: FaultKind,
     matches: Matcher,
     sticky: bool,
+    /// How many bytes of an allocation or a zeroing are done nevertheless.
+    done_bytes: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -268,6 +270,19 @@ impl MemoryStorage {
         self.add_fault(n, FaultKind::Kind(kind), true, matches);
     }
 
+    /// The `n`-th (from 0) future operation that `matches`, which allocates or zeroes a range, finds no more room behind
+    /// the first `done_bytes` of it, and leaves those done, as file systems do.
+    pub fn fill_up_nth(
+        &self,
+        n: usize,
+        done_bytes: u64,
+        matches: impl Fn(&OpView) -> bool + Send + 'static,
+    ) {
+        let kind = FaultKind::Kind(io::ErrorKind::StorageFull);
+        let fault = Fault { skip: n, kind, matches: Box::new(matches), sticky: false, done_bytes };
+        self.shared.state.lock().faults.push(fault);
+    }
+
     /// Forgets every fault that has not happened.
     pub fn clear_faults(&self) {
         self.shared.state.lock().faults.clear();
@@ -280,7 +295,7 @@ impl MemoryStorage {
         sticky: bool,
         matches: impl Fn(&OpView) -> bool + Send + 'static,
     ) {
-        let fault = Fault { skip, kind, matches: Box::new(matches), sticky };
+        let fault = Fault { skip, kind, matches: Box::new(matches), sticky, done_bytes: 0 };
         self.shared.state.lock().faults.push(fault);
     }
 
@@ -455,7 +470,10 @@ impl State {
     /// `copied` is what a copy reads.
     fn run(&mut self, op: Op, copied: Option<Bytes>, facts: &StorageFacts) -> io::Result<Outcome> {
         let view = OpView { kind: op.kind(), range: op.range() };
-        self.fault(&view)?;
+        if let Some((error, done_bytes)) = self.fault(&view) {
+            self.run_part(&op, done_bytes)?;
+            return Err(error);
+        }
         check_alignment(&op, facts)?;
         self.check_room(&op)?;
         match op {
@@ -474,7 +492,23 @@ impl State {
         }
     }
 
-    fn fault(&mut self, view: &OpView) -> io::Result<()> {
+    /// What is left of an operation that failed behind so many bytes.
+    fn run_part(&mut self, op: &Op, done_bytes: u64) -> io::Result<()> {
+        let start = op.range().start();
+        let done = op.range().intersection(ByteRange::between(start, start + done_bytes));
+        match op {
+            _ if done.is_empty() => {}
+            Op::Allocate { .. } => drop(self.change(LoggedOp::Allocate { end: done.end() })?),
+            Op::ZeroRange { .. } => {
+                drop(self.change(LoggedOp::Zero { range: done, grows: true })?);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What the operation fails with, and how much of it is done.
+    fn fault(&mut self, view: &OpView) -> Option<(io::Error, u64)> {
         for (index, fault) in self.faults.iter_mut().enumerate() {
             if !(fault.matches)(view) {
                 continue;
@@ -483,13 +517,13 @@ impl State {
                 fault.skip -= 1;
                 continue;
             }
-            let error = fault.kind.error();
+            let failed = (fault.kind.error(), fault.done_bytes);
             if !fault.sticky {
                 self.faults.remove(index);
             }
-            return Err(error);
+            return Some(failed);
         }
-        Ok(())
+        None
     }
 
     fn check_room(&self, op: &Op) -> io::Result<()> {

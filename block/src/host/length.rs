@@ -9,7 +9,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{HostFile, Inner, is_unsupported};
 use crate::storage::{Effect, Keep, Op};
-use crate::{ByteRange, HostError, HostOp, RangeGuard};
+use crate::{ByteRange, ErrorKind, HostError, HostOp, RangeGuard};
 
 /// The least and the most that [`HostFile::ensure_capacity`] grows ahead, in bytes.
 const GROW_AHEAD_BYTES: (u64, u64) = (8 << 20, 256 << 20);
@@ -39,7 +39,8 @@ impl HostFile {
             Err(error) if is_unsupported(&error.source) => {
                 inner.can_allocate.store(false, Ordering::Relaxed);
             }
-            other => return other.map(drop),
+            Err(error) => return Err(inner.cut_back_unless_room(&resize, error).await),
+            Ok(_) => return Ok(()),
         }
         if inner.physical_len() >= len {
             inner.lengths.logical.fetch_max(len, Ordering::AcqRel);
@@ -78,10 +79,13 @@ impl HostFile {
                 Err(error) if is_unsupported(&error.source) => {
                     inner.can_allocate.store(false, Ordering::Relaxed);
                 }
-                Err(error) if step > 0 && error.kind() == crate::ErrorKind::NoSpace => {
+                Err(error) => {
+                    let error = inner.cut_back_unless_room(&resize, error).await;
+                    if step == 0 || error.kind() != ErrorKind::NoSpace {
+                        return Err(error);
+                    }
                     step = if step > GROW_LEAST_BYTES { step / 4 } else { 0 };
                 }
-                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -168,6 +172,28 @@ impl HostFile {
 impl Inner {
     pub(super) async fn lock_resize(&self) -> Arc<OwnedMutexGuard<()>> {
         Arc::new(Arc::clone(&self.resize).lock_owned().await)
+    }
+
+    /// Where allocating failed for want of room, cuts off what it has left behind the length that was known: a file system
+    /// may allocate all that is free before it finds that this is not enough. Gives the error back.
+    pub(super) async fn cut_back_unless_room(
+        &self,
+        resize: &Arc<OwnedMutexGuard<()>>,
+        error: HostError,
+    ) -> HostError {
+        if error.kind() != ErrorKind::NoSpace || self.facts.fixed_len {
+            return error;
+        }
+        // A write that is in flight may have lengthened the file, which must not be undone.
+        let guard = self.lock_from(self.physical_len()).await;
+        let len = self.physical_len();
+        let mut keep = self.resize_keep(resize, Effect::Physical(len));
+        keep.guard = Some(guard);
+        // Also where the length is the same: blocks may lie behind the end.
+        if let Err(error) = self.run(Op::SetLen { len }, HostOp::Resize, keep).await {
+            tracing::warn!(%error, "what could not be allocated whole stays allocated in part");
+        }
+        error
     }
 
     /// Keeps every write out that touches the block of `offset` or a later one.

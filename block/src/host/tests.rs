@@ -522,3 +522,40 @@ async fn a_file_that_somebody_else_cuts_tells_its_length_on_the_host() {
     other.set_len(10_000).unwrap();
     assert_eq!((file.len(), file.host_len().unwrap()), (8192, 10_000));
 }
+
+#[test]
+fn what_an_allocation_that_failed_has_taken_is_given_back() {
+    for grows_ahead in [true, false] {
+        let storage = MemoryStorage::with_alignment(512);
+        let file = HostFile::from_storage("memory".as_ref(), storage.clone().into_dyn()).unwrap();
+        block_on(file.write(0, pattern(4096, 0, 1), None)).unwrap();
+        // Every step of growing ahead takes some.
+        for _ in 0..10 {
+            storage.fill_up_nth(0, 1 << 16, |op| op.kind == OpKind::Allocate);
+        }
+        let failed = match grows_ahead {
+            true => block_on(file.ensure_capacity(1 << 20)),
+            false => block_on(file.grow(1 << 20)),
+        };
+        assert_eq!(failed.expect_err("full").kind(), ErrorKind::NoSpace);
+        assert_eq!((file.host_len().unwrap(), file.len()), (4096, 4096), "{grows_ahead}");
+    }
+}
+
+#[test]
+fn holes_that_could_not_be_zeroed_whole_are_holes_again_and_data_is_not() {
+    let storage = MemoryStorage::with_alignment(512);
+    let file = HostFile::from_storage("memory".as_ref(), storage.clone().into_dyn()).unwrap();
+    block_on(file.set_len(4 << 20)).unwrap();
+    block_on(file.write(1 << 20, pattern(8192, 0, 1), None)).unwrap();
+    let before = storage.log_len();
+    storage.fill_up_nth(0, 1 << 16, |op| op.kind == OpKind::ZeroRange);
+    let zeroed = ByteRange::between(0, 3 << 20);
+    let error = block_on(file.write_zeroes(zeroed, None)).expect_err("full");
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    let punched =
+        |start, end| LoggedOp::Zero { range: ByteRange::between(start, end), grows: false };
+    let expected = [punched(0, 1 << 20), punched((1 << 20) + 8192, 3 << 20)];
+    assert_eq!(storage.log()[before + 1..], expected);
+    assert_eq!(storage.snapshot()[1 << 20..][..8192], pattern(8192, 0, 1)[..]);
+}

@@ -192,26 +192,23 @@ impl BlockDevice for Overlay {
         _: Durability,
     ) -> Result<(), DeviceError> {
         self.limits.check_write(range)?;
-        if mode.fast_only {
-            return Err(DeviceError::NotSupported { what: "zeroing faster than writing zeros" });
-        }
         let _alone = self.writing.lock().await;
+        let start = range.start().next_multiple_of(BLOCK_BYTES).min(range.end());
+        let end = (range.end() / BLOCK_BYTES * BLOCK_BYTES).max(start);
+        let whole = ByteRange::between(start, end);
+        // First, because where it would be slow, nothing is to be changed.
+        if !whole.is_empty() {
+            self.prepare(whole)?;
+            self.file().await?.write_zeroes(whole, mode, Durability::Deferred).await?;
+            self.mark(whole);
+        }
         let zeros = [0; 4096];
-        let mut at = range.start();
-        while at < range.end() {
-            let next = (at + 1).next_multiple_of(BLOCK_BYTES).min(range.end());
-            let whole = ByteRange::between(at, range.end() / BLOCK_BYTES * BLOCK_BYTES);
-            if at.is_multiple_of(BLOCK_BYTES) && !whole.is_empty() {
-                self.prepare(whole)?;
-                let file = self.file().await?;
-                file.write_zeroes(whole, ZeroMode::default(), Durability::Deferred).await?;
-                self.mark(whole);
-                at = whole.end();
-                continue;
+        for edge in [(range.start(), start), (end, range.end())] {
+            let edge = ByteRange::between(edge.0, edge.1);
+            if !edge.is_empty() {
+                let len = usize::try_from(edge.len()).unwrap_or(0);
+                self.take(edge, zeros.get(..len).unwrap_or_default()).await?;
             }
-            let len = usize::try_from(next - at).unwrap_or(0);
-            self.take(ByteRange::between(at, next), zeros.get(..len).unwrap_or_default()).await?;
-            at = next;
         }
         Ok(())
     }
@@ -354,6 +351,57 @@ mod tests {
         let zeroed = overlay.write_zeroes(place, ZeroMode::default(), Durability::Deferred).await;
         assert_eq!(zeroed.unwrap_err().kind(), ErrorKind::NoSpace);
         write(0).await.unwrap();
+    }
+
+    /// The bytes that the one file without a name in `folder` takes on the disk.
+    fn provisioned(folder: &Path) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let open = std::fs::read_dir("/proc/self/fd").unwrap();
+        let ours = open
+            .map(|fd| fd.unwrap().path())
+            .find(|fd| std::fs::read_link(fd).is_ok_and(|path| path.starts_with(folder)));
+        std::fs::metadata(ours.unwrap()).unwrap().blocks() * 512
+    }
+
+    #[tokio::test]
+    async fn zeroes_without_a_hole_are_provisioned_over_a_base_and_over_nothing() {
+        let (size, range) = (4 << 20, ByteRange::between(5, (3 << 20) + 7));
+        let base = MemoryDevice::read_only(vec![7; 4 << 20]);
+        for overlay_over in [Some(base as Arc<dyn BlockDevice>), None] {
+            let dir = tempfile::tempdir().unwrap();
+            let overlay = match overlay_over {
+                Some(base) => Overlay::over(base, dir.path()),
+                None => Overlay::empty(size, dir.path()),
+            };
+            for (keep_allocated, least) in [(false, 0), (true, range.len())] {
+                let mode = ZeroMode { keep_allocated, fast_only: false };
+                overlay.write_zeroes(range, mode, Durability::Deferred).await.unwrap();
+                let read = overlay.read(range).await.unwrap().to_vec();
+                assert!(read.iter().all(|byte| *byte == 0));
+                let provisioned = provisioned(dir.path());
+                assert!(provisioned >= least, "{provisioned}");
+                assert_eq!(provisioned < 1 << 20, !keep_allocated, "{provisioned}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn fast_zeroes_are_given_where_the_host_has_them_and_else_change_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let overlay = Overlay::over(MemoryDevice::read_only(vec![7; 1 << 20]), dir.path());
+        let range = ByteRange::between(5, (1 << 20) - 5);
+        let mode = ZeroMode { keep_allocated: false, fast_only: true };
+        let expected = match overlay.write_zeroes(range, mode, Durability::Deferred).await {
+            Ok(()) => 0,
+            Err(error) => {
+                assert!(matches!(error, DeviceError::NotSupported { .. }));
+                7
+            }
+        };
+        let punches = overlay.file().await.unwrap().limits().can_discard;
+        assert_eq!(expected == 0, punches);
+        let read = overlay.read(range).await.unwrap().to_vec();
+        assert!(read.iter().all(|byte| *byte == expected));
     }
 
     proptest! {

@@ -1,6 +1,8 @@
 //! Where the partitions of a disk lie: MBR with logical partitions, and GPT. Pure but for the sectors that `find` reads;
 //! what is in a partition is not looked at.
 
+use std::collections::HashSet;
+
 use block::{BlockDevice, ByteRange, DeviceError};
 
 /// The sizes that sectors of disks have, in bytes, as GPT counts in them.
@@ -9,7 +11,7 @@ const SECTOR_BYTES: [u64; 2] = [512, 4096];
 const MBR_SECTOR_BYTES: u64 = 512;
 /// The first logical partition.
 const FIRST_LOGICAL: u32 = 5;
-/// The most logical partitions that are followed: a chain can be a ring.
+/// The most logical partitions that are followed.
 const MAX_LOGICAL: u32 = 128;
 /// The longest table of a GPT that is read, in bytes. The usual one has 16 KiB.
 const MAX_TABLE_BYTES: u64 = 1 << 20;
@@ -43,6 +45,14 @@ pub enum PartitionError {
         len: u64,
         /// The size of the disk.
         size_bytes: u64,
+    },
+    /// The chain of logical partitions comes back to a record that it has passed.
+    #[error(
+        "the chain of logical partitions comes back to the record at {at}, which it has passed"
+    )]
+    Ring {
+        /// Where, in bytes.
+        at: u64,
     },
     /// The table cannot be read.
     #[error("cannot read the partition table: {0}")]
@@ -142,8 +152,13 @@ async fn logical(
     base: u64,
 ) -> Result<Option<MbrEntry>, PartitionError> {
     let mut at = base;
+    // Not where they lie tells a ring: records need not stand in the order of the disk.
+    let mut passed = HashSet::new();
     for current in FIRST_LOGICAL..FIRST_LOGICAL + MAX_LOGICAL {
         let Some(sector) = read(device, at, MBR_SECTOR_BYTES).await? else { return Ok(None) };
+        if !passed.insert(at) {
+            return Err(PartitionError::Ring { at });
+        }
         let Some([entry, next, ..]) = mbr(&sector) else { return Ok(None) };
         if current == number {
             // Counted from the record that tells of it.
@@ -290,12 +305,32 @@ mod tests {
             (2, "an extended one"),
             (3, "no partition 3"),
             (4, "lies at"),
-            (4000, "no partition"),
+            (7, "comes back to the record at 51200,"),
+            (4000, "comes back"),
         ] {
             assert!(found(&disk, number).await.unwrap_err().contains(why), "{number}");
         }
         assert!(found(&[0; 5000], 1).await.unwrap_err().contains("no partition table"));
         assert!(found(&[0; 50], 1).await.unwrap_err().contains("no partition table"));
+    }
+
+    #[tokio::test]
+    async fn records_of_logical_partitions_that_lie_in_any_order_are_followed_to_their_end() {
+        let mut disk = vec![0; 1000 * 512];
+        entry(&mut disk, 0, 0, 0x05, 100, 800);
+        for (record, next) in [(100, Some(400)), (500, Some(100)), (200, None)] {
+            entry(&mut disk, record, 0, 0x83, 1, 50);
+            if let Some(next) = next {
+                entry(&mut disk, record, 1, 0x05, next, 51);
+            }
+        }
+        for (number, start) in [(5, 101), (6, 501), (7, 201)] {
+            assert_eq!(found(&disk, number).await, Ok((start, 50)));
+        }
+        assert!(found(&disk, 8).await.unwrap_err().contains("no partition 8"));
+        // A record that names itself.
+        entry(&mut disk, 200, 1, 0x05, 100, 51);
+        assert!(found(&disk, 8).await.unwrap_err().contains("comes back"));
     }
 
     /// A GPT with one partition from sector 40 to 59, in both copies.

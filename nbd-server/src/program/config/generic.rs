@@ -1,6 +1,6 @@
 //! The section [generic]. Exports have their own file beside this one.
 
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -13,6 +13,9 @@ use crate::program::options::{AllowReferences, Listen, Owner};
 
 /// The port that IANA gave to NBD.
 const PORT: u16 = 10809;
+
+/// The most threads that serve connections.
+const MAX_THREADS: usize = 1024;
 
 /// What holds for all exports.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,7 +75,7 @@ pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
         admission: admission(keys, Admission::default()),
         references: references(keys),
         limits: limits(keys),
-        threads: number(keys, "max_threads").map(NonZeroUsize::get),
+        threads: threads(keys),
         removal: removal(keys),
         #[cfg(feature = "metrics")]
         metrics: metrics(keys),
@@ -122,6 +125,16 @@ fn group(keys: &mut Keys<'_>) -> Option<String> {
 /// A number from 1 on.
 fn number<T: FromStr>(keys: &mut Keys<'_>, name: &'static str) -> Option<T> {
     keys.value(name, "it is a number from 1 on")
+}
+
+fn threads(keys: &mut Keys<'_>) -> Option<usize> {
+    let entry = keys.entry("max_threads")?;
+    let threads = entry.value.trim_end().parse().ok();
+    let threads = threads.filter(|threads| (1..=MAX_THREADS).contains(threads));
+    if threads.is_none() {
+        keys.wrong("max_threads", entry, &format!("it is a number from 1 to {MAX_THREADS}"));
+    }
+    threads
 }
 
 /// A number from 1 on, or 0 for what there is without it.

@@ -97,7 +97,11 @@ pub(crate) const GENERIC: &[Key] = &[
         "SECONDS",
         "How long clients may take to end after SIGTERM, as --shutdown-timeout",
     ),
-    key("max_threads", "N", "How many threads serve connections [default: one for each processor]"),
+    key(
+        "max_threads",
+        "N",
+        "How many threads serve connections, at most 1024 [default: one for each processor]",
+    ),
     key(
         "removal",
         "drain|cut",

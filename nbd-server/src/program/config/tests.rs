@@ -219,6 +219,10 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         ("[generic]\nport\n", "config:2: the line is neither"),
         ("[generic]\nuser =\n", "config:2: user = \"\": it needs a value"),
         ("[generic]\nmax_threads = 0\n", "config:2: max_threads = \"0\""),
+        (
+            "[generic]\nmax_threads = 1025\n",
+            "config:2: max_threads = \"1025\": it is a number from 1 to 1024",
+        ),
         ("[generic]\noldstyle = true\n", "config:2: oldstyle: "),
         ("[generic]\n[generic]\n", "config:2: [generic] stands"),
         ("[generic]\n[a]\n", "config:2: [a] does not say exportname"),

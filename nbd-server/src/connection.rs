@@ -25,10 +25,11 @@ use crate::export::Attachment;
 use crate::gauge::Gauge;
 use crate::handshake::{Agreement, SelectedContext};
 use crate::intake::Intake;
-use crate::memory::{Account, Share};
+use crate::memory::{Account, RESERVE_BYTES, Share};
 use crate::negotiate::Entered;
-use crate::outlet::{Outgoing, write_replies};
+use crate::outlet::{Content, Outgoing, write_replies};
 use crate::pace::Pace;
+use crate::parts::LongRead;
 use crate::reply::{Answer, Asked};
 use crate::request::{Command, Refusal, Verdict, judge, judge_filter, payload_bytes};
 use crate::server::Shared;
@@ -113,12 +114,12 @@ impl Budget {
 }
 
 /// What the requests of one connection share.
-struct Session {
+pub(crate) struct Session {
     shared: Arc<Shared>,
     agreement: Agreement,
     attachment: Attachment,
     budget: Budget,
-    account: Arc<Account>,
+    pub(crate) account: Arc<Account>,
     /// Requests that the device has not finished, or whose answer is not handed on.
     executing: Arc<Gauge>,
     pace: Pace,
@@ -367,8 +368,14 @@ async fn start<R: AsyncRead + Unpin>(
     contexts: Option<Vec<SelectedContext>>,
 ) -> io::Result<()> {
     let told = contexts.as_ref().unwrap_or(&session.agreement.contexts).len();
-    let cost = cost(command, told, session.shared.limits.status_extents);
+    let mut extents = session.shared.limits.status_extents;
+    let cost = cost(command, told, extents);
     let ticket = session.admit(cost).await?;
+    let at_once = match command {
+        Command::Write { .. } => None,
+        _ if cost == 0 => None,
+        _ => session.account.take(cost.into()).now_or_never(),
+    };
     let (payload, share) = match command {
         Command::Write { range, durability } => {
             let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
@@ -379,8 +386,17 @@ async fn start<R: AsyncRead + Unpin>(
             }
             first
         }
-        _ if cost > 0 => (Bytes::new(), Some(session.account.take(cost.into()).await)),
-        _ => (Bytes::new(), None),
+        _ if cost == 0 || at_once.is_some() => (Bytes::new(), at_once),
+        Command::Read { range, whole } if cost > RESERVE_BYTES => {
+            let read = LongRead { request: *request, range, whole, ticket };
+            return read_in_parts(session, replies, read).await;
+        }
+        _ => {
+            // The client asks again for extents that are left out.
+            extents = extents.min(few_extents(told));
+            let piece = session.account.take_piece(cost.min(RESERVE_BYTES).into()).await;
+            (Bytes::new(), Some(piece))
+        }
     };
     // From here to the hold nothing waits, so that a closing connection cannot miss this request.
     if session.is_closing() {
@@ -392,14 +408,36 @@ async fn start<R: AsyncRead + Unpin>(
     let work = async move {
         let begun = Instant::now();
         let contexts = contexts.as_ref().unwrap_or(&session.agreement.contexts);
-        let answer = session.work(command, payload, contexts).await;
+        let answer = session.work(command, payload, contexts, extents).await;
         session.count(&request, command, &answer, begun);
         // What was written needs no memory any more, what was read does.
         let share = share.filter(|_| !matches!(command, Command::Write { .. }));
         let ticket = ticket.with(share);
         // An error means that the client is gone; the work is done all the same.
-        let _ = replies.send(Outgoing { asked: Asked::from(&request), answer, ticket }).await;
+        let content = Content::Answer(answer);
+        let _ = replies.send(Outgoing { asked: Asked::from(&request), content, ticket }).await;
         // The connection holds its export no longer than it is busy.
+        drop((session, executing));
+    };
+    tokio::spawn(work.in_current_span());
+    Ok(())
+}
+
+/// Starts a READ for which there is no memory now.
+async fn read_in_parts(
+    session: &Arc<Session>,
+    replies: &mpsc::Sender<Outgoing>,
+    read: LongRead,
+) -> io::Result<()> {
+    // As in `start`: from here to the hold nothing waits.
+    if session.is_closing() {
+        let (refusal, request) = (Refusal::ShuttingDown, read.request);
+        return session.answer_refusal(replies, &request, refusal, read.ticket).await;
+    }
+    let executing = session.executing.hold();
+    let (session, replies) = (Arc::clone(session), replies.clone());
+    let work = async move {
+        read.work(&session, &replies).await;
         drop((session, executing));
     };
     tokio::spawn(work.in_current_span());
@@ -437,7 +475,7 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
         let (executing, worker) = (session.executing.hold(), Arc::clone(session));
         let work = async move {
             let command = Command::Write { range: piece, durability: Durability::Deferred };
-            let answer = worker.work(command, payload, &[]).await;
+            let answer = worker.work(command, payload, &[], 0).await;
             drop((share, worker, executing));
             answer
         };
@@ -456,14 +494,21 @@ async fn write_in_pieces<R: AsyncRead + Unpin>(
             done.map(|done| done.unwrap_or_else(|_| broken("the write was given up")));
         let mut answer = answers.find(|answer| *answer != Answer::Done).unwrap_or(Answer::Done);
         if answer == Answer::Done && durability == Durability::Durable {
-            answer = session.work(Command::Flush, Bytes::new(), &[]).await;
+            answer = session.work(Command::Flush, Bytes::new(), &[], 0).await;
         }
         session.count(&request, Command::Write { range, durability }, &answer, begun);
-        let _ = replies.send(Outgoing { asked: Asked::from(&request), answer, ticket }).await;
+        let content = Content::Answer(answer);
+        let _ = replies.send(Outgoing { asked: Asked::from(&request), content, ticket }).await;
         drop((session, executing));
     };
     tokio::spawn(work.in_current_span());
     Ok(())
+}
+
+/// As many extents of each context as fit into the reserve of the connection.
+fn few_extents(contexts: usize) -> usize {
+    let all = usize::try_from(RESERVE_BYTES).unwrap_or(usize::MAX) / size_of::<Extent>();
+    (all / contexts.max(1)).max(1)
 }
 
 /// The bytes that a request can hold in memory.
@@ -529,20 +574,32 @@ impl Session {
             tally.answered(RequestKind::of(request.command), &answer);
         }
         let asked = Asked::from(request);
-        let sent = replies.send(Outgoing { asked, answer, ticket }).await;
+        let content = Content::Answer(answer);
+        let sent = replies.send(Outgoing { asked, content, ticket }).await;
         sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
-    /// Executes a command. A device that panics fails this one request.
-    async fn work(&self, command: Command, payload: Bytes, contexts: &[SelectedContext]) -> Answer {
-        let limit = self.shared.limits.status_extents;
-        let work = execute(&self.attachment, command, payload, contexts, limit);
+    /// Executes a command, which tells at most `extents` of each context. A device that panics fails this one request.
+    pub(crate) async fn work(
+        &self,
+        command: Command,
+        payload: Bytes,
+        contexts: &[SelectedContext],
+        extents: usize,
+    ) -> Answer {
+        let work = execute(&self.attachment, command, payload, contexts, extents);
         let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
         done.unwrap_or_else(|_| broken("the device broke down"))
     }
 
     /// Counts a request that was worked on from `begun` on.
-    fn count(&self, request: &Request, command: Command, answer: &Answer, begun: Instant) {
+    pub(crate) fn count(
+        &self,
+        request: &Request,
+        command: Command,
+        answer: &Answer,
+        begun: Instant,
+    ) {
         for tally in self.tallies() {
             tally.worked(RequestKind::of(request.command), command, answer, begun);
         }

@@ -107,6 +107,7 @@ mod negotiate;
 mod outlet;
 mod pace;
 pub mod partition;
+mod parts;
 mod peer;
 mod replace;
 pub mod reply;

@@ -7,7 +7,7 @@ use crate::wire;
 
 /// What one server allows its clients. Construct by [`Limits::default`] and change fields.
 ///
-/// Memory for what is in flight, and for options of the handshake, is at most `memory_bytes`, and 64 KiB for each
+/// Memory for what is in flight, and for options of the handshake, is at most `memory_bytes`, and 128 KiB for each
 /// connection, of which payloads that have not arrived hold at most `arriving_bytes`. Besides, a client holds a few tens of
 /// KiB, in the handshake or idle.
 #[derive(Clone, Debug)]
@@ -50,9 +50,8 @@ pub struct Limits {
     /// and for options of the handshake; at least `max_payload_bytes`. Default 1 GiB. A connection that holds some of it can take more only as long
     /// as that leaves at least as much for others as it holds then. A quarter, or less where the longest request would not
     /// fit in beside it, is kept for connections that hold at most 1 MiB, whose requests wait for nobody until it is used up.
-    /// Other requests that find too little wait, those of connections that hold nothing first; one of at most 64 KiB never
-    /// waits for another connection. Where one has waited for `payload_timeout`, clients that did not read their replies
-    /// meanwhile lose their connections.
+    /// A request that finds too little is done in parts of 64 KiB, which each connection has besides; clients that have not
+    /// read their replies for `payload_timeout` lose their connections then.
     pub memory_bytes: u64,
     /// How long a payload that has begun may make no progress before its connection is dropped. Default 30 s.
     pub payload_timeout: Duration,

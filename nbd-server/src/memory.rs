@@ -4,23 +4,24 @@
 //! A connection that holds something may take more only as long as at least as much is left for others as it holds then.
 //! So however greedy some are, one that holds nothing finds something; where that is too little, it is served before
 //! those that hold some. A part of the memory is kept for connections that hold little: as long as they have not used it
-//! up, such a request waits for nobody, however many stand in line for more. Besides, each connection has a reserve that
-//! nobody else can take. Only clients that do not read their replies hold memory for ever: where somebody has waited for
-//! it in vain for long enough, they lose their connections.
+//! up, such a request waits for nobody, however many stand in line for more. Besides, each connection has reserves that
+//! nobody else can take, and does what it finds no memory for in parts that fit in there. Only clients that do not read
+//! their replies hold memory for ever: where somebody finds none, those that have been at it for too long lose their
+//! connections.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::limits::Limits;
 use crate::signal::Signal;
 
-/// What each connection can hold besides, in bytes, one request or piece at a time.
+/// What each connection can hold besides, in bytes, one request or piece at a time, and once more for parts of one READ.
 pub(crate) const RESERVE_BYTES: u32 = 64 << 10;
 
 /// A connection that holds at most this in all, in bytes, holds little.
@@ -29,7 +30,7 @@ const LITTLE_BYTES: u64 = 1 << 20;
 /// The part of the memory that is kept for those that hold little: one in so many.
 const KEPT_PART: u64 = 4;
 
-/// A client that reads less than this of its replies, in bytes, while somebody waits for memory in vain, is stuck.
+/// A client that reads less than this of its replies, in bytes, in the time that others wait for memory, is stuck.
 const STUCK_BYTES: u64 = 256 << 10;
 
 /// The memory of a server.
@@ -68,12 +69,27 @@ pub(crate) struct Account {
     /// Changed under the lock of `memory` alone.
     held: AtomicU64,
     reserve: Arc<Semaphore>,
-    /// Bytes of replies that the client has taken.
-    written: AtomicU64,
-    /// Whether it has yet to take some.
-    writing: AtomicBool,
+    /// For the one READ of the connection whose parts are on their way: another [`RESERVE_BYTES`], because parts must
+    /// not wait for replies that stand behind them.
+    parts: Arc<Semaphore>,
+    reading: Mutex<Reading>,
     /// Raised where the connection has to go.
     pub(crate) evicted: Signal,
+}
+
+/// How the client of a connection gets on with its replies.
+#[derive(Debug, Default)]
+struct Reading {
+    /// Since when it has some to take, or has taken [`STUCK_BYTES`].
+    since: Option<Instant>,
+    /// What it has taken since then, in bytes.
+    taken: u64,
+}
+
+impl Reading {
+    fn is_stuck(&self, patience: Duration) -> bool {
+        self.since.is_some_and(|since| since.elapsed() >= patience)
+    }
 }
 
 /// Memory that is held until this is dropped.
@@ -115,31 +131,20 @@ impl Memory {
             memory: Arc::clone(self),
             held: AtomicU64::new(0),
             reserve: Arc::new(Semaphore::new(1)),
-            written: AtomicU64::new(0),
-            writing: AtomicBool::new(false),
+            parts: Arc::new(Semaphore::new(1)),
+            reading: Mutex::default(),
             evicted: Signal::default(),
         });
         state.accounts.insert(id, Arc::downgrade(&account));
         account
     }
 
-    /// The connections that wait for their clients to read, with what these have read so far.
-    fn writing(&self) -> HashMap<u64, u64> {
+    /// Ends the connections that hold memory and have been waiting for their clients to read for too long.
+    fn evict(&self) {
         let accounts: Vec<_> = self.state.lock().accounts.values().cloned().collect();
-        let held = accounts.iter().filter_map(Weak::upgrade);
-        let stuck = held.filter(|account| {
-            account.held.load(Ordering::Relaxed) > 0 && account.writing.load(Ordering::Relaxed)
-        });
-        stuck.map(|account| (account.id, account.written.load(Ordering::Relaxed))).collect()
-    }
-
-    /// Ends the connections that have been waiting for their clients since `before`.
-    fn evict(&self, before: &HashMap<u64, u64>) {
-        for (id, written) in self.writing() {
-            let stuck =
-                before.get(&id).is_some_and(|then| written.saturating_sub(*then) < STUCK_BYTES);
-            let account = self.state.lock().accounts.get(&id).and_then(Weak::upgrade);
-            if let Some(account) = account.filter(|_| stuck) {
+        for account in accounts.iter().filter_map(Weak::upgrade) {
+            let stuck = account.reading.lock().is_stuck(self.patience);
+            if stuck && account.held.load(Ordering::Relaxed) > 0 {
                 account.evicted.raise();
             }
         }
@@ -246,7 +251,7 @@ impl Account {
         };
         drop(leftovers);
         loop {
-            let before = self.memory.writing();
+            self.memory.evict();
             tokio::select! {
                 biased;
                 granted = &mut share => return match granted {
@@ -255,7 +260,7 @@ impl Account {
                     Err(_) => self.reserved().await,
                 },
                 share = self.reserved(), if bytes <= RESERVE_BYTES.into() => return share,
-                () = sleep(self.memory.patience) => self.memory.evict(&before),
+                () = sleep(self.memory.patience) => {}
             }
         }
     }
@@ -267,15 +272,29 @@ impl Account {
         Share { account: Arc::clone(self), bytes: 0, little: true, _reserve: reserve }
     }
 
-    /// Replies are on their way, and the client has yet to take them.
-    pub(crate) fn writes(&self) {
-        self.writing.store(true, Ordering::Relaxed);
+    /// Takes the reserve for parts of a READ; waits for earlier such READs of this connection.
+    pub(crate) async fn parts(&self) -> Option<OwnedSemaphorePermit> {
+        // Nobody closes the semaphore.
+        Arc::clone(&self.parts).acquire_owned().await.ok()
     }
 
-    /// The client took some.
+    /// Replies are on their way, and the client has yet to take them.
+    pub(crate) fn writes(&self) {
+        *self.reading.lock() = Reading { since: Some(Instant::now()), taken: 0 };
+    }
+
+    /// The client took some of them.
     pub(crate) fn wrote(&self, bytes: usize) {
-        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.writing.store(false, Ordering::Relaxed);
+        let mut reading = self.reading.lock();
+        reading.taken += bytes as u64;
+        if reading.taken >= STUCK_BYTES {
+            *reading = Reading { since: Some(Instant::now()), taken: 0 };
+        }
+    }
+
+    /// The client took all of them.
+    pub(crate) fn rests(&self) {
+        *self.reading.lock() = Reading::default();
     }
 }
 
@@ -459,7 +478,6 @@ mod tests {
         }
         assert!(!stuck.evicted.is_raised());
         slow.wrote(300 << 10);
-        slow.writes();
         tokio::select! {
             _ = &mut waiting => panic!("there is none"),
             () = stuck.evicted.raised() => {}

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use block::{Segment, Segments};
+use block::{ByteRange, Segment, Segments};
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::block_status::Descriptor;
@@ -42,6 +42,19 @@ pub enum Answer {
     },
     /// Extents of each context.
     Status(Vec<(u32, Vec<Descriptor>)>),
+}
+
+/// A part of what was read; parts are given in order, and together they are all of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// What the request asked for.
+    pub read: ByteRange,
+    /// At most one chunk of content for all parts.
+    pub whole: bool,
+    /// Where this part begins.
+    pub offset: u64,
+    /// What the device gave for it.
+    pub segments: Segments,
 }
 
 /// What a reply repeats of its request.
@@ -84,22 +97,37 @@ impl Encoder {
                 self.failed(asked, error, &text);
             }
             Answer::Failed { error, .. } => self.simple(asked, error),
-            Answer::Data { segments, .. } if !self.headers.has_chunks() => {
-                self.simple(asked, 0);
-                self.spell_out(segments);
-            }
-            Answer::Data { segments, .. } if segments.is_empty() => {
-                self.chunk(asked, chunk::NONE, true, 0);
-            }
-            Answer::Data { offset, segments, whole: true } => {
-                self.data_header(asked, true, offset, segments.len());
-                self.spell_out(segments);
-            }
-            Answer::Data { offset, segments, whole: false } => {
-                self.pieces(asked, offset, segments);
+            Answer::Data { offset, segments, whole } => {
+                let read = ByteRange::between(offset, offset.saturating_add(segments.len()));
+                self.push_part(asked, Part { read, whole, offset, segments });
             }
             Answer::Status(contexts) => self.status(asked, &contexts),
         }
+    }
+
+    /// Appends a part of the reply to the READ that `asked`; where it must not be cut into chunks, the parts follow each
+    /// other without another reply between them.
+    pub fn push_part(&mut self, asked: Asked, part: Part) {
+        let Part { read, whole, offset, segments } = part;
+        let first = offset == read.start();
+        if self.headers.has_chunks() && read.is_empty() {
+            self.chunk(asked, chunk::NONE, true, 0);
+        } else if self.headers.has_chunks() && !whole {
+            let last = offset.saturating_add(segments.len()) >= read.end();
+            self.pieces(asked, offset, segments, last);
+        } else {
+            if !self.headers.has_chunks() && first {
+                self.simple(asked, 0);
+            } else if first {
+                self.data_header(asked, true, offset, read.len());
+            }
+            self.spell_out(segments);
+        }
+    }
+
+    /// Whether a READ whose first part was appended can still fail in the words of the protocol.
+    pub fn can_fail_later(&self, whole: bool) -> bool {
+        self.headers.has_chunks() && !whole
     }
 
     /// The buffers so far, none of them empty. Leaves nothing behind.
@@ -175,8 +203,8 @@ impl Encoder {
         }
     }
 
-    /// Data and holes as chunks of their own; neighbouring data shares one.
-    fn pieces(&mut self, asked: Asked, mut offset: u64, segments: Segments) {
+    /// Data and holes as chunks of their own; neighbouring data shares one. Whether nothing comes behind them is `last`.
+    fn pieces(&mut self, asked: Asked, mut offset: u64, segments: Segments, last: bool) {
         let mut rest = segments.0.into_iter().filter(|segment| !segment.is_empty()).peekable();
         while let Some(segment) = rest.next() {
             match segment {
@@ -185,7 +213,7 @@ impl Encoder {
                         len += more;
                         rest.next();
                     }
-                    self.chunk(asked, chunk::OFFSET_HOLE, rest.peek().is_none(), 12);
+                    self.chunk(asked, chunk::OFFSET_HOLE, last && rest.peek().is_none(), 12);
                     self.head.put_u64(offset);
                     self.head.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
                     offset += len;
@@ -197,7 +225,7 @@ impl Encoder {
                         rest.next();
                     }
                     let len = run.iter().map(|bytes| bytes.len() as u64).sum();
-                    self.data_header(asked, rest.peek().is_none(), offset, len);
+                    self.data_header(asked, last && rest.peek().is_none(), offset, len);
                     self.seal();
                     self.queue.extend(run);
                     offset += len;

@@ -182,11 +182,15 @@ async fn memory_is_bounded_over_all_clients_and_nobody_takes_all_of_it() {
         greedy.push(deaf(&server, 64).await);
     }
     settle().await;
-    // The first leaves a half, the next a half of that, and so on.
-    let reads = device.log().len();
-    assert!(reads <= 32 + 16 + 8 + 4, "{reads} MiB are in flight");
-    assert!(reads >= 32, "{reads} MiB are in flight");
-    assert_eq!(server.memory_in_use(), reads as u64 * u64::from(MIB));
+    // The first leaves a half, the next a half of that, and so on; what each has of its own comes besides.
+    let held = server.memory_in_use() >> 20;
+    assert!((32..=32 + 16 + 8 + 4).contains(&held), "{held} MiB are in flight");
+    let read = device.log().into_iter().map(|call| match call {
+        Call::Read(_, len) => len,
+        other => panic!("{other:?}"),
+    });
+    let reserves = 4 * (64 << 10);
+    assert!(read.sum::<u64>() <= server.memory_in_use() + reserves);
     // A modest client does not notice.
     let begun = Instant::now();
     let mut modest = Raw::entered(&server).await;
@@ -271,9 +275,10 @@ async fn clients_that_do_not_read_lose_their_connections_where_others_wait_for_t
     wants.send(&vec![1; 1 << 20]).await;
     assert_eq!(wants.reply().await.error, 0);
     assert_eq!(begun.elapsed(), Duration::ZERO);
+    assert_eq!(server.connections(), 33, "that needs nothing of theirs");
     wants.request(command::READ, command_flag::DF, 3, 0, 2 * MIB).await;
     assert_eq!(wants.reply().await.content[0].1.len(), 8 + (2 << 20));
-    assert!(begun.elapsed() >= Limits::default().payload_timeout);
+    assert_eq!(begun.elapsed(), Duration::ZERO);
     settle().await;
     sleep(Duration::from_secs(10)).await;
     assert_eq!(server.connections(), 1);

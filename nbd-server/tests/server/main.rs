@@ -11,6 +11,7 @@ mod lifecycle;
 mod limits;
 #[cfg(feature = "client")]
 mod own_client;
+mod parts;
 mod peers;
 mod raw;
 #[cfg(feature = "client")]

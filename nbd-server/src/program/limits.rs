@@ -58,7 +58,7 @@ pub(crate) struct LimitOptions {
     pub(crate) in_flight_bytes: Option<NonZeroU32>,
 
     /// Memory for what all clients together have in flight, in bytes, or in K, M, G; at least 32M [default: 1G]
-    #[arg(long = "memory-limit", value_name = "BYTES", value_parser = super::options::bytes)]
+    #[arg(long = "memory-limit", value_name = "BYTES", value_parser = memory)]
     pub(crate) memory_bytes: Option<u64>,
 
     /// How long clients may take to end after SIGTERM; images take as much again at most [default: 20]
@@ -76,6 +76,16 @@ pub(super) fn length(text: &str) -> Result<NonZeroU32, String> {
     length.ok_or_else(|| {
         "it is a number of bytes, or of K, M or G, from 1 to less than 4G".to_owned()
     })
+}
+
+/// The least memory for what is in flight, in bytes: room for the longest request.
+const LEAST_MEMORY_BYTES: u64 = 32 << 20;
+
+/// Memory for what is in flight, in bytes.
+pub(super) fn memory(text: &str) -> Result<u64, String> {
+    let bytes = super::options::bytes(text)?;
+    let enough = bytes >= LEAST_MEMORY_BYTES;
+    enough.then_some(bytes).ok_or_else(|| "it is at least 32M".to_owned())
 }
 
 fn seconds(number: NonZeroU32) -> Duration {
@@ -178,7 +188,12 @@ mod tests {
             assert_eq!((limits.in_flight_requests, limits.in_flight_bytes), (4, 1 << 20));
             assert_eq!(limits.peer_timeout, Duration::from_secs(5));
         }
-        for wrong in ["--max-options=0", "--max-option-bytes=0", "--max-in-flight-bytes=4G"] {
+        for wrong in [
+            "--max-options=0",
+            "--max-option-bytes=0",
+            "--max-in-flight-bytes=4G",
+            "--memory-limit=31M",
+        ] {
             assert!(parse(&[wrong]).is_err(), "{wrong}");
         }
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nbd_server::wire::{MAX_STRING_BYTES, transmission_flag as flag};
-use nbd_server::{Admission, ClientName};
+use nbd_server::{Admission, ClientName, Writers};
 use rustix::fs::OFlags;
 
 use super::fault::Fault;
@@ -48,6 +48,9 @@ pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option
         after: keys.text("postrun"),
         ..ExportSpec::default()
     };
+    if spec.read_only && spec.durable {
+        keys.without_effect("sync", "the export is read-only, so that nothing is written");
+    }
     image(&mut keys, &mut spec);
     tls(&mut keys, &mut spec);
     limits(&mut keys, &mut spec);
@@ -160,6 +163,9 @@ fn limits(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
             Ok(writers) => spec.writers = writers,
             Err(wants) => keys.wrong("writers", entry, &wants),
         }
+    }
+    if spec.seals && spec.writers == Writers::Any {
+        keys.without_effect("writers", "with seal, one client at a time may have it");
     }
     if let Some(entry) = keys.entry("maxconnections") {
         match options::most(entry.value.trim_end()) {

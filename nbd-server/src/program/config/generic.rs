@@ -158,7 +158,7 @@ fn limits(keys: &mut Keys<'_>) -> LimitOptions {
         option_bytes: length(keys, "max_option_bytes"),
         in_flight: number(keys, "max_in_flight"),
         in_flight_bytes: length(keys, "max_in_flight_bytes"),
-        memory_bytes: keys.bytes("memory_limit"),
+        memory_bytes: memory(keys),
         shutdown_secs: number(keys, "shutdown_timeout"),
     }
 }
@@ -169,6 +169,17 @@ fn length(keys: &mut Keys<'_>, name: &'static str) -> Option<NonZeroU32> {
         Ok(length) => Some(length),
         Err(wants) => {
             keys.wrong(name, entry, &wants);
+            None
+        }
+    }
+}
+
+fn memory(keys: &mut Keys<'_>) -> Option<u64> {
+    let entry = keys.entry("memory_limit")?;
+    match crate::program::limits::memory(entry.value.trim_end()) {
+        Ok(bytes) => Some(bytes),
+        Err(wants) => {
+            keys.wrong("memory_limit", entry, &wants);
             None
         }
     }

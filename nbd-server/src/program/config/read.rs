@@ -38,11 +38,17 @@ pub(crate) fn read(path: &Path) -> Result<Config, Faults> {
     let mut files = vec![(main, sections.cloned().collect::<Vec<_>>())];
     if let Some((folder, line)) = generic.as_ref().and_then(|generic| generic.include.clone()) {
         match included(&folder) {
-            Ok(paths) => files.extend(paths.into_iter().map(|path| {
-                let file: Arc<Path> = path.into();
-                let sections = load(&file, &mut log).sections;
-                (file, sections)
-            })),
+            Ok(Included { paths, others }) => {
+                for other in others {
+                    let text = format!("{} is no file, and is left out", other.display());
+                    log.remark(&files[0].0, line, text);
+                }
+                files.extend(paths.into_iter().map(|path| {
+                    let file: Arc<Path> = path.into();
+                    let sections = load(&file, &mut log).sections;
+                    (file, sections)
+                }));
+            }
             Err(error) => {
                 let (file, why) = (&files[0].0, error.to_string());
                 log.fault(file, line, Fault::Unreadable { path: folder, why });
@@ -74,19 +80,28 @@ pub(crate) fn read(path: &Path) -> Result<Config, Faults> {
     }
 }
 
-/// The files that a folder adds, by name.
-fn included(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
+/// What a folder adds, by name.
+#[derive(Default)]
+struct Included {
+    paths: Vec<PathBuf>,
+    /// What has such a name and is no file.
+    others: Vec<PathBuf>,
+}
+
+fn included(folder: &Path) -> io::Result<Included> {
+    let mut included = Included::default();
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         let is_ours = path.as_os_str().as_encoded_bytes().ends_with(b".conf");
         // What vanished meanwhile, or is a link to nowhere, is not silently left out: reading it fails.
-        if is_ours && std::fs::metadata(&path).map_or(true, |metadata| metadata.is_file()) {
-            paths.push(path);
+        if is_ours {
+            let is_file = std::fs::metadata(&path).map_or(true, |metadata| metadata.is_file());
+            if is_file { &mut included.paths } else { &mut included.others }.push(path);
         }
     }
-    paths.sort();
-    Ok(paths)
+    included.paths.sort();
+    included.others.sort();
+    Ok(included)
 }
 
 /// Reads and takes apart one file.
@@ -110,7 +125,8 @@ fn load(file: &Arc<Path>, log: &mut Log) -> Document {
     if bytes.is_empty() {
         log.fault(file, 1, Fault::Empty);
     }
-    let document = ini::parse(&bytes);
+    // Some editors begin a file with the mark of its encoding.
+    let document = ini::parse(bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&bytes));
     for (line, fault) in &document.faults {
         log.fault(file, *line, fault.clone());
     }

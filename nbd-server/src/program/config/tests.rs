@@ -242,6 +242,7 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         (&format!("{export}seal = true\nreadonly = true\n"), "config:2: [a]: what is read-only"),
         (&format!("{export}timeout = soon\n"), "config:4: timeout = \"soon\""),
         ("[generic]\ntimeout = soon\n", "config:2: timeout = \"soon\""),
+        ("[generic]\nmemory_limit = 31M\n", "config:2: memory_limit = \"31M\": it is at least 32M"),
         ("[generic]\nmemory_limit = much\n", "config:2: memory_limit = \"much\""),
         ("[generic]\nmax_in_flight_bytes = 4G\n", "config:2: max_in_flight_bytes = \"4G\""),
         ("[generic]\nmax_options = 0\n", "config:2: max_options = \"0\""),
@@ -287,6 +288,25 @@ fn what_has_no_effect_is_remarked() {
     );
     let unfinished = Files::new(&[("config", "[generic]\n[a]\nexportname = /a")]).read().unwrap();
     assert!(unfinished.remarks[0].unfinished && unfinished.remarks[0].place.line == 3);
+}
+
+#[test]
+fn what_says_less_than_it_seems_to_is_remarked_with_its_line() {
+    let files = Files::new(&[
+        (
+            "config",
+            "\u{feff}[generic]\nincludedir = more\n[a]\nexportname = /a\nseal = true\nwriters = any\n[b]\nexportname = /b\n\
+             readonly = true\nsync = true\n[c]\nexportname = /c\nseal = true\nwriters = client\nsync = true\n",
+        ),
+        ("more/x.conf/file", ""),
+        ("more/y.conf", "\u{feff}[d]\nexportname = /d\n"),
+    ]);
+    let config = files.read().unwrap();
+    let mut lines: Vec<_> = config.remarks.iter().map(|remark| remark.place.line).collect();
+    lines.sort_unstable();
+    assert_eq!(lines, [2, 6, 10], "{:?}", config.remarks);
+    assert!(config.remarks.iter().any(|remark| remark.text.contains("x.conf is no file")));
+    assert_eq!(config.exports.len(), 4);
 }
 
 #[test]

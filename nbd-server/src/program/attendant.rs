@@ -7,6 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use block::{BlockDevice, DeviceError};
 use nbd_server::{Attendant, Peer, TurnedAway};
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::Command;
 
 use super::options::ExportSpec;
@@ -40,19 +41,39 @@ impl Doorkeeper {
         Some(Arc::new(Self { name, path, before, after, overlay, sealable }))
     }
 
-    /// Runs a command to its end; whether it went well.
-    async fn run(&self, command: &str, peer: &Peer) -> Result<(), TurnedAway> {
+    /// Runs a command to its end; whether it went well. Where the future is dropped, a command that is not `lasting` is
+    /// killed with all that it has started.
+    async fn run(&self, command: &str, peer: &Peer, lasting: bool) -> Result<(), TurnedAway> {
         let path = quoted(&self.path.to_string_lossy());
         let mut shell = Command::new("sh");
-        shell.arg("-c").arg(command.replace("%s", &path)).stdin(Stdio::null()).kill_on_drop(true);
+        shell.arg("-c").arg(command.replace("%s", &path)).stdin(Stdio::null());
         shell.env("NBD_EXPORT", &self.name).env("NBD_PEER", peer.to_string());
         // These sockets are ours.
         shell.env_remove("LISTEN_FDS").env_remove("LISTEN_PID");
-        match shell.status().await {
+        shell.process_group(0);
+        let ended = async {
+            let mut child = shell.spawn()?;
+            let pid = child.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
+            let mut group = Group(pid.filter(|_| !lasting));
+            let status = child.wait().await?;
+            group.0 = None;
+            Ok::<_, std::io::Error>(status)
+        };
+        match ended.await {
             Ok(status) if status.success() => Ok(()),
             Ok(status) => Err(TurnedAway(format!("{command:?} ended with {status}"))),
             Err(error) => Err(TurnedAway(format!("cannot run {command:?}: {error}"))),
         }
+    }
+}
+
+/// A command that has not ended, with all that it has started; killed when dropped.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // It is gone where this fails.
+        let _ = self.0.map(|leader| kill_process_group(leader, Signal::KILL));
     }
 }
 
@@ -65,7 +86,7 @@ fn quoted(text: &str) -> String {
 impl Attendant for Doorkeeper {
     async fn arrived(&self, peer: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway> {
         if let Some(command) = &self.before {
-            self.run(command, peer).await?;
+            self.run(command, peer, false).await?;
         }
         Ok(self.overlay.as_ref().map(|overlay| overlay.fresh() as Arc<dyn BlockDevice>))
     }
@@ -79,7 +100,7 @@ impl Attendant for Doorkeeper {
 
     async fn left(&self, peer: &Peer) {
         if let Some(command) = &self.after
-            && let Err(error) = self.run(command, peer).await
+            && let Err(error) = self.run(command, peer, true).await
         {
             tracing::warn!(export = self.name, %peer, "{error}");
         }

@@ -173,3 +173,32 @@ fn a_second_signal_ends_it_at_once_and_says_so() {
     assert!(server.errors().contains("stopped by a second signal; images may need a check"));
     drop(stays);
 }
+
+#[test]
+fn what_is_run_before_a_client_does_not_outlive_the_server_and_what_is_run_behind_it_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    for fifo in ["before", "after"] {
+        run(dir, "mkfifo", &[fifo]);
+    }
+    let export = "exportname = disk.img\nprerun = { sleep 600; true; } >before\n[two]\nexportname = disk.img\ndefault = true\n\
+                  readonly = true\npostrun = { read line <after; echo $line >done; } 2>/dev/null\n";
+    let text = format!("[generic]\nunixsock = socket\nshutdown_timeout = 2\n[one]\n{export}");
+    std::fs::write(dir.join("config"), text).unwrap();
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    drop(entered(dir));
+    let mut arriving = UnixStream::connect(dir.join("socket")).unwrap();
+    arriving.read_exact(&mut [0; 18]).unwrap();
+    arriving.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x03one").unwrap();
+    // Opens once the command runs, and ends with the last of its processes.
+    let mut before = std::fs::File::open(dir.join("before")).unwrap();
+    assert!(server.stop());
+    let (ended, waited) = std::sync::mpsc::channel();
+    std::thread::spawn(move || ended.send(before.read_to_end(&mut Vec::new()).is_ok()));
+    assert_eq!(waited.recv_timeout(super::END_TIMEOUT), Ok(true));
+    run(dir, "mkfifo", &["done"]);
+    std::fs::write(dir.join("after"), "went\n").unwrap();
+    assert_eq!(std::fs::read_to_string(dir.join("done")).unwrap(), "went\n");
+}

@@ -217,9 +217,14 @@ pub(crate) const EXPORT: &[Key] = &[
         "prerun",
         "COMMAND",
         "Run by the shell when a client chooses the export, %s being the path; where it fails, the client is turned \
-         away. Who hangs up meanwhile keeps the place until it has ended",
+         away. Who hangs up meanwhile keeps the place until it has ended. Where the server ends before, it is killed with all \
+         that it has started",
     ),
-    key("postrun", "COMMAND", "Run by the shell when the client has left"),
+    key(
+        "postrun",
+        "COMMAND",
+        "Run by the shell when the client has left; it may go on behind the end of the server",
+    ),
     key(
         "virtstyle",
         "STYLE",

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 pub(crate) struct Gauge {
     count: AtomicUsize,
     idle: Notify,
+    refused: Notify,
 }
 
 /// One open thing; dropping it closes it.
@@ -31,8 +32,16 @@ impl Gauge {
     /// Opens one where fewer than `limit` are open.
     pub(crate) fn try_hold(self: &Arc<Self>, limit: usize) -> Option<Held> {
         let below = |count| (count < limit).then_some(count + 1);
-        self.count.fetch_update(Ordering::AcqRel, Ordering::Acquire, below).ok()?;
+        if self.count.fetch_update(Ordering::AcqRel, Ordering::Acquire, below).is_err() {
+            self.refused.notify_waiters();
+            return None;
+        }
         Some(Held(Arc::clone(self)))
+    }
+
+    /// Waits until one more is not opened because of the limit.
+    pub(crate) async fn refused(&self) {
+        self.refused.notified().await;
     }
 
     /// Waits until none is open.

@@ -44,7 +44,7 @@ where
     }
 }
 
-/// Closes a connection that does not enter an export.
+/// Closes a connection that does not enter an export; once somebody else finds no place, without waiting for its client.
 pub(crate) async fn see_off<R, W>(shared: &Shared, reader: &mut R, writer: &mut W)
 where
     R: AsyncRead + Unpin,
@@ -52,7 +52,11 @@ where
 {
     let closing = connection::linger(reader, writer, shared.limits.close_timeout);
     // Dropped or not: it is closed next.
-    let _ = shared.unless_dropped(closing).await;
+    tokio::select! {
+        biased;
+        _ = shared.unless_dropped(closing) => {}
+        () = shared.connections.refused() => {}
+    }
 }
 
 /// Transmission, between what the attendant of the export does before and after it. Whoever was let in is told to have

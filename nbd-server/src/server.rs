@@ -103,7 +103,7 @@ pub(crate) struct Shared {
     forced: Signal,
     /// Nobody is waited for any more, neither clients nor attendants.
     over: Signal,
-    connections: Arc<Gauge>,
+    pub(crate) connections: Arc<Gauge>,
     census: Arc<Census>,
     clients: Arc<Clients>,
     listeners: Mutex<Vec<JoinHandle<()>>>,

@@ -12,6 +12,7 @@ use nbd_server::wire::{self, Request, command, error, option};
 use nbd_server::{
     Attendant, Export, ExportError, Limits, Peer, Removal, Server, ServerConfig, TurnedAway,
 };
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::device::{Call, TestDevice};
@@ -550,4 +551,25 @@ async fn a_stale_socket_is_replaced_a_live_one_kept_and_ours_removed() {
     std::fs::write(&path, "no socket").unwrap();
     assert!(other.listen_unix(&path).await.is_err());
     assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
+}
+
+#[tokio::test]
+async fn who_was_sent_away_and_stays_keeps_no_place_that_others_ask_for() {
+    let mut limits = Limits::default();
+    limits.connections = 2;
+    limits.close_timeout = Duration::from_secs(3600);
+    let (server, _) = with_limits(limits);
+    let mut stays = [Raw::new(&server), Raw::new(&server)];
+    for raw in &mut stays {
+        raw.greet(1 << 7).await;
+        assert!(raw.rest().await.is_empty());
+    }
+    assert_eq!(server.connections(), 2, "both may say more");
+    let finding_a_place = async {
+        let mut first = [0];
+        while Raw::new(&server).stream.read(&mut first).await.unwrap() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(GRACE, finding_a_place).await.unwrap();
 }

@@ -58,3 +58,21 @@ fn counters_are_told_over_http_and_the_log_is_json_that_names_connections() {
     assert!(line.contains("\"name\":\"connection\"") && line.contains("\"peer\":\"unix:uid="));
     assert!(server.stop());
 }
+
+#[test]
+fn who_asks_for_counters_does_not_wait_for_those_who_say_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    image(dir.path());
+    let arguments = ["--listen=unix:socket", "--export=one=disk.img,format=raw", "--metrics=0"];
+    let mut server = Running::start(dir.path(), &arguments);
+    let address = address(&mut server);
+    server.address();
+    let begun = std::time::Instant::now();
+    for _ in 0..20 {
+        // They take all places, and longer each time than all of this may take together.
+        let _silent: Vec<_> = (0..32).map(|_| TcpStream::connect(&address).unwrap()).collect();
+        assert!(ask(&address, "GET /metrics").starts_with("HTTP/1.1 200"));
+    }
+    assert!(begun.elapsed() < std::time::Duration::from_secs(30));
+    assert!(server.stop());
+}

@@ -465,7 +465,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_does_not_read_has_to_go_once_somebody_waited_long_enough() {
-        let memory = memory(4);
+        let (memory, begun) = (memory(4), Instant::now());
         let [stuck, slow, busy] = [(); 3].map(|()| memory.account());
         let held = [stuck.take(2 * MIB).await, slow.take(MIB).await, busy.take(MIB).await];
         stuck.writes();
@@ -482,6 +482,7 @@ mod tests {
             _ = &mut waiting => panic!("there is none"),
             () = stuck.evicted.raised() => {}
         }
+        assert!(begun.elapsed() < Duration::from_secs(31), "on the clock that stands still");
         assert!(!slow.evicted.is_raised() && !busy.evicted.is_raised());
         drop(held);
         assert!(waiting.now_or_never().is_some());

@@ -44,6 +44,7 @@ struct State {
     allocated: Vec<bool>,
     log: Vec<Call>,
     failure: Option<io::ErrorKind>,
+    extents_at_once: usize,
 }
 
 impl TestDevice {
@@ -67,6 +68,8 @@ impl TestDevice {
                 allocated: vec![false; blocks],
                 log: Vec::new(),
                 failure: None,
+                // Ending early is allowed, so it is tried.
+                extents_at_once: 3,
             }),
             gates: watch::Sender::new(Gates::default()),
         })
@@ -100,6 +103,11 @@ impl TestDevice {
     /// How many calls are held back.
     pub(crate) fn held_now(&self) -> usize {
         self.gates.borrow().waiting
+    }
+
+    /// From now on, tells up to so many extents at once.
+    pub(crate) fn tell_extents(&self, count: usize) {
+        self.state.lock().extents_at_once = count;
     }
 
     /// Every later call fails like this.
@@ -222,12 +230,11 @@ impl BlockDevice for TestDevice {
         let mut extents: Vec<Extent> = Vec::new();
         for piece in range.pieces(BLOCK) {
             let allocated = state.is_allocated(piece.start());
-            let is_long = extents.len() == 3;
+            let is_long = extents.len() == state.extents_at_once;
             match extents.last_mut() {
                 Some(last) if last.allocated == allocated => {
                     last.range = ByteRange::between(last.range.start(), piece.end());
                 }
-                // Ending early is allowed, so it is tried.
                 Some(_) if is_long => break,
                 _ => extents.push(Extent { range: piece, allocated, zero: !allocated }),
             }

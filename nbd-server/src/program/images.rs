@@ -1,7 +1,6 @@
 //! Opening an image by its format. The one place of this crate that knows formats.
 
-use std::fs::{File, Metadata};
-use std::io::{self, Read};
+use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,13 +13,11 @@ use block::{
     OpenOptions as HostOptions, RawDevice,
 };
 use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
-use qcow2::{BitmapError, DirtyExtent, Image, OpenOptions, Passphrase, References, UnlockError};
+use qcow2::{BitmapError, Corruption, DirtyExtent, Image, OpenOptions, Passphrase, References};
 
 use super::depth::{self, AllocationDepth};
+use super::first_bytes::FirstBytes;
 use super::options::{AllowReferences, ExportSpec, Format};
-
-/// The first bytes of a qcow2 image.
-const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// How images are opened that do not say otherwise.
 #[derive(Clone, Debug, Default)]
@@ -160,7 +157,8 @@ impl Opened {
                 options.rehearse = rehearse;
                 options.passphrases = passphrases(key)?;
                 options.unlock_time = how.unlock_time.unwrap_or(options.unlock_time);
-                let image = Image::open(&key.path, options).await.map_err(explained)?;
+                let image =
+                    Image::open(&key.path, options).await.map_err(|error| explained(error, key))?;
                 (Arc::new(image.clone()), Some(image))
             }
         };
@@ -174,7 +172,7 @@ impl Opened {
         for name in &spec.bitmaps {
             let top = self.image.as_ref().context("a raw image has no bitmaps")?;
             let image = image_with(top, name, self.only_looks).await;
-            let image = image.with_context(|| format!("bitmap {name:?}"))?;
+            let image = image.map_err(|error| no_bitmap(error, top, name))?;
             let source = Bitmap { image, name: name.clone() };
             sources.push((format!("qemu:dirty-bitmap:{name}"), Arc::new(source)));
         }
@@ -190,16 +188,17 @@ impl Opened {
 /// The format that was said, or that may be taken for granted. Nothing but a qcow2 header is recognised, and only where
 /// raw images have to be said: a guest could write a header into a raw disk, and would be believed.
 fn format_of(spec: &ExportSpec, path: &Path) -> anyhow::Result<Format> {
-    match (spec.format, spec.raw_unless_said) {
-        (Some(format), _) => Ok(format),
-        (None, true) if is_qcow2(path)? => {
-            bail!(
-                "it begins as a qcow2 image does; say format = qcow2, or format = raw where that is meant"
-            )
-        }
-        (None, true) => Ok(Format::Raw),
-        (None, false) if is_qcow2(path)? => Ok(Format::Qcow2),
-        (None, false) => bail!("it is no qcow2 image; say format=raw if it is a raw one"),
+    if let Some(format) = spec.format {
+        return Ok(format);
+    }
+    let first = FirstBytes::of(path)?;
+    match (first.is_qcow2(), spec.raw_unless_said) {
+        (true, true) => bail!(
+            "it begins as a qcow2 image does; say format = qcow2, or format = raw where that is meant"
+        ),
+        (false, true) => Ok(Format::Raw),
+        (true, false) => Ok(Format::Qcow2),
+        (false, false) => bail!(first.why_not_qcow2()),
     }
 }
 
@@ -226,6 +225,17 @@ async fn image_with(top: &Image, name: &str, only_looks: bool) -> Result<Image, 
             Some(below) => layer = below,
             None => return Err(missing),
         }
+    }
+}
+
+/// An error of looking for a bitmap; where there is none, with where it was looked for.
+fn no_bitmap(error: qcow2::Error, top: &Image, name: &str) -> anyhow::Error {
+    match &error {
+        qcow2::Error::Bitmap { file, reason: BitmapError::Unknown, .. } => {
+            let below = if file == top.path() { "" } else { ", nor in those below it" };
+            anyhow!("there is no bitmap {name:?} in the image{below}")
+        }
+        _ => error.into(),
     }
 }
 
@@ -292,18 +302,26 @@ fn passphrases(key: &ImageKey) -> anyhow::Result<Vec<Passphrase>> {
     key.passphrase_files.iter().map(read).collect()
 }
 
-/// An error with what an export offers against it.
-fn explained(error: qcow2::Error) -> anyhow::Error {
-    let hint = match &error {
-        qcow2::Error::Locked { reason: UnlockError::NoPassphrase, .. } => {
-            "the export needs passphrase-file=FILE"
-        }
-        qcow2::Error::Locked { reason: UnlockError::TooMuchWork { .. }, .. } => {
-            "--unlock-seconds allows more"
-        }
-        _ => return in_use(error),
-    };
-    anyhow::Error::new(error).context(hint)
+/// An error of opening an image, in the words of somebody who named a file.
+fn explained(error: qcow2::Error, key: &ImageKey) -> anyhow::Error {
+    let chain = || format!("a file in the chain below {}", key.path.display());
+    match &error {
+        qcow2::Error::Corrupt { file, what: Corruption::NoMagic, .. }
+        | qcow2::Error::Corrupt {
+            file, what: Corruption::Truncated { what: "the header" }, ..
+        } => match FirstBytes::of(file) {
+            Ok(first) if *file == key.path => anyhow!(first.why_not_qcow2()),
+            _ => anyhow::Error::new(error).context(chain()),
+        },
+        qcow2::Error::Path { path, .. } => match &key.references {
+            Some(AllowReferences::Below(folder)) if folder == path => {
+                anyhow::Error::new(error).context("the folder for backing files")
+            }
+            _ if *path == key.path => error.into(),
+            _ => anyhow::Error::new(error).context(chain()),
+        },
+        _ => in_use(error),
+    }
 }
 
 /// An error, with who it is that has the image where that is this server.
@@ -325,15 +343,5 @@ fn in_use(error: impl Into<anyhow::Error>) -> anyhow::Error {
             path.display()
         ),
         None => error,
-    }
-}
-
-/// Whether a file begins as a qcow2 image does.
-fn is_qcow2(path: &Path) -> io::Result<bool> {
-    let mut magic = [0; QCOW2_MAGIC.len()];
-    match File::open(path)?.read_exact(&mut magic) {
-        Ok(()) => Ok(magic == QCOW2_MAGIC),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(error),
     }
 }

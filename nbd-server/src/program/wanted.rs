@@ -8,6 +8,7 @@ use nbd_server::ExportError;
 
 use super::config::Place;
 use super::errors::text_of;
+use super::hint;
 use super::images::{FileId, ImageKey};
 use super::options::{ExportSpec, Writes};
 
@@ -23,7 +24,12 @@ impl Wanted {
     /// An error with what it keeps from being served, and where that was said.
     pub(super) fn blame(&self, error: anyhow::Error) -> anyhow::Error {
         let path = self.spec.path.display();
-        self.locate(error.context(format!("cannot open {path} for export {:?}", self.spec.name)))
+        let hint = hint::against(&error, self.place.is_some());
+        let error = error.context(format!("cannot open {path} for export {:?}", self.spec.name));
+        self.locate(match hint {
+            Some(hint) => anyhow!("{}; {hint}", text_of(&error)),
+            None => error,
+        })
     }
 
     /// The same where it is not the image that keeps it.

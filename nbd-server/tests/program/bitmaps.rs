@@ -180,7 +180,7 @@ fn bitmaps_and_snapshots_that_are_not_there_are_refused_by_name() {
     let dir = dir.path();
     create(dir);
     for (options, reason) in [
-        (",bitmap=none", "there is no such bitmap"),
+        (",bitmap=none", "there is no bitmap \"none\" in the image"),
         (",snapshot=none", "none"),
         (",bitmap=on,snapshot=x", "not of a snapshot"),
     ] {

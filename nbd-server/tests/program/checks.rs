@@ -70,6 +70,17 @@ fn the_check_finds_what_keeps_exports_from_being_served_where_the_start_does() {
 }
 
 #[test]
+fn files_are_told_of_keys_and_not_of_options() {
+    let dir = images();
+    std::fs::create_dir(dir.path().join("inner")).unwrap();
+    let inner = dir.path().join("inner");
+    create_qcow2(&inner, "top.qcow2", Some(("../disk.qcow2", "qcow2")));
+    let text =
+        "[generic]\nunixsock = socket\n[one]\nexportname = inner/top.qcow2\nformat = qcow2\n";
+    is_refused(dir.path(), text, &["config:3: ", "; allow_references = DIR names the folder"]);
+}
+
+#[test]
 fn the_check_finds_exports_that_cannot_stand_beside_each_other() {
     let dir = images();
     let raw = "exportname = disk.img\n";

@@ -226,7 +226,8 @@ fn references_outside_the_directory_need_leave() {
     let export = "--export=one=inner/top.qcow2,read-only";
     let mut server = Running::start(dir.path(), &["--listen=unix:socket", export]);
     assert!(!server.status().success());
-    assert!(server.errors().contains("disk.img"));
+    let errors = server.errors();
+    assert!(errors.contains("disk.img") && errors.contains("; --allow-references DIR"), "{errors}");
     for leave in ["--allow-references=.", "--allow-references=any"] {
         let mut server = Running::start(dir.path(), &["--listen=unix:socket", export, leave]);
         server.address();
@@ -278,6 +279,30 @@ fn what_cannot_be_served_is_refused_with_its_reason() {
         assert!(errors.contains(reason), "{export}: {errors}");
         assert!(!dir.path().join("socket").exists());
     }
+    run(dir.path(), "qemu-img", &["create", "-q", "-f", "vmdk", "disk.vmdk", "2M"]);
+    std::fs::write(dir.path().join("short"), "QFI\u{fb}").unwrap();
+    create_qcow2(dir.path(), "below.qcow2", None);
+    create_qcow2(dir.path(), "top.qcow2", Some(("below.qcow2", "qcow2")));
+    for (export, reason) in [
+        ("disk.vmdk", "it is a VMDK image, and no qcow2 one: `qcow2 convert`"),
+        ("disk.vmdk,format=qcow2", "it is a VMDK image, and no qcow2 one: `qcow2 convert`"),
+        ("disk.img,format=qcow2", "it is no qcow2 image; say format=raw"),
+        ("short,format=qcow2", "5 bytes are no qcow2 image"),
+        ("top.qcow2,bitmap=x", "there is no bitmap \"x\" in the image, nor in those below it"),
+    ] {
+        let export = format!("--export=one={export}");
+        let mut server = Running::start(dir.path(), &["--listen=unix:socket", &export]);
+        assert!(!server.status().success(), "{export}");
+        let errors = server.errors();
+        assert!(errors.contains(reason), "{export}: {errors}");
+    }
+    std::fs::remove_file(dir.path().join("below.qcow2")).unwrap();
+    let mut server =
+        Running::start(dir.path(), &["--listen=unix:socket", "--export=one=top.qcow2"]);
+    assert!(!server.status().success());
+    let errors = server.errors();
+    let whose = format!("{}: cannot resolve", dir.path().join("top.qcow2").display());
+    assert!(errors.contains(&format!("a file in the chain below {whose}")), "{errors}");
     let mut twice = vec!["--listen=unix:socket"];
     twice.extend(["--export=one=disk.img,format=raw,read-only"; 2]);
     let mut server = Running::start(dir.path(), &twice);

@@ -33,13 +33,27 @@ impl Gauge {
     pub(crate) fn try_hold(self: &Arc<Self>, limit: usize) -> Option<Held> {
         let below = |count| (count < limit).then_some(count + 1);
         if self.count.fetch_update(Ordering::AcqRel, Ordering::Acquire, below).is_err() {
-            self.refused.notify_waiters();
+            self.refuse();
             return None;
         }
         Some(Held(Arc::clone(self)))
     }
 
-    /// Waits until one more is not opened because of the limit.
+    /// Whether fewer than `limit` are open; who needs one more is told of where they are not.
+    pub(crate) fn has_place(&self, limit: usize) -> bool {
+        let has_place = self.count() < limit;
+        if !has_place {
+            self.refuse();
+        }
+        has_place
+    }
+
+    /// Tells whoever is [`Self::refused`].
+    pub(crate) fn refuse(&self) {
+        self.refused.notify_waiters();
+    }
+
+    /// Waits until somebody finds no place.
     pub(crate) async fn refused(&self) {
         self.refused.notified().await;
     }

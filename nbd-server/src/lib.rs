@@ -88,6 +88,7 @@ mod clients;
 mod connection;
 mod counters;
 mod deadline;
+mod departures;
 mod execute;
 mod export;
 #[cfg(feature = "metrics")]

@@ -13,14 +13,15 @@ use crate::wire;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Connections at once over all listeners; one more is closed as soon as it is accepted. Default 1024.
+    /// Connections at once over all listeners; one more is closed, a second after it was accepted if none of the others
+    /// ends until then. Default 1024.
     pub connections: usize,
     /// Connections at once to each export that has no limit of its own
     /// ([`Export::max_connections`](crate::Export::max_connections)); who asks for one more is answered `ERR_POLICY`, with
     /// the reason. Default none.
     pub connections_per_export: Option<usize>,
     /// Connections at once of each client: from one address, of one user over Unix sockets, of one machine over vsock.
-    /// One more is closed as soon as it is accepted. Default none, because gateways have many clients behind one address.
+    /// One more is closed, a second later as above. Default none, because gateways have many clients behind one address.
     pub connections_per_client: Option<usize>,
     /// From the first byte of the greeting until the export is chosen, TLS included. Default 30 s. Half of it is the
     /// longest that a client waits for an export to be sealed: to be let in, or, where it was the writer, to see the end of
@@ -103,6 +104,12 @@ impl Limits {
         let memory_bytes = u32::try_from(self.memory_bytes).unwrap_or(u32::MAX);
         self.option_bytes = self.option_bytes.min(memory_bytes);
         self
+    }
+
+    /// How long clients wait for the places of others, who may have closed their connections without the server having
+    /// come to know: many do not wait for an answer to DISC.
+    pub(crate) fn leaving_patience(&self) -> Duration {
+        Duration::from_secs(1).min(self.sealing_patience())
     }
 
     /// How long clients wait for an export to be sealed.

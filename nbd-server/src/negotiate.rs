@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use crate::clients::Client;
 use crate::deadline::Deadline;
@@ -97,6 +97,7 @@ impl Negotiation {
         // Whoever chose an export and does not enter it may be the last that the others' end waited for.
         if let Some(attachment) = self.visitor.entered.take() {
             let _ = shared.unless_dropped(attachment.leave(&shared, false)).await;
+            shared.departures.tell();
         }
         next
     }
@@ -122,12 +123,7 @@ impl Negotiation {
             }
             match progress {
                 Progress::Again => {}
-                Progress::Wait => {
-                    let patience = self.shared.limits.sealing_patience();
-                    if timeout(patience, self.visitor.sealed()).await.is_err() {
-                        self.machine.refuse_to_wait();
-                    }
-                }
+                Progress::Wait => self.visitor.wait().await,
                 Progress::Need(more) => hearing.fill(reader, more).await?,
                 Progress::StartTls => return Ok(Next::StartTls),
                 Progress::Transmission(agreement) => {

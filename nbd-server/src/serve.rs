@@ -80,6 +80,7 @@ where
             let transmission = connection::transmit(shared, entered, reader, writer);
             let ended = shared.unless_dropped(transmission).await;
             part(shared, attachment, ended).await;
+            shared.departures.tell();
             if let Some(attendant) = attendant {
                 let _ = shared.unless_over(attendant.left(&peer)).await;
             }
@@ -93,6 +94,7 @@ where
     tracing::warn!(%peer, export, why, "a client is turned away");
     // It may be the last one, of which the others did all there was to do.
     let _ = shared.unless_dropped(entered.attachment.leave(shared, false)).await;
+    shared.departures.tell();
     see_off(shared, &mut reader, &mut writer).await;
 }
 

@@ -14,6 +14,7 @@ use futures_util::future::join_all;
 use parking_lot::{Mutex, RwLock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::access::Protection;
@@ -21,6 +22,7 @@ use crate::admission::Admission;
 use crate::census::{Census, Counted};
 use crate::clients::{Client, Clients, ConnectionStatus};
 use crate::deadline::Deadline;
+use crate::departures::{Departures, Patience, Watch};
 use crate::export::{Attachment, Export, ExportError, ExportStatus, Removal, Served};
 use crate::gauge::{Gauge, Held};
 use crate::handshake::{ExportDirectory, ExportFacts, TlsMode, Unavailable};
@@ -104,6 +106,7 @@ pub(crate) struct Shared {
     /// Nobody is waited for any more, neither clients nor attendants.
     over: Signal,
     pub(crate) connections: Arc<Gauge>,
+    pub(crate) departures: Arc<Departures>,
     census: Arc<Census>,
     clients: Arc<Clients>,
     listeners: Mutex<Vec<JoinHandle<()>>>,
@@ -173,6 +176,7 @@ impl Server {
             forced: Signal::default(),
             over: Signal::default(),
             connections: Arc::default(),
+            departures: Arc::default(),
             census: Arc::default(),
             clients: Arc::default(),
             listeners: Mutex::default(),
@@ -254,23 +258,36 @@ impl Server {
             tracing::warn!(%peer, "a client that may not connect is refused");
             return;
         }
-        let limits = &self.shared.limits;
-        let Some(held) = self.shared.connections.try_hold(limits.connections) else {
-            tracing::warn!(%peer, limit = limits.connections, "too many connections");
-            return;
-        };
-        let limit = limits.connections_per_client;
-        let Some(counted) = self.shared.census.admit(&peer, limit) else {
-            tracing::warn!(%peer, limit, "too many connections of one client");
+        let limit = self.shared.limits.connections;
+        let Some(held) = self.shared.connections.try_hold(limit) else {
+            tracing::warn!(%peer, limit, "too many connections");
             return;
         };
         let (shared, client) = (Arc::clone(&self.shared), self.shared.clients.add(peer));
         let span = client.span();
         let serving = async move {
-            let _held: (Held, Counted) = (held, counted);
-            serve(&shared, reader, writer, &client).await;
+            // Dropped in this order: whoever hears of the departure finds the place.
+            let _leaving = shared.departures.someone();
+            let _held: Held = held;
+            if let Some(_counted) = shared.count(&client.peer).await {
+                serve(&shared, reader, writer, &client).await;
+            }
         };
         tokio::spawn(serving.instrument(span));
+    }
+
+    /// Where there are as many connections as there may be, waits for one to end; not for long, and not for each of many
+    /// clients anew.
+    pub(crate) async fn wait_for_a_place(&self, patience: &mut Patience) {
+        let Shared { limits, connections, departures, stopping, .. } = &*self.shared;
+        let mut watch = departures.watch();
+        while !connections.has_place(limits.connections) {
+            let wait = watch.wait(patience, limits.leaving_patience());
+            if stopping.bounds(wait).await != Some(true) {
+                return;
+            }
+        }
+        patience.renew();
     }
 
     /// Uses another certificate, and other demands on clients', for TLS that begins from now on. Connections that are
@@ -474,6 +491,25 @@ fn check_access(served: &Served, mode: TlsMode, identifies: bool) -> Result<(), 
 }
 
 impl Shared {
+    /// Counts one more connection of a client, once it has fewer than it may have; `None` where that takes too long.
+    async fn count(&self, peer: &Peer) -> Option<Counted> {
+        let limit = self.limits.connections_per_client;
+        let (mut watch, mut patience) = (self.departures.watch(), Patience::default());
+        loop {
+            watch.look();
+            if let Some(counted) = self.census.admit(peer, limit) {
+                return Some(counted);
+            }
+            // Those who were sent away are in the way of others now.
+            self.connections.refuse();
+            let wait = watch.wait(&mut patience, self.limits.leaving_patience());
+            if self.stopping.bounds(wait).await != Some(true) {
+                tracing::warn!(%peer, limit, "too many connections of one client");
+                return None;
+            }
+        }
+    }
+
     /// Whether clients' certificates are looked at.
     fn identifies_clients(&self) -> bool {
         #[cfg(feature = "tls")]
@@ -517,14 +553,33 @@ pub(crate) struct Visitor {
     protection: Protection,
     /// The export that was entered last.
     pub(crate) entered: Option<Attachment>,
-    /// Of an export that was asked for and is being sealed.
-    awaited: Option<Arc<Lease>>,
+    /// What keeps an export that was asked for last from being had, if that may pass.
+    obstacle: Option<Obstacle>,
+    watch: Watch,
+    patience: Patience,
+    /// Whether it has waited for long enough.
+    is_impatient: bool,
+}
+
+/// Why a client waits.
+enum Obstacle {
+    Sealing(Arc<Lease>),
+    Others,
 }
 
 impl Visitor {
     pub(crate) fn new(shared: &Arc<Shared>, client: &Arc<Client>) -> Self {
         let (shared, client) = (Arc::clone(shared), Arc::clone(client));
-        Self { shared, client, protection: Protection::Plain, entered: None, awaited: None }
+        Self {
+            watch: shared.departures.watch(),
+            shared,
+            client,
+            protection: Protection::Plain,
+            entered: None,
+            obstacle: None,
+            patience: Patience::default(),
+            is_impatient: false,
+        }
     }
 
     /// The same client behind TLS.
@@ -544,11 +599,19 @@ impl Visitor {
         &self.client
     }
 
-    /// Waits until what was found to be sealed just now is sealed, or is not to be.
-    pub(crate) async fn sealed(&self) {
-        if let Some(lease) = &self.awaited {
-            lease.settled().await;
-        }
+    /// Waits until what kept an export from being had may have passed, or for so long that the client is to be told.
+    pub(crate) async fn wait(&mut self) {
+        let limits = &self.shared.limits;
+        let has_passed = match self.obstacle.take() {
+            Some(Obstacle::Sealing(lease)) => {
+                timeout(limits.sealing_patience(), lease.settled()).await.is_ok()
+            }
+            Some(Obstacle::Others) => {
+                self.watch.wait(&mut self.patience, limits.leaving_patience()).await
+            }
+            None => true,
+        };
+        self.is_impatient |= !has_passed;
     }
 
     /// Why the client may not have the export, for itself and for the log; `None` where it may.
@@ -568,13 +631,25 @@ impl Visitor {
         }
     }
 
-    /// Logs that an export that the client may use has no room for it now.
-    fn tell_full<T>(&self, name: &str, outcome: Result<T, Unavailable>) -> Result<T, Unavailable> {
-        let why = match &outcome {
-            Err(Unavailable::Full) => "it has as many connections as it may have",
-            Err(Unavailable::Leased) => "another client is writing to it",
+    /// Has the client wait where an export that it may use has no room for it now; tells and logs why once it has waited.
+    fn or_wait<T>(
+        &mut self,
+        name: &str,
+        lease: Arc<Lease>,
+        outcome: Result<T, Unavailable>,
+    ) -> Result<T, Unavailable> {
+        let (obstacle, why) = match &outcome {
+            Err(Unavailable::Sealing) => (Obstacle::Sealing(lease), "it is being sealed"),
+            Err(Unavailable::Full) => {
+                (Obstacle::Others, "it has as many connections as it may have")
+            }
+            Err(Unavailable::Leased) => (Obstacle::Others, "another client is writing to it"),
             _ => return outcome,
         };
+        if !self.is_impatient {
+            self.obstacle = Some(obstacle);
+            return Err(Unavailable::NotYet);
+        }
         tracing::warn!(peer = %self.peer(), export = name, why, "a client gets no connection to the export");
         outcome
     }
@@ -615,22 +690,22 @@ impl ExportDirectory for Visitor {
     }
 
     fn look_up(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
+        self.watch.look();
         let (peer, protection) = (self.peer(), &self.protection);
         let (judged, lease) = self.find(name, |served| {
             let judged = served.judge(peer, protection).map(|()| served.facts_now(peer));
             (judged, Arc::clone(served.lease()))
         })?;
-        self.awaited = Some(lease);
-        self.tell_full(name, judged)
+        self.or_wait(name, lease, judged)
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
+        self.watch.look();
         let (attached, lease) = self.find(name, |served| {
             let attached = served.attach(&self.client, &self.protection);
             (attached, Arc::clone(served.lease()))
         })?;
-        self.awaited = Some(lease);
-        let attachment = self.tell_full(name, attached)?;
+        let attachment = self.or_wait(name, lease, attached)?;
         let facts = attachment.facts();
         self.entered = Some(attachment);
         Ok(facts)
@@ -638,5 +713,49 @@ impl ExportDirectory for Visitor {
 
     fn is_shutting_down(&self) -> bool {
         self.shared.stopping.is_raised()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_listener_waits_for_the_place_of_one_that_ends_and_in_vain_not_for_each_anew() {
+        let limits = Limits { connections: 1, ..Limits::default() };
+        let server = Server::new(ServerConfig::with_limits(limits));
+        let mut patience = Patience::default();
+        let begun = Instant::now();
+        server.wait_for_a_place(&mut patience).await;
+        let (client, theirs) = tokio::io::duplex(64);
+        server.serve_stream(theirs);
+        for _ in 0..10 {
+            server.wait_for_a_place(&mut patience).await;
+            assert_eq!(begun.elapsed(), Duration::from_secs(1));
+        }
+        drop(client);
+        while server.connections() > 0 {
+            tokio::task::yield_now().await;
+        }
+        server.wait_for_a_place(&mut patience).await;
+        let (client, theirs) = tokio::io::duplex(64);
+        server.serve_stream(theirs);
+        let gone = async { drop(client) };
+        tokio::join!(server.wait_for_a_place(&mut patience), gone);
+        assert_eq!(server.connections(), 0);
+        assert_eq!(begun.elapsed(), Duration::from_secs(1), "it waited no longer than it had to");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_place_does_not_keep_a_server_from_stopping() {
+        let limits = Limits { connections: 1, ..Limits::default() };
+        let server = Server::new(ServerConfig::with_limits(limits));
+        let (_client, theirs) = tokio::io::duplex(64);
+        server.serve_stream(theirs);
+        let (mut patience, begun) = (Patience::default(), Instant::now());
+        let stop = async { server.shared.stopping.raise() };
+        tokio::join!(server.wait_for_a_place(&mut patience), stop);
+        assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 }

@@ -108,8 +108,10 @@ pub enum Unavailable {
     Full,
     /// It may have one writer, and has another.
     Leased,
-    /// Its writer is done, and it is being sealed: who waits finds it read-only.
+    /// Its writer is done, and it is being sealed.
     Sealing,
+    /// Not now, for a reason that may pass soon: ask again in a while. A directory answers this for a bounded time.
+    NotYet,
     /// The server is stopping.
     ShuttingDown,
     /// Not without TLS; or there is none of that name, which is nobody's business without TLS.
@@ -129,6 +131,7 @@ impl Unavailable {
             Self::Sealing => {
                 (wire::reply::ERR_POLICY, "the export is being sealed behind its writer; try again")
             }
+            Self::NotYet => (wire::reply::ERR_POLICY, "the export cannot be had now; try again"),
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
             Self::TlsRequired => {
                 (wire::reply::ERR_TLS_REQD, "without TLS, there is no export of that name")

@@ -97,8 +97,7 @@ pub enum Progress {
     Need(usize),
     /// A step was taken; send what is in the output and call again.
     Again,
-    /// Nothing was done, because the directory said [`Unavailable::Sealing`]: call again when it would not, or after
-    /// [`Handshake::refuse_to_wait`].
+    /// Nothing was done, because the directory said [`Unavailable::NotYet`]: call again when it may say something else.
     Wait,
     /// TLS begins with the next byte in either direction; where it comes about, [`Handshake::secured`] goes on. No
     /// input is left.
@@ -152,8 +151,6 @@ pub struct Handshake {
     selection: Option<(String, Vec<SelectedContext>)>,
     /// The answer that is being given, where it is a list.
     telling: Option<Telling>,
-    /// Whether the client has to wait for exports that are being sealed.
-    waits: bool,
 }
 
 impl Handshake {
@@ -170,7 +167,6 @@ impl Handshake {
             secured: false,
             selection: None,
             telling: None,
-            waits: true,
         }
     }
 
@@ -195,11 +191,6 @@ impl Handshake {
             secured: true,
             ..Self::new(limits)
         }
-    }
-
-    /// Exports that are being sealed are refused from now on.
-    pub fn refuse_to_wait(&mut self) {
-        self.waits = false;
     }
 
     /// Appends what the server says first.
@@ -383,7 +374,7 @@ impl Handshake {
         };
         match done {
             Ok(()) => {}
-            Err(Trouble::Unavailable(Unavailable::Sealing)) if self.waits => return Progress::Wait,
+            Err(Trouble::Unavailable(Unavailable::NotYet)) => return Progress::Wait,
             Err(Trouble::Unavailable(why)) => refuse(why, &mut answer),
             Err(Trouble::Malformed(why)) => answer.error(reply::ERR_INVALID, why.text()),
         }
@@ -442,7 +433,7 @@ impl Handshake {
         let Ok(name) = name::text(data) else { return Progress::Close(Close::ExportName) };
         let facts = match exports.enter(name) {
             Ok(facts) => facts,
-            Err(Unavailable::Sealing) if self.waits => return Progress::Wait,
+            Err(Unavailable::NotYet) => return Progress::Wait,
             Err(_) => return Progress::Close(Close::ExportName),
         };
         let agreement = self.agree(name, facts);

@@ -124,6 +124,22 @@ async fn a_client_has_as_many_connections_as_it_may_have_and_others_have_theirs(
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_comes_before_the_server_knows_that_the_last_one_left_has_its_place() {
+    let (server, _) = with_limits(|limits| limits.connections_per_client = Some(1));
+    let client = || Raw::of(&server, Peer::Unix { uid: 7 });
+    let begun = Instant::now();
+    let mut first = client();
+    first.enter(true).await;
+    let (mut second, mut other) = (client(), Raw::of(&server, Peer::Unix { uid: 8 }));
+    other.greet(3).await;
+    first.request(command::DISC, 0, 0, 0, 0).await;
+    second.greet(3).await;
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    assert!(client().rest().await.is_empty());
+    assert_eq!(begun.elapsed(), Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_client_that_is_idle_for_too_long_is_closed_and_a_busy_one_is_not() {
     let limit = Duration::from_secs(60);
     let (server, device) = with_limits(|limits| limits.idle_timeout = Some(limit));

@@ -106,6 +106,11 @@ impl<S: Stream> Raw<S> {
     /// Sends an option and reads replies up to the final one, which is last.
     pub(crate) async fn option(&mut self, option: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
         self.send_option(option, data).await;
+        self.option_replies(option).await
+    }
+
+    /// Reads replies to an option up to the final one.
+    pub(crate) async fn option_replies(&mut self, option: u32) -> Vec<(u32, Vec<u8>)> {
         let mut all = Vec::new();
         loop {
             let reply = self.option_reply(option).await;

@@ -1,6 +1,7 @@
 //! One writer at a time, and exports that are sealed when theirs is done.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use block::{BlockDevice, ByteRange, DeviceError};
@@ -445,4 +446,44 @@ async fn a_seal_is_on_all_that_has_its_lease_and_lasts_as_long() {
     }
     server.replace_exports([export("newest")], Removal::Drain).unwrap();
     assert!(!server.exports()[0].is_sealed);
+}
+
+/// Lets everybody do what can be done now.
+async fn settle() {
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_before_the_server_knows_that_the_writer_left_waits_for_its_place() {
+    let (server, device) = server(|export| export.writers(Writers::OneConnection));
+    let small = Export::new("small", Arc::clone(&device) as _).read_only(true).max_connections(1);
+    server.add_export(small).unwrap();
+    for (name, by_word) in [("disk", true), ("disk", false), ("small", true), ("small", false)] {
+        let begun = tokio::time::Instant::now();
+        let (mut first, _) = enter_as(&server, 1, name).await;
+        let mut second = user(&server, 2).await;
+        second.send_option(option::GO, &go(name)).await;
+        settle().await;
+        if by_word {
+            first.request(command::DISC, 0, 0, 0, 0).await;
+        }
+        drop(first);
+        let replies = second.option_replies(option::GO).await;
+        assert_eq!(replies.last().unwrap().0, wire::reply::ACK, "{name}, {by_word}");
+        // Not by the end of its patience, from which it would have got in as well.
+        assert_eq!(begun.elapsed(), Duration::ZERO, "{name}, {by_word}");
+        // As long as it stays, the next one waits in vain, once for all it asks.
+        let mut third = user(&server, 3).await;
+        for option in [option::INFO, option::GO] {
+            let replies = third.option(option, &go(name)).await;
+            assert_eq!(replies.last().unwrap().0, wire::reply::ERR_POLICY);
+            assert_eq!(begun.elapsed(), Duration::from_secs(1), "{name}, {by_word}");
+        }
+        drop((second, third));
+        while server.connections() > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
 }

@@ -215,7 +215,7 @@ async fn image_with(top: &Image, name: &str, only_looks: bool) -> Result<Image, 
                 tracing::warn!(
                     image = %layer.path().display(),
                     bitmap = name,
-                    "it is of no use unless a program that has the image open is recording in it"
+                    "the bitmap is of no use unless a program that has the image open is recording in it"
                 );
                 return Ok(layer);
             }

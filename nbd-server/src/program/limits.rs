@@ -1,6 +1,7 @@
 //! The limits of a server as the command line and files set them. What each bounds is told in the library.
 
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,47 +11,47 @@ use nbd_server::Limits;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub(crate) struct LimitOptions {
     /// Connections at once over all listeners [default: 1024]
-    #[arg(long = "max-connections", value_name = "N")]
+    #[arg(long = "max-connections", value_name = "N", value_parser = count::<NonZeroUsize>)]
     pub(crate) connections: Option<NonZeroUsize>,
 
     /// Connections at once to each export that does not say otherwise [default: any number]
-    #[arg(long = "max-connections-per-export", value_name = "N")]
+    #[arg(long = "max-connections-per-export", value_name = "N", value_parser = count::<NonZeroUsize>)]
     pub(crate) connections_per_export: Option<NonZeroUsize>,
 
     /// Connections at once of each client: from one address, of one local user, of one virtual machine [default: any
     /// number]
-    #[arg(long = "max-connections-per-client", value_name = "N")]
+    #[arg(long = "max-connections-per-client", value_name = "N", value_parser = count::<NonZeroUsize>)]
     pub(crate) connections_per_client: Option<NonZeroUsize>,
 
     /// How long a client may take to choose an export [default: 30]
-    #[arg(long = "handshake-timeout", value_name = "SECONDS")]
+    #[arg(long = "handshake-timeout", value_name = "SECONDS", value_parser = whole_seconds)]
     pub(crate) handshake_secs: Option<NonZeroU32>,
 
     /// How long a client may ask for nothing before its connection is closed, unless the export says otherwise
     /// [default: for ever]
-    #[arg(long = "idle-timeout", value_name = "SECONDS")]
+    #[arg(long = "idle-timeout", value_name = "SECONDS", value_parser = whole_seconds)]
     pub(crate) idle_secs: Option<NonZeroU32>,
 
     /// How long the data of a write may make no progress, and how long clients that do not read their replies may keep
     /// memory for which others wait [default: 30]
-    #[arg(long = "payload-timeout", value_name = "SECONDS")]
+    #[arg(long = "payload-timeout", value_name = "SECONDS", value_parser = whole_seconds)]
     pub(crate) payload_secs: Option<NonZeroU32>,
 
     /// How long a client that comes over TCP may acknowledge nothing, neither probes nor replies, before it counts as gone
     /// [default: 120]
-    #[arg(long = "peer-timeout", value_name = "SECONDS")]
+    #[arg(long = "peer-timeout", value_name = "SECONDS", value_parser = whole_seconds)]
     pub(crate) peer_secs: Option<NonZeroU32>,
 
     /// Options that a client may send before it chooses an export [default: 8192]
-    #[arg(long = "max-options", value_name = "N")]
+    #[arg(long = "max-options", value_name = "N", value_parser = count::<NonZeroU32>)]
     pub(crate) options: Option<NonZeroU32>,
 
     /// The data of one such option, in bytes, or in K, M, G; at least 4K [default: 256K]
-    #[arg(long = "max-option-bytes", value_name = "BYTES", value_parser = length)]
+    #[arg(long = "max-option-bytes", value_name = "BYTES", value_parser = option_length)]
     pub(crate) option_bytes: Option<NonZeroU32>,
 
     /// Requests of one connection that are read and not answered [default: 128]
-    #[arg(long = "max-in-flight", value_name = "N")]
+    #[arg(long = "max-in-flight", value_name = "N", value_parser = count::<NonZeroU32>)]
     pub(crate) in_flight: Option<NonZeroU32>,
 
     /// What these requests read and write together, in bytes, or in K, M, G; one request may be longer [default: 64M]
@@ -62,12 +63,22 @@ pub(crate) struct LimitOptions {
     pub(crate) memory_bytes: Option<u64>,
 
     /// How long clients may take to end after SIGTERM; images take as much again at most [default: 20]
-    #[arg(long = "shutdown-timeout", value_name = "SECONDS")]
+    #[arg(long = "shutdown-timeout", value_name = "SECONDS", value_parser = whole_seconds)]
     pub(crate) shutdown_secs: Option<NonZeroU32>,
 }
 
 /// How long connections may take to end, and devices to flush, after a signal.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
+
+/// A number from 1 on.
+pub(super) fn count<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| "it is a number from 1 on".to_owned())
+}
+
+/// A time in seconds from 1 on.
+pub(super) fn whole_seconds(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| "it is a whole number of seconds from 1 on, without a unit".to_owned())
+}
 
 /// A number of bytes from 1 to 4G - 1.
 pub(super) fn length(text: &str) -> Result<NonZeroU32, String> {
@@ -76,6 +87,16 @@ pub(super) fn length(text: &str) -> Result<NonZeroU32, String> {
     length.ok_or_else(|| {
         "it is a number of bytes, or of K, M or G, from 1 to less than 4G".to_owned()
     })
+}
+
+/// The least room for the data of an option, in bytes: that of the longest name.
+const LEAST_OPTION_BYTES: u32 = 4 << 10;
+
+/// The data of an option, in bytes.
+pub(super) fn option_length(text: &str) -> Result<NonZeroU32, String> {
+    let length = length(text)?;
+    let enough = length.get() >= LEAST_OPTION_BYTES;
+    enough.then_some(length).ok_or_else(|| "it is at least 4K".to_owned())
 }
 
 /// The least memory for what is in flight, in bytes: room for the longest request.
@@ -191,6 +212,7 @@ mod tests {
         for wrong in [
             "--max-options=0",
             "--max-option-bytes=0",
+            "--max-option-bytes=4095",
             "--max-in-flight-bytes=4G",
             "--memory-limit=31M",
         ] {

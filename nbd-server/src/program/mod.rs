@@ -23,6 +23,7 @@ mod places;
 mod reload;
 mod sealable;
 mod sockets;
+mod spelling;
 mod taken;
 #[cfg(feature = "tls")]
 mod tls;

@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueEnum};
 use clap_complete::Shell;
 use nbd_server::{Admission, ClientName, ClientNameError, ClientRule, Writers};
 
-use super::identity;
+use super::{identity, spelling};
 
 /// Serves disk images and block devices over NBD, each under a name.
 #[derive(Debug, Parser)]
@@ -111,11 +111,12 @@ pub(crate) struct Options {
 impl Options {
     /// The options of this process; ends it where they are wrong, or where help was asked for.
     pub(crate) fn of_process() -> Self {
-        let options = Self::parse();
-        if let Err(error) = options.check(identity::has_sockets()) {
-            error.exit();
-        }
-        options
+        let options = Self::try_parse().map_err(explained);
+        let checked = options.and_then(|options| {
+            options.check(identity::has_sockets())?;
+            Ok(options)
+        });
+        checked.unwrap_or_else(|error| error.exit())
     }
 
     /// Whether there is something to serve, and somewhere to serve it; `handed_over` are sockets from systemd.
@@ -134,6 +135,23 @@ impl Options {
             return Err(missing("nowhere to listen: say --listen or --config"));
         }
         Ok(())
+    }
+}
+
+/// An error of the command line; where an option is one of exports, with how it is said.
+fn explained(error: clap::Error) -> clap::Error {
+    let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg) else {
+        return error;
+    };
+    let name = option.trim_start_matches('-').replace('_', "-");
+    let field = FIELDS.iter().find(|field| field.name == name);
+    match field.filter(|_| error.kind() == ErrorKind::UnknownArgument) {
+        Some(field) => {
+            let text =
+                format!("{option} is said of an export: --export NAME=PATH,{}", field.spelled());
+            <Options as clap::CommandFactory>::command().error(ErrorKind::UnknownArgument, text)
+        }
+        None => error,
     }
 }
 
@@ -198,7 +216,7 @@ pub(crate) fn idle(text: &str) -> Result<Duration, String> {
     match text.parse::<u32>() {
         Ok(0) => Ok(Duration::MAX),
         Ok(number) => Ok(Duration::from_secs(number.into())),
-        Err(_) => Err("it is a number of seconds, 0 for no limit".to_owned()),
+        Err(_) => Err("it is a whole number of seconds without a unit, 0 for no limit".to_owned()),
     }
 }
 
@@ -273,8 +291,7 @@ impl FromStr for Listen {
             let cid = if cid == "any" { None } else { Some(number(cid)?) };
             return Ok(Self::Vsock { cid, port: number(port)? });
         }
-        let (host, port) =
-            text.rsplit_once(':').ok_or("neither unix:PATH, HOST:PORT nor vsock:CID:PORT")?;
+        let (host, port) = text.rsplit_once(':').ok_or_else(|| no_address(text))?;
         let port = port.parse().map_err(|_| format!("{port:?} is no port"))?;
         // An IPv6 address stands in brackets, so that its last colon can be found.
         let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
@@ -288,6 +305,17 @@ impl FromStr for Listen {
             return Err("the host is empty; all interfaces are 0.0.0.0 or [::]".to_owned());
         }
         Ok(Self::Tcp { host: host.to_owned(), port, optional: false, only_v6: false })
+    }
+}
+
+/// What is missing of an address without a colon.
+fn no_address(text: &str) -> String {
+    if text.parse::<u16>().is_ok() {
+        format!("a port needs a host: 127.0.0.1:{text} for this machine, 0.0.0.0:{text} for all")
+    } else if text.contains('/') {
+        format!("neither HOST:PORT nor vsock:CID:PORT; a socket file is unix:{text}")
+    } else {
+        "neither unix:PATH, HOST:PORT nor vsock:CID:PORT".to_owned()
     }
 }
 
@@ -317,7 +345,9 @@ impl FromStr for Format {
         match text {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
-            other => Err(format!("format {other:?} is neither qcow2 nor raw")),
+            other => Err(format!(
+                "format {other:?} is neither qcow2 nor raw; others are converted first"
+            )),
         }
     }
 }
@@ -332,6 +362,62 @@ pub(crate) enum Writes {
     Apart { folder: Option<PathBuf> },
     /// The same, over an empty disk.
     Temporary,
+}
+
+/// What `--export` takes beside name and path.
+struct Field {
+    name: &'static str,
+    /// What stands behind the `=`, if there is one.
+    value: Option<&'static str>,
+}
+
+const fn field(name: &'static str, value: &'static str) -> Field {
+    Field { name, value: Some(value) }
+}
+
+const fn switch(name: &'static str) -> Field {
+    Field { name, value: None }
+}
+
+const FIELDS: [Field; 16] = [
+    field("format", "qcow2|raw"),
+    switch("read-only"),
+    field("snapshot", "NAME"),
+    field("bitmap", "NAME"),
+    switch("allocation-depth"),
+    field("passphrase-file", "FILE"),
+    field("offset", "BYTES"),
+    field("size", "BYTES"),
+    field("partition", "N"),
+    field("max-connections", "N"),
+    field("idle-timeout", "SECONDS"),
+    field("writers", "any|client|connection"),
+    switch("seal"),
+    switch("tls-only"),
+    field("client", "cn:NAME|dns:NAME"),
+    field("description", "TEXT"),
+];
+
+impl Field {
+    fn spelled(&self) -> String {
+        match self.value {
+            Some(value) => format!("{}={value}", self.name),
+            None => self.name.to_owned(),
+        }
+    }
+}
+
+/// Why something that `--export` does not take is not taken.
+fn not_a_field(text: &str) -> String {
+    let name = text.split('=').next().unwrap_or_default();
+    let near = spelling::nearest(name, FIELDS.iter().map(|field| field.name));
+    let advice = match FIELDS.iter().find(|field| Some(field.name) == near) {
+        Some(field) if field.name == name => format!("; it is {}", field.spelled()),
+        Some(field) => format!("; is {} meant?", field.spelled()),
+        None if text.is_empty() => "; a comma in a path or text is written twice".to_owned(),
+        None => String::new(),
+    };
+    format!("{text:?} is not known for an export{advice}")
 }
 
 /// One export: which image, what of it, for whom.
@@ -438,7 +524,7 @@ impl ExportSpec {
             None if field == "seal" => self.seals = true,
             None if field == "tls-only" => self.tls_only = true,
             None if field == "allocation-depth" => self.allocation_depth = true,
-            _ => return Err(format!("{field:?} is not known for an export")),
+            _ => return Err(not_a_field(field)),
         }
         Ok(())
     }
@@ -448,18 +534,41 @@ impl ExportSpec {
         self.read_only || (self.snapshot.is_some() && self.writes == Writes::Image)
     }
 
+    /// Whether the image is raw, by what is said.
+    fn is_raw(&self) -> bool {
+        self.format == Some(Format::Raw) || (self.raw_unless_said && self.format.is_none())
+    }
+
+    /// What only a qcow2 image has.
+    fn check_format(&self) -> Result<(), String> {
+        let what = if self.snapshot.is_some() {
+            "has no snapshots"
+        } else if !self.bitmaps.is_empty() {
+            "has no bitmaps"
+        } else if self.allocation_depth {
+            "has no layers"
+        } else if !self.passphrase_files.is_empty() {
+            "takes no passphrase"
+        } else {
+            return Ok(());
+        };
+        match (self.is_raw(), self.format) {
+            (false, _) => Ok(()),
+            (true, Some(_)) => {
+                Err(format!("a raw image {what}: leave out either that or format=raw"))
+            }
+            (true, None) => Err(format!(
+                "a raw image {what}, and without format it is taken for one; say format = qcow2"
+            )),
+        }
+    }
+
     /// What goes together.
     pub(crate) fn check(&self) -> Result<(), String> {
+        self.check_format()?;
         let told = !self.bitmaps.is_empty() || self.allocation_depth;
-        let of_qcow2 = self.snapshot.is_some() || told;
-        let is_raw =
-            self.format == Some(Format::Raw) || (self.raw_unless_said && self.format.is_none());
         let is_part = self.offset != 0 || self.size.is_some() || self.partition.is_some();
-        let wrong = if of_qcow2 && is_raw {
-            "a raw image has neither snapshots nor bitmaps nor layers; format=qcow2 is to be said"
-        } else if !self.passphrase_files.is_empty() && is_raw {
-            "a raw image takes no passphrase"
-        } else if self.snapshot.is_some() && !self.bitmaps.is_empty() {
+        let wrong = if self.snapshot.is_some() && !self.bitmaps.is_empty() {
             "bitmaps tell of the present disk, not of a snapshot"
         } else if told && (is_part || self.writes != Writes::Image) {
             "bitmaps and layers tell of the whole image as it is written"
@@ -476,7 +585,7 @@ impl ExportSpec {
         } else if self.makes_bytes.is_some() && self.format == Some(Format::Qcow2) {
             "filesize makes raw images; size says how much of another one is served"
         } else if self.writes == Writes::Temporary
-            && (self.size.is_none() || self.offset != 0 || self.read_only || !is_raw)
+            && (self.size.is_none() || self.offset != 0 || self.read_only || !self.is_raw())
         {
             "a temporary disk is a raw one with filesize alone"
         } else {
@@ -656,6 +765,60 @@ mod tests {
             "a=b,idle-timeout=-1",
         ] {
             assert!(text.parse::<ExportSpec>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_exports_do_not_take_comes_with_what_is_meant() {
+        for (text, expected) in [
+            ("a=b,passphrase_file=x", "; is passphrase-file=FILE meant?"),
+            ("a=b,readonly", "; is read-only meant?"),
+            ("a=b,read-only=1", "; it is read-only"),
+            ("a=b,bitmap", "; it is bitmap=NAME"),
+            ("a=b,,c,", "a comma in a path or text is written twice"),
+            ("a=b,colour=x", "\"colour=x\" is not known for an export"),
+            ("a=b,idle-timeout=1m", "a whole number of seconds without a unit, 0 for no limit"),
+            (
+                "a=b,format=raw,bitmap=x",
+                "a raw image has no bitmaps: leave out either that or format=raw",
+            ),
+            ("a=b,format=raw,passphrase-file=x", "a raw image takes no passphrase: leave out"),
+            ("a=b,format=vmdk", "neither qcow2 nor raw; others are converted first"),
+        ] {
+            let told = text.parse::<ExportSpec>().unwrap_err();
+            assert!(told.ends_with(expected) || told.contains(expected), "{text}: {told}");
+        }
+    }
+
+    #[test]
+    fn fields_of_exports_are_those_that_the_help_tells_of() {
+        let help = Options::command().render_long_help().to_string();
+        let start = help.find("NAME=PATH[,format").unwrap();
+        let told: String = help[start..].split_whitespace().next().unwrap().chars().collect();
+        let told = told.replace("...", "");
+        let spelled: String =
+            FIELDS.iter().map(|field| format!("[,{}]", field.spelled())).collect();
+        assert_eq!(told, format!("NAME=PATH{spelled}."));
+    }
+
+    #[test]
+    fn options_that_belong_to_exports_are_told_as_that() {
+        let told = |arguments: &[&str]| {
+            let base = ["nbd-server", "--listen=unix:/x", "--export=a=b"];
+            let parsed = Options::try_parse_from(base.iter().chain(arguments));
+            explained(parsed.unwrap_err()).to_string()
+        };
+        for (option, expected) in [
+            ("--read-only", "--read-only is said of an export: --export NAME=PATH,read-only"),
+            ("--format=raw", "--export NAME=PATH,format=qcow2|raw"),
+            ("--passphrase_file=x", "--export NAME=PATH,passphrase-file=FILE"),
+            ("--colour", "unexpected argument '--colour'"),
+            ("--max-connections=0", "it is a number from 1 on"),
+            ("--idle-timeout=1m", "it is a whole number of seconds from 1 on, without a unit"),
+            ("--listen=10809", "a port needs a host: 127.0.0.1:10809 for this machine"),
+            ("--listen=/run/x", "a socket file is unix:/run/x"),
+        ] {
+            assert!(told(&[option]).contains(expected), "{option}: {}", told(&[option]));
         }
     }
 

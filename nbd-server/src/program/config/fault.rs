@@ -45,8 +45,8 @@ pub(crate) enum Fault {
     SectionTwice { name: String, first: Place },
     #[error("{key} is set in line {first} already")]
     KeyTwice { key: String, first: usize },
-    #[error("there is no key {key:?} in {scope}{}", suggestion(.near))]
-    Unknown { key: String, scope: &'static str, near: Option<&'static str> },
+    #[error("there is no key {key:?} in {scope}{advice}")]
+    Unknown { key: String, scope: &'static str, advice: String },
     #[error("{key} = {value:?}: {wants}")]
     Value { key: &'static str, value: String, wants: String },
     #[error("{key}: {why}")]
@@ -67,10 +67,6 @@ pub(crate) enum Fault {
     Unreadable { path: PathBuf, why: String },
     #[error("{0}")]
     Export(String),
-}
-
-fn suggestion(near: &Option<&'static str>) -> String {
-    near.map(|near| format!("; is {near} meant?")).unwrap_or_default()
 }
 
 /// A fault where it stands.

@@ -8,8 +8,8 @@ use nbd_server::{Admission, ClientRule, Removal};
 
 use super::keys::Keys;
 use crate::program::identity;
-use crate::program::limits::LimitOptions;
-use crate::program::options::{AllowReferences, Listen, Owner};
+use crate::program::limits::{self, LimitOptions};
+use crate::program::options::{self, AllowReferences, Listen, Owner};
 
 /// The port that IANA gave to NBD.
 const PORT: u16 = 10809;
@@ -65,7 +65,7 @@ pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
     let include_line = keys.entry("includedir").map_or(0, |entry| entry.line);
     Generic {
         listen: listen(keys),
-        socket_mode: mode(keys),
+        socket_mode: read_as(keys, "unixsock_mode", options::mode),
         socket_owner: keys
             .value("unixsock_owner", "it is USER or USER:GROUP, known on this machine"),
         user: user(keys),
@@ -74,11 +74,11 @@ pub(super) fn read(keys: &mut Keys<'_>) -> Generic {
         listing: keys.flag("allowlist").unwrap_or(false),
         admission: admission(keys, Admission::default()),
         references: references(keys),
-        limits: limits(keys),
+        limits: limits_of(keys),
         threads: threads(keys),
         removal: removal(keys),
         #[cfg(feature = "metrics")]
-        metrics: metrics(keys),
+        metrics: read_as(keys, "metrics", options::metrics),
         #[cfg(feature = "tls")]
         tls: super::tls::read(keys),
     }
@@ -122,6 +122,11 @@ fn group(keys: &mut Keys<'_>) -> Option<String> {
     Some(name)
 }
 
+/// A time in seconds from 1 on.
+fn seconds(keys: &mut Keys<'_>, name: &'static str) -> Option<NonZeroU32> {
+    read_as(keys, name, limits::whole_seconds)
+}
+
 /// A number from 1 on.
 fn number<T: FromStr>(keys: &mut Keys<'_>, name: &'static str) -> Option<T> {
     keys.value(name, "it is a number from 1 on")
@@ -142,67 +147,43 @@ fn unless_zero<T: FromStr>(keys: &mut Keys<'_>, name: &'static str) -> Option<T>
     if keys.entry(name).is_some_and(|entry| entry.value.trim_end() == "0") {
         return None;
     }
-    keys.value(name, "it is a number, 0 for no limit")
+    let wants = if name == "timeout" {
+        "it is a whole number of seconds, 0 for no limit"
+    } else {
+        "it is a number, 0 for no limit"
+    };
+    keys.value(name, wants)
 }
 
-fn limits(keys: &mut Keys<'_>) -> LimitOptions {
+fn limits_of(keys: &mut Keys<'_>) -> LimitOptions {
     LimitOptions {
         connections: number(keys, "max_connections"),
         connections_per_export: unless_zero(keys, "maxconnections"),
         connections_per_client: unless_zero(keys, "max_connections_per_client"),
-        handshake_secs: number(keys, "handshake_timeout"),
+        handshake_secs: seconds(keys, "handshake_timeout"),
         idle_secs: unless_zero(keys, "timeout"),
-        payload_secs: number(keys, "payload_timeout"),
-        peer_secs: number(keys, "peer_timeout"),
+        payload_secs: seconds(keys, "payload_timeout"),
+        peer_secs: seconds(keys, "peer_timeout"),
         options: number(keys, "max_options"),
-        option_bytes: length(keys, "max_option_bytes"),
+        option_bytes: read_as(keys, "max_option_bytes", limits::option_length),
         in_flight: number(keys, "max_in_flight"),
-        in_flight_bytes: length(keys, "max_in_flight_bytes"),
-        memory_bytes: memory(keys),
-        shutdown_secs: number(keys, "shutdown_timeout"),
+        in_flight_bytes: read_as(keys, "max_in_flight_bytes", limits::length),
+        memory_bytes: read_as(keys, "memory_limit", limits::memory),
+        shutdown_secs: seconds(keys, "shutdown_timeout"),
     }
 }
 
-fn length(keys: &mut Keys<'_>, name: &'static str) -> Option<NonZeroU32> {
+/// A value as the command line reads it.
+fn read_as<T>(
+    keys: &mut Keys<'_>,
+    name: &'static str,
+    read: impl FnOnce(&str) -> Result<T, String>,
+) -> Option<T> {
     let entry = keys.entry(name)?;
-    match crate::program::limits::length(entry.value.trim_end()) {
-        Ok(length) => Some(length),
+    match read(entry.value.trim_end()) {
+        Ok(value) => Some(value),
         Err(wants) => {
             keys.wrong(name, entry, &wants);
-            None
-        }
-    }
-}
-
-fn memory(keys: &mut Keys<'_>) -> Option<u64> {
-    let entry = keys.entry("memory_limit")?;
-    match crate::program::limits::memory(entry.value.trim_end()) {
-        Ok(bytes) => Some(bytes),
-        Err(wants) => {
-            keys.wrong("memory_limit", entry, &wants);
-            None
-        }
-    }
-}
-
-fn mode(keys: &mut Keys<'_>) -> Option<u32> {
-    let entry = keys.entry("unixsock_mode")?;
-    match crate::program::options::mode(entry.value.trim_end()) {
-        Ok(mode) => Some(mode),
-        Err(wants) => {
-            keys.wrong("unixsock_mode", entry, &wants);
-            None
-        }
-    }
-}
-
-#[cfg(feature = "metrics")]
-fn metrics(keys: &mut Keys<'_>) -> Option<std::net::SocketAddr> {
-    let entry = keys.entry("metrics")?;
-    match crate::program::options::metrics(entry.value.trim_end()) {
-        Ok(address) => Some(address),
-        Err(wants) => {
-            keys.wrong("metrics", entry, &wants);
             None
         }
     }

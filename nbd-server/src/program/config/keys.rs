@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::fault::{Fault, Finding, Place, Remark};
 use super::ini::{Entry, Section};
+use crate::program::spelling;
 
 /// A key as the manual tells of it.
 pub(crate) struct Key {
@@ -312,9 +313,8 @@ impl<'a> Keys<'a> {
         for (index, entry) in section.entries.iter().enumerate() {
             let before = section.entries.iter().take(index).find(|other| other.key == entry.key);
             if !known.iter().any(|key| key.name == entry.key) {
-                let near = nearest(&entry.key, known);
-                let key = entry.key.clone();
-                log.fault(file, entry.line, Fault::Unknown { key, scope, near });
+                let (key, advice) = (entry.key.clone(), advice(&entry.key, known));
+                log.fault(file, entry.line, Fault::Unknown { key, scope, advice });
             } else if let Some(first) = before
                 && !matches!(entry.key.as_str(), "bitmap" | "client" | "listen" | "allow" | "deny")
             {
@@ -416,30 +416,32 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// The key that was probably meant: one that differs in a letter or two.
-fn nearest(name: &str, known: &'static [Key]) -> Option<&'static str> {
-    let plain = |text: &str| text.to_ascii_lowercase().replace(['-', '_'], "");
-    let name = plain(name);
-    let candidates = known.iter().map(|key| (distance(&name, &plain(key.name)), key.name));
-    candidates.filter(|(distance, _)| *distance <= 2).min().map(|(_, name)| name)
-}
+/// What options are called whose keys have other names, and these.
+const KEYS_OF_OPTIONS: [(&str, &str); 6] = [
+    ("idle_timeout", "timeout"),
+    ("max_connections_per_export", "maxconnections"),
+    ("unix_mode", "unixsock_mode"),
+    ("unix_owner", "unixsock_owner"),
+    ("tls_certificates", "certfile"),
+    ("tls", "force_tls"),
+];
 
-/// How many letters have to be put in, taken out or changed.
-fn distance(one: &str, other: &str) -> usize {
-    let mut row: Vec<usize> = (0..=other.len()).collect();
-    for (above, a) in (1..).zip(one.bytes()) {
-        let mut diagonal = above - 1;
-        let mut left = above;
-        let mut next = vec![above];
-        for (b, up) in other.bytes().zip(row.iter().skip(1)) {
-            let changed = diagonal + usize::from(a != b);
-            diagonal = *up;
-            left = changed.min(up + 1).min(left + 1);
-            next.push(left);
-        }
-        row = next;
+/// What to do about a key that is not among the `known` ones.
+fn advice(name: &str, known: &'static [Key]) -> String {
+    let has = |keys: &'static [Key], name: &str| keys.iter().any(|key| key.name == name);
+    let underscored = name.replace('-', "_");
+    let synonym = KEYS_OF_OPTIONS.iter().find(|(option, _)| *option == underscored);
+    if let Some((_, key)) = synonym.filter(|(_, key)| has(known, key)) {
+        return format!("; its name is {key}");
     }
-    row.last().copied().unwrap_or_default()
+    if has(GENERIC, name) {
+        return "; it belongs to [generic]".to_owned();
+    }
+    if has(EXPORT, name) {
+        return "; it belongs to the sections of exports".to_owned();
+    }
+    let near = spelling::nearest(name, known.iter().map(|key| key.name));
+    near.map(|near| format!("; is {near} meant?")).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -447,12 +449,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn misspelt_keys_are_recognised() {
-        assert_eq!(nearest("readonyl", EXPORT), Some("readonly"));
-        assert_eq!(nearest("read_only", EXPORT), Some("readonly"));
-        assert_eq!(nearest("export_name", EXPORT), Some("exportname"));
-        assert_eq!(nearest("colour", EXPORT), None);
-        assert_eq!(distance("kitten", "sitting"), 3);
+    fn unknown_keys_come_with_what_to_do() {
+        for (name, known, expected) in [
+            ("readonyl", EXPORT, "; is readonly meant?"),
+            ("passphrase-file", EXPORT, "; is passphrase_file meant?"),
+            ("idle_timeout", GENERIC, "; its name is timeout"),
+            ("idle-timeout", EXPORT, "; its name is timeout"),
+            ("max-connections-per-export", GENERIC, "; its name is maxconnections"),
+            ("sync", GENERIC, "; it belongs to the sections of exports"),
+            ("handshake_timeout", EXPORT, "; it belongs to [generic]"),
+            ("colour", EXPORT, ""),
+        ] {
+            assert_eq!(advice(name, known), expected, "{name}");
+        }
+        for (_, key) in KEYS_OF_OPTIONS {
+            assert!(GENERIC.iter().any(|known| known.name == key), "{key}");
+        }
     }
 
     #[test]

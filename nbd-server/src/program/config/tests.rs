@@ -214,7 +214,26 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         ("", "config:1: the file is empty"),
         ("# nothing\n", "config:1: the first section must be [generic]"),
         ("[a]\nexportname = /a\n", "config:1: the first section must be [generic]"),
-        ("[generic]\nreadonly = true\n", "config:2: there is no key \"readonly\" in [generic]"),
+        (
+            "[generic]\nreadonly = true\n",
+            "config:2: there is no key \"readonly\" in [generic]; it belongs to the sections of exports",
+        ),
+        (
+            "[generic]\nidle_timeout = 5\n",
+            "config:2: there is no key \"idle_timeout\" in [generic]; its name is timeout",
+        ),
+        (
+            "[generic]\nhandshake_timeout = 1m\n",
+            "config:2: handshake_timeout = \"1m\": it is a whole number of seconds",
+        ),
+        (
+            "[generic]\ntimeout = 1m\n",
+            "config:2: timeout = \"1m\": it is a whole number of seconds",
+        ),
+        (
+            "[generic]\nmax_option_bytes = 5\n",
+            "config:2: max_option_bytes = \"5\": it is at least 4K",
+        ),
         ("[generic]\nport = 70000\n", "config:2: port = \"70000\""),
         ("[generic]\nport\n", "config:2: the line is neither"),
         ("[generic]\nuser =\n", "config:2: user = \"\": it needs a value"),
@@ -247,7 +266,10 @@ fn what_cannot_be_is_refused_with_file_and_line() {
         ("[generic]\nmax_in_flight_bytes = 4G\n", "config:2: max_in_flight_bytes = \"4G\""),
         ("[generic]\nmax_options = 0\n", "config:2: max_options = \"0\""),
         (&format!("{export}virtstyle = moon\n"), "config:4: virtstyle = \"moon\""),
-        (&format!("{export}bitmap = x\n"), "config:2: [a]: a raw image has neither"),
+        (
+            &format!("{export}bitmap = x\n"),
+            "config:2: [a]: a raw image has no bitmaps, and without format",
+        ),
         (&format!("{export}temporary = true\n"), "config:2: [a]: a temporary disk"),
         (
             &format!("{export}filesize = 1M\ntemporary = true\nreadonly = true\n"),

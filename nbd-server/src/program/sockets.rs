@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
@@ -14,6 +15,9 @@ use super::images::folder_of;
 use super::options::{Listen, Options};
 use super::places::Places;
 use super::wanted::Refused;
+
+/// The longest path of a Unix socket: what `sockaddr_un` holds before a NUL byte.
+const MAX_PATH_BYTES: usize = 107;
 
 /// An address to listen on, and where it is said.
 pub(super) struct Asked {
@@ -84,6 +88,16 @@ fn address(listen: &Listen) -> anyhow::Result<Address> {
             let folder = folder_of(path);
             if !folder.is_dir() {
                 bail!("there is no folder {}", folder.display());
+            }
+            let bytes = path.as_os_str().len();
+            if bytes > MAX_PATH_BYTES {
+                bail!("the path has {bytes} bytes, and that of a socket at most {MAX_PATH_BYTES}");
+            }
+            let found = std::fs::symlink_metadata(path);
+            if found.is_ok_and(|found| !found.file_type().is_socket()) {
+                bail!(
+                    "what is there is no socket, and is left alone; remove it or name another path"
+                );
             }
             Address::Unix(path.clone())
         }

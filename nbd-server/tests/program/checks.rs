@@ -230,9 +230,22 @@ fn the_check_finds_what_the_host_does_not_give() {
     std::fs::create_dir(dir.join("folder")).unwrap();
     let long = format!("unix:{}", "x".repeat(200));
     for (generic, expected) in [
-        ("unixsock = folder\n".to_owned(), "config:2: cannot listen on unix:folder"),
-        ("unixsock = disk.img\n".to_owned(), "config:2: cannot listen on unix:disk.img"),
-        (format!("listen = {long}\n"), "config:2: cannot listen on unix:xxx"),
+        (
+            "unixsock = folder\n".to_owned(),
+            "config:2: cannot listen on unix:folder: what is there is no socket",
+        ),
+        (
+            "unixsock = disk.img\n".to_owned(),
+            "config:2: cannot listen on unix:disk.img: what is there is no socket",
+        ),
+        (
+            format!("listen = {long}\n"),
+            "xx: the path has 200 bytes, and that of a socket at most 107",
+        ),
+        (
+            format!("listen = unix:{}\n", "x".repeat(108)),
+            "xx: the path has 108 bytes, and that of a socket at most 107",
+        ),
         (
             "unixsock = socket\nlisten = unix:./socket\n".to_owned(),
             "config:2: cannot listen on unix:socket: Address",

@@ -133,9 +133,10 @@ impl Unavailable {
             }
             Self::NotYet => (wire::reply::ERR_POLICY, "the export cannot be had now; try again"),
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
-            Self::TlsRequired => {
-                (wire::reply::ERR_TLS_REQD, "without TLS, there is no export of that name")
-            }
+            Self::TlsRequired => (
+                wire::reply::ERR_TLS_REQD,
+                "there is no export of that name without TLS; is the name right?",
+            ),
         }
     }
 

@@ -1,10 +1,10 @@
 //! The options of TLS, and what becomes of them. What certificates are good for is told in the library.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nbd_server::tls::{ClientCertificates, ServerTls};
+use nbd_server::tls::{ClientCertificates, ServerTls, ServerTlsFiles, TlsError};
 use nbd_server::{Server, ServerConfig, TlsMode};
 
 use super::config::Config;
@@ -89,7 +89,8 @@ impl TlsOptions {
             ClientCertificates::Ignored
         };
         let read = ServerTls::from_directory(directory, clients);
-        Ok(Some(read.context("cannot set up TLS")?))
+        let told = || format!("cannot set up TLS by --tls-certificates {}", directory.display());
+        Ok(Some(read.with_context(told)?))
     }
 }
 
@@ -101,13 +102,31 @@ pub(super) fn with(server: ServerConfig, tls: Option<(TlsMode, ServerTls)>) -> S
     }
 }
 
+/// The key whose file an error is about.
+fn key_of(error: &TlsError, files: &ServerTlsFiles) -> Option<&'static str> {
+    let file = match error {
+        TlsError::Read { path, .. } => path,
+        TlsError::Pem { what, .. } | TlsError::Unusable { what, .. } => Path::new(what),
+        _ => return None,
+    };
+    let keys = [
+        ("keyfile", Some(&*files.key)),
+        ("certfile", Some(&*files.certificate)),
+        ("cacertfile", files.authorities.as_deref()),
+    ];
+    keys.into_iter().find(|(_, named)| *named == Some(file)).map(|(key, _)| key)
+}
+
 /// TLS as a configuration asks for it.
 fn of_files(config: &Config) -> anyhow::Result<Option<(TlsMode, ServerTls)>> {
     let asked = &config.generic.tls;
     if asked.mode == TlsMode::Off {
         return Ok(None);
     }
-    let read = ServerTls::from_files(&asked.files)
-        .with_context(|| format!("{}: cannot set up TLS", config.place(asked.line)));
+    let read = ServerTls::from_files(&asked.files).map_err(|error| {
+        let key = key_of(&error, &asked.files).map(|key| format!(": {key}")).unwrap_or_default();
+        let told = format!("{}: cannot set up TLS{key}", config.place(asked.line));
+        anyhow::Error::from(error).context(told)
+    });
     Ok(Some((asked.mode, read?)))
 }

@@ -253,7 +253,10 @@ fn a_reload_takes_new_certificates_and_exports_together_or_not_at_all() {
     configure(dir, first.path(), &broken, &more);
     server.signal("-HUP");
     let log = server.log_until("not reloaded").concat();
-    assert!(log.contains("config:4: cannot set up TLS") && log.contains("broken.pem"), "{log}");
+    assert!(
+        log.contains("config:4: cannot set up TLS: cacertfile: ") && log.contains("broken.pem"),
+        "{log}"
+    );
     assert!(!run(dir, "nbdinfo", &["--list", "nbd+unix:///?socket=socket"]).contains("late"));
     run(dir, "nbdinfo", &[&uri("secret", first.path())]);
     // An export that names its clients comes with the authority that identifies them.
@@ -277,6 +280,35 @@ fn a_reload_takes_new_certificates_and_exports_together_or_not_at_all() {
 }
 
 #[test]
+fn what_is_wrong_with_tls_is_told_with_what_asks_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let export = "--export=one=disk.img,format=raw,read-only,tls-only";
+    let arguments = ["--listen=unix:socket", "--tls=on", export];
+    let mut server =
+        Running::start(dir, &[&arguments[..], &["--tls-certificates=missing"]].concat());
+    assert!(!server.status().success());
+    let errors = server.errors();
+    let told =
+        "cannot set up TLS by --tls-certificates missing: cannot read missing/server-cert.pem";
+    assert!(errors.contains(told), "{errors}");
+    let certificates = Authority::new().both_sides();
+    let directory = format!("--tls-certificates={}", certificates.path().display());
+    let mut server = Running::start(dir, &[&arguments[..], &[&directory]].concat());
+    server.address();
+    // A name that is misspelt cannot be told from one that needs TLS.
+    for name in ["one", "won"] {
+        let uri = format!("nbd+unix:///{name}?socket=socket");
+        let read = ["40", "qemu-io", "-r", "-f", "raw", "-c", "read 0 512", &uri];
+        let output = Command::new("timeout").args(read).current_dir(dir).output();
+        let told = String::from_utf8_lossy(&output.unwrap().stderr).into_owned();
+        assert!(told.contains("without TLS; is the name right?"), "{name}: {told}");
+    }
+    assert!(server.stop());
+}
+
+#[test]
 fn a_check_looks_at_certificates_and_at_what_exports_demand() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -286,7 +318,7 @@ fn a_check_looks_at_certificates_and_at_what_exports_demand() {
     let ours = format!("{EXPORTS}client = cn:x\n");
     for (folder, exports, expected) in [
         (certificates.path(), EXPORTS, None),
-        (&missing, EXPORTS, Some("config:4: cannot set up TLS: cannot read")),
+        (&missing, EXPORTS, Some("config:4: cannot set up TLS: certfile: cannot read")),
         (certificates.path(), &ours, Some("config:9: the export \"secret\" names its clients")),
     ] {
         configure(dir, folder, "", exports);

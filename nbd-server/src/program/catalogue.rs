@@ -2,7 +2,7 @@
 //! a change is told in `mod`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -132,7 +132,8 @@ impl Catalogue {
         let (placed, mut replaced) = match applied {
             Ok(applied) => applied,
             Err(refused) => {
-                self.sweep().await;
+                // Nobody was told that they are open.
+                self.close_idle().await;
                 return Err(refused);
             }
         };
@@ -166,26 +167,35 @@ impl Catalogue {
         }
     }
 
-    /// Closes the images that nothing shows.
+    /// Closes the images that nothing shows, and tells that.
     pub(super) async fn sweep(&mut self) {
+        for path in self.close_idle().await {
+            tracing::info!(image = %path.display(), "closed an image");
+        }
+    }
+
+    /// Closes the images that nothing shows; which they were.
+    async fn close_idle(&mut self) -> Vec<PathBuf> {
         let is_idle = |(key, shown): (&ImageKey, &Shown)| {
             let used = shown.retired > 0
                 || self.placed.values().any(|placed| placed.key.as_ref() == Some(key));
             (!used).then(|| key.clone())
         };
         let idle: Vec<ImageKey> = self.images.iter().filter_map(is_idle).collect();
+        let mut closed = Vec::new();
         for key in idle {
             // Still in the map while it is being closed, so that `end` would wait for it.
             let Some(device) = self.images.get(&key).map(Shown::device) else {
                 continue;
             };
             match close(key.path(), &*device, CLOSE_TIMEOUT).await {
-                Ok(()) => tracing::info!(image = %key.path().display(), "closed an image"),
+                Ok(()) => closed.push(key.path().to_owned()),
                 Err(error) => tracing::error!("{error}"),
             }
             self.images.remove(&key);
         }
         self.leases.retain(|_, lease| lease.strong_count() > 0);
+        closed
     }
 
     /// Closes every image, each whatever becomes of the others, and all of them within `limit`; what went wrong.

@@ -34,6 +34,9 @@ const STOPPING: &str = "Answers what is in flight, and what clients ask until th
 connections, flushes and closes the images, and ends with 0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal, half a \
 second later or more, ends at once, with 1.";
 
+/// Lines are as long as their words, which are whole: what an export takes is a word of many lines.
+const RAGGED: &[u8] = b".ad l\n.nh\n";
+
 /// Prints the manual.
 pub(super) fn print() -> anyhow::Result<()> {
     let mut page = Vec::new();
@@ -48,6 +51,7 @@ pub(super) fn print() -> anyhow::Result<()> {
     }
     manual
         .render_title(&mut page)
+        .and_then(|()| page.write_all(RAGGED))
         .and_then(|()| manual.render_name_section(&mut page))
         .and_then(|()| page.write_all(synopsis.render().as_bytes()))
         .and_then(|()| manual.render_description_section(&mut page))
@@ -78,7 +82,12 @@ pub(super) fn print() -> anyhow::Result<()> {
     more.control("SH", ["EXIT STATUS"]);
     more.text([roman("0 after a clean end, 1 after an error, 2 where the command line is wrong.")]);
     page.extend(more.render().into_bytes());
-    out(&page)
+    out(breakable(&String::from_utf8_lossy(&page)).as_bytes())
+}
+
+/// A page in which what an export takes can be broken between its parts.
+fn breakable(page: &str) -> String {
+    page.replace("][,", "]\\:[,").replace("...[,", "...\\:[,")
 }
 
 fn keys(page: &mut Roff, title: &str, keys: &[Key]) {

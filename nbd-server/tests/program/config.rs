@@ -100,7 +100,6 @@ fn a_broken_or_half_written_file_keeps_what_was_served() {
     let text = format!("[three]\nexportname = ../three.qcow2\nformat = qcow2\n{good}offset = 1T\n");
     write(dir, "conf.d/two.conf", &text);
     server.signal("-HUP");
-    server.log_until("closed an image");
     server.log_until("not reloaded");
     run(dir, "qemu-io", &["-f", "qcow2", "-c", "write 0 4k", "three.qcow2"]);
     write(dir, "conf.d/two.conf", good);
@@ -253,6 +252,15 @@ fn the_manual_and_the_completions_come_from_the_same_definition() {
         r"\-\-listen ADDRESS ... \-\-export NAME=PATH[,...] ...",
     ] {
         assert!(manual.contains(told), "{told}");
+    }
+    std::fs::write(dir.path().join("manual"), &manual).unwrap();
+    match Command::new("groff")
+        .args(["-man", "-ww", "-Tutf8", "-rLL=78n", "manual"])
+        .current_dir(dir.path())
+        .output()
+    {
+        Ok(set) => assert!(set.stderr.is_empty(), "{}", String::from_utf8_lossy(&set.stderr)),
+        Err(error) => eprintln!("nothing sets the manual: {error}"),
     }
     for shell in ["bash", "zsh", "fish"] {
         let script = run(dir.path(), program, &["--completions", shell]);

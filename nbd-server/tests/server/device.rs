@@ -115,6 +115,11 @@ impl TestDevice {
         self.state.lock().failure = Some(kind);
     }
 
+    /// Later calls succeed again.
+    pub(crate) fn mend(&self) {
+        self.state.lock().failure = None;
+    }
+
     async fn pass(&self, call: Call) -> Result<(), DeviceError> {
         self.state.lock().log.push(call);
         let mut seen = self.gates.subscribe();

@@ -3,7 +3,9 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 
-use nbd_server::wire::{chunk, command, command_flag, error};
+use block::{BlockDevice, ByteRange};
+use nbd_server::client::{ClientOptions, NbdDevice};
+use nbd_server::wire::{Headers, chunk, command, command_flag, error};
 use nbd_server::{Export, Limits, Server, ServerConfig};
 use tokio::time::{Duration, Instant};
 
@@ -128,6 +130,45 @@ async fn a_read_without_memory_waits_for_nobody_and_gives_the_same_bytes() {
     }
     assert_eq!(begun.elapsed(), Duration::ZERO, "it waited for a timer");
     assert_eq!(server.connections(), 2, "nobody had to go, but those who left");
+}
+
+#[tokio::test]
+async fn our_client_reads_the_same_in_parts_by_every_kind_of_headers() {
+    let (server, device, _deaf) = full().await;
+    let content = device.bytes();
+    for headers in [Headers::Simple, Headers::Structured, Headers::Extended] {
+        let (ours, theirs) = tokio::io::duplex(16 << 10);
+        server.serve_stream(theirs);
+        let options = ClientOptions { headers, ..ClientOptions::default() };
+        let client = NbdDevice::over_stream(ours, "disk", options).await.unwrap();
+        let before = device.log().len();
+        for (at, len) in [(0, 3 * MIB), (70_001, 2 * MIB + 77), (99 << 10, 65_537), (900 << 10, 9)]
+        {
+            let range = ByteRange::new(at, len.into()).unwrap();
+            let read = client.read(range).await.unwrap().to_vec();
+            assert!(read == content[index(at)..index(range.end())], "{headers:?}: {range}");
+        }
+        // A part that fails is an error of the whole, and the next request is understood.
+        if headers != Headers::Simple {
+            device.hold(|call| matches!(call, Call::Read(at, _) if *at >= 1 << 20));
+            let range = ByteRange::new(100 << 10, 2 << 20).unwrap();
+            let breaking = async {
+                while device.held_now() == 0 {
+                    tokio::task::yield_now().await;
+                }
+                device.fail(ErrorKind::Other);
+                device.release();
+            };
+            let (read, ()) = tokio::join!(client.read(range), breaking);
+            assert!(read.is_err(), "{headers:?}");
+            device.mend();
+        }
+        let end = client.read(ByteRange::new(2000 << 10, 300_000).unwrap()).await.unwrap();
+        assert!(end.to_vec() == content[2000 << 10..(2000 << 10) + 300_000], "{headers:?}");
+        let reads = device.log().split_off(before);
+        assert!(reads.iter().all(|call| !matches!(call, Call::Read(_, len) if *len > RESERVE)));
+        client.close().await.unwrap();
+    }
 }
 
 async fn settle() {

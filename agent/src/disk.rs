@@ -245,7 +245,7 @@ impl DiskRun {
     /// is worth a warning.
     async fn check_source_size(&self, source: &Source) -> Result<Option<String>, AgentError> {
         let opened_bytes = source.size_bytes();
-        let checked = source.check_size();
+        let checked = source.check_size().await;
         let now_bytes = checked.map_err(|error| self.pipeline_error(error.into()))?;
         if now_bytes == opened_bytes {
             return Ok(None);

@@ -134,18 +134,19 @@ impl Pipeline<'_> {
         let range = match piece {
             Piece::Zeros(range) => {
                 // Behind an end that moved forward everything looks like a hole.
-                self.source.check_size()?;
+                self.source.check_size().await?;
                 return Ok(Scanned::Zeros(range));
             }
             Piece::Read(range) => range,
         };
         let reserved = reserve(range.len()).await;
-        let segments = match self.source.device().read(range).await {
+        let read = self.source.device().read(range).await;
+        // An end that moved forward is told as that, whether the read met it or not.
+        self.source.check_size().await?;
+        let segments = match read {
             Ok(segments) => segments,
             Err(error) => return Err(self.narrow(range, error).await),
         };
-        // Bytes behind an end that moved forward were read as zeros.
-        self.source.check_size()?;
         self.progress.read(range.len());
         // The semaphore is never closed.
         let _turn = PROCESSORS.acquire().await.ok();

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{BlockDevice, ByteRange, HostFile, OpenOptions, RawDevice};
+use block::{BlockDevice, ByteRange, HostError, HostFile, OpenOptions, RawDevice};
 use nbd_server::client::{ClientOptions, NbdDevice};
 
 use crate::error::Cause;
@@ -26,14 +26,6 @@ const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 pub(crate) struct SourceError {
     pub(crate) range: ByteRange,
     pub(crate) cause: Cause,
-}
-
-/// The end of a source went away. The host reads zeros where it was.
-#[derive(Debug, thiserror::Error)]
-#[error("the source shrank from {opened_bytes} to {now_bytes} bytes while it was read")]
-struct Shrank {
-    opened_bytes: u64,
-    now_bytes: u64,
 }
 
 /// A source, open for reading.
@@ -119,17 +111,13 @@ impl Source {
     /// Fails if the source is shorter than it was when it was opened; otherwise its size now, which may be larger.
     ///
     /// Nothing that was read or called zero is believed before this was asked afterwards.
-    pub(crate) fn check_size(&self) -> Result<u64, SourceError> {
+    pub(crate) async fn check_size(&self) -> Result<u64, SourceError> {
         let opened_bytes = self.size_bytes();
         let Some(file) = &self.file else { return Ok(opened_bytes) };
+        let failed = |error: HostError| SourceError { range: error.range, cause: error.into() };
         let whole = ByteRange::between(0, opened_bytes);
-        let now = file.file().host_len();
-        let now_bytes = now.map_err(|error| SourceError { range: whole, cause: error.into() })?;
-        if now_bytes < opened_bytes {
-            let range = ByteRange::between(now_bytes, opened_bytes);
-            return Err(SourceError { range, cause: Shrank { opened_bytes, now_bytes }.into() });
-        }
-        Ok(now_bytes)
+        file.file().check_uncut(whole).await.map_err(failed)?;
+        file.file().host_len().map_err(failed)
     }
 
     /// The device itself.

@@ -185,8 +185,7 @@ impl HostFile {
     }
 
     /// The length of the file on the host at this moment, in bytes; the size of a block device. [`HostFile::len`] does
-    /// not notice that somebody else cut or lengthened the file, and reads behind the host's end are zeros: who must
-    /// not take a cut for zeros asks this after reading. One system call, no I/O.
+    /// not notice that somebody else cut or lengthened the file. One system call, no I/O.
     ///
     /// # Errors
     /// [`HostError`] with [`HostOp::Stat`].
@@ -210,26 +209,50 @@ impl HostFile {
         self.inner.facts.fixed_len
     }
 
-    /// Reads `range`; bytes behind the end of the file are zeros, also where somebody else has cut it
-    /// ([`HostFile::host_len`] tells). The result is one piece of memory: ask for large
+    /// Fails where somebody else has cut the file before `range` ends, or before [`HostFile::len`] where that comes first:
+    /// what is missing there is not zeros. To be asked after the file's holes; reads ask it themselves.
+    ///
+    /// # Errors
+    /// [`HostError`] with [`HostOp::Read`] and [`io::ErrorKind::UnexpectedEof`].
+    pub async fn check_uncut(&self, range: ByteRange) -> Result<(), HostError> {
+        let is_cut = || Ok(self.host_len()? < range.end().min(self.len()));
+        if self.is_fixed_len() || !is_cut()? {
+            return Ok(());
+        }
+        // Cutting it is our own right; that is over now.
+        let _resize = self.inner.lock_resize().await;
+        if !is_cut()? {
+            return Ok(());
+        }
+        let (len, now) = (self.len(), self.host_len()?);
+        let why = format!("somebody else has cut the file from {len} bytes to {now}");
+        let source = io::Error::new(io::ErrorKind::UnexpectedEof, why);
+        let missing = ByteRange::between(range.start().max(now), range.end());
+        Err(self.inner.error(HostOp::Read, missing, source))
+    }
+
+    /// Reads `range`; bytes behind the end of the file are zeros. The result is one piece of memory: ask for large
     /// ranges in pieces.
     ///
     /// # Errors
-    /// [`HostError`] with [`HostOp::Read`].
+    /// [`HostError`] with [`HostOp::Read`], also where somebody else has cut the file: [`HostFile::check_uncut`].
     pub async fn read(&self, range: ByteRange) -> Result<Bytes, HostError> {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
         let inner = &self.inner;
         let wide = inner.widen(range, HostOp::Read)?;
-        let bytes = inner.read_block(wide).await?.freeze();
-        if wide == range {
-            return Ok(bytes);
+        let mut bytes = inner.read_block(wide).await?.freeze();
+        if wide != range {
+            let before = ByteRange::between(wide.start(), range.start());
+            let skip = inner.memory_len(before, HostOp::Read)?;
+            bytes = bytes.slice(skip..skip + inner.memory_len(range, HostOp::Read)?);
         }
-        let skip =
-            inner.memory_len(ByteRange::between(wide.start(), range.start()), HostOp::Read)?;
-        let len = inner.memory_len(range, HostOp::Read)?;
-        Ok(bytes.slice(skip..skip + len))
+        // Where the host has no more, there are zeros up to the end.
+        if bytes.last() == Some(&0) {
+            self.check_uncut(range).await?;
+        }
+        Ok(bytes)
     }
 
     /// Writes all of `data`, of any alignment; the file grows where needed. `hold` is kept until the host has finished.

@@ -20,7 +20,8 @@ const READ_PIECE_BYTES: u64 = 1 << 20;
 /// The least that a raw device likes to be asked for, in bytes.
 const PREFERRED_BYTES: u32 = 4096;
 
-/// A raw image file or a block device of the host. Its size is fixed when it is opened.
+/// A raw image file or a block device of the host. Its size is fixed when it is opened: where somebody else cuts the file,
+/// what is not there any more is an error to read, not zeros.
 #[derive(Debug)]
 pub struct RawDevice {
     file: HostFile,
@@ -121,6 +122,9 @@ impl BlockDevice for RawDevice {
             at = piece.end();
         }
         segments.push(Segment::Zero(range.end() - at));
+        if at < range.end() {
+            self.file.check_uncut(range).await?;
+        }
         Ok(segments)
     }
 
@@ -190,6 +194,9 @@ impl BlockDevice for RawDevice {
             at = data.end();
         }
         push_extent(&mut extents, ByteRange::between(at, end), false);
+        if let Some(last) = extents.last().filter(|last| last.zero) {
+            self.file.check_uncut(last.range).await?;
+        }
         Ok(extents)
     }
 
@@ -394,5 +401,52 @@ mod tests {
         assert!(matches!(device.flush().await, Err(DeviceError::Closed)));
         assert!(matches!(device.read(range(0, 1)).await, Err(DeviceError::Closed)));
         device.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_somebody_else_cut_off_is_an_error_and_no_zeros() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.raw");
+        let mut content = vec![7; 4 << 20];
+        // Zeros and holes that are there are read, and what ends before the end now, too.
+        content[1 << 20..2 << 20].fill(0);
+        std::fs::write(&path, &content).unwrap();
+        let options = OpenOptions { lock: false, ..OpenOptions::writing() };
+        let device = RawDevice::new(HostFile::open(&path, options).await.unwrap());
+        device.discard(range(1 << 20, 2 << 20), Durability::Deferred).await.unwrap();
+        let end = (3 << 20) + 100;
+        let ranges = [
+            range(0, 2 << 20),
+            range(end - 10, end),
+            range((1 << 20) + 5, (1 << 20) + 6),
+            range(0, end),
+        ];
+        let cut = [
+            range(end, end + 1),
+            range(end - 10, end + 10),
+            range(end - 100_000, end + 1),
+            range(0, 4 << 20),
+            range((4 << 20) - 1, 4 << 20),
+            range(2 << 20, 4 << 20),
+        ];
+        for range in ranges.into_iter().chain(cut) {
+            let read = device.read(range).await.unwrap().to_vec();
+            assert!(read == content[range.start() as usize..range.end() as usize], "{range}");
+        }
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(end).unwrap();
+        for range in ranges {
+            let read = device.read(range).await.unwrap().to_vec();
+            assert!(read == content[range.start() as usize..range.end() as usize], "{range}");
+            assert!(device.extents(range).await.is_ok());
+        }
+        for range in cut {
+            let failed = [device.read(range).await.err(), device.extents(range).await.err()];
+            for error in failed.into_iter().map(Option::unwrap) {
+                assert_eq!(error.kind(), crate::ErrorKind::Io);
+                let text = error.to_string();
+                let wanted = format!("somebody else has cut the file from 4194304 bytes to {end}");
+                assert!(text.contains("disk.raw") && text.contains(&wanted), "{text}");
+            }
+        }
     }
 }

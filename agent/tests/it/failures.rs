@@ -172,7 +172,7 @@ async fn a_source_that_shrinks_meanwhile_fails_its_disk_and_leaves_no_change_id(
     let failed = bench.run_one(source.spec(), server.target(""), None).await.err().unwrap();
     let AgentError::ReadSource { range, .. } = &failed else { panic!("{failed}") };
     assert_eq!((range.start(), range.end()), (5 * BLOCK, 1 << 20));
-    let sizes = format!("shrank from {} to {} bytes", 1 << 20, 5 * BLOCK);
+    let sizes = format!("cut the file from {} bytes to {}", 1 << 20, 5 * BLOCK);
     assert!(failed.to_string().contains(&sizes), "{failed}");
     assert!(bench.state_files().is_empty(), "{:?}", bench.state_files());
 }

@@ -518,9 +518,15 @@ async fn a_file_that_somebody_else_cuts_tells_its_length_on_the_host() {
     let other = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     other.set_len(4096).unwrap();
     assert_eq!((file.len(), file.host_len().unwrap()), (8192, 4096));
-    assert!(crate::is_zero(&file.read(ByteRange::between(4096, 8192)).await.unwrap()));
+    let cut = file.read(ByteRange::between(4096, 8192)).await.unwrap_err().source.kind();
+    assert_eq!(cut, std::io::ErrorKind::UnexpectedEof);
+    assert!(file.read(ByteRange::between(0, 4096)).await.is_ok());
     other.set_len(10_000).unwrap();
     assert_eq!((file.len(), file.host_len().unwrap()), (8192, 10_000));
+    assert!(crate::is_zero(&file.read(ByteRange::between(4096, 9000)).await.unwrap()));
+    // Behind the end that it had, zeros are the rule: images end within their last cluster.
+    other.set_len(8192).unwrap();
+    assert!(crate::is_zero(&file.read(ByteRange::between(8100, 9000)).await.unwrap()[92..]));
 }
 
 #[test]

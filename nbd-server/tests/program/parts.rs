@@ -134,10 +134,20 @@ fn block_devices_are_served_beside_files() {
         "discard 128k 64k",
         "-c",
         "flush",
+        "-c",
+        "write -f -P 8 300000 70000",
+        "-c",
+        "write -z -u -f 512k 64k",
     ];
     run(dir, "qemu-io", &[&["-f", "raw"][..], &commands, &[uri]].concat());
     bytes[4096..12_288].fill(9);
     bytes[65_536..131_072].fill(0);
+    bytes[300_000..370_000].fill(8);
+    bytes[512 << 10..576 << 10].fill(0);
+    // A device tells nobody of its holes.
+    let map = run(dir, "nbdinfo", &["--map", uri]);
+    let words: Vec<_> = map.split_whitespace().take(4).collect();
+    assert_eq!(words, ["0", "1048576", "0", "data"]);
     let (copied, file) = (copy(dir, "device"), copy(dir, "file"));
     assert!(copied[..131_072] == bytes[..131_072] && copied[196_608..] == bytes[196_608..]);
     assert!(file == vec![5; 1 << 20]);

@@ -16,13 +16,13 @@ pub struct TurnedAway(pub String);
 /// Told of the clients of an export. See [`Export::attendant`](crate::Export::attendant).
 #[async_trait]
 pub trait Attendant: Send + Sync {
-    /// A client has chosen the export; it waits until this is done, for as long as a handshake may take. The device, if
+    /// A client has chosen the export; it is answered once this is done, within the time of its handshake. The device, if
     /// any, takes the place of the export's for this connection alone, and has the same size and abilities; it is dropped,
     /// not closed, at the end. Clients should then not be told that connections can be combined
     /// ([`CAN_MULTI_CONN`](crate::wire::transmission_flag::CAN_MULTI_CONN)).
     ///
     /// # Errors
-    /// Why the client is turned away: its connection is closed.
+    /// Why the client is turned away: it is answered `ERR_POLICY`, and may choose again.
     async fn arrived(&self, peer: &Peer) -> Result<Option<Arc<dyn BlockDevice>>, TurnedAway>;
 
     /// The writer of an export that is sealed on disconnect is done, and the device is flushed; nobody else gets in until

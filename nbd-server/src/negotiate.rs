@@ -94,11 +94,7 @@ impl Negotiation {
         let deadline = self.deadline;
         let haggling = self.haggle(reader, writer);
         let next = within(&shared, &peer, deadline, haggling).await.unwrap_or(Ok(Next::Close));
-        // Whoever chose an export and does not enter it may be the last that the others' end waited for.
-        if let Some(attachment) = self.visitor.entered.take() {
-            let _ = shared.unless_dropped(attachment.leave(&shared, false)).await;
-            shared.departures.tell();
-        }
+        self.visitor.leave().await;
         next
     }
 
@@ -129,7 +125,7 @@ impl Negotiation {
                 Progress::Transmission(agreement) => {
                     let (agreement, input) = (*agreement, hearing.into_rest());
                     let account = Arc::clone(&self.account);
-                    let entered = self.visitor.entered.take().map(|attachment| {
+                    let entered = self.visitor.begin().map(|attachment| {
                         Next::Enter(Box::new(Entered { agreement, attachment, input, account }))
                     });
                     return Ok(entered.unwrap_or(Next::Close));

@@ -1,5 +1,5 @@
-//! One client from its first byte to its last: the negotiation, then transmission between what the attendant of the
-//! export does before and after it. What is said is told in `negotiate` and `connection`.
+//! One client from its first byte to its last: the negotiation, then transmission, and what the attendant of the export
+//! does after it. What is said is told in `negotiate` and `connection`.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -59,43 +59,27 @@ where
     }
 }
 
-/// Transmission, between what the attendant of the export does before and after it. Whoever was let in is told to have
-/// left, however that came about.
-async fn attend<R, W>(shared: &Arc<Shared>, mut entered: Entered, mut reader: R, mut writer: W)
+/// Transmission, and what the attendant of the export, which has let the client in, does after it.
+async fn attend<R, W>(shared: &Arc<Shared>, entered: Entered, reader: R, writer: W)
 where
     R: AsyncRead + Send + Unpin,
     W: AsyncWrite + Send + Unpin + 'static,
 {
-    let (export, peer) =
-        (entered.agreement.facts.name.clone(), entered.attachment.client.peer.clone());
-    // A connection enters one export.
-    let _ = entered.attachment.client.export.set(export.clone());
+    let export = entered.agreement.facts.name.clone();
+    let (attachment, attendant) = (entered.attachment.clone(), entered.attachment.attendant());
+    let client = Arc::clone(&attachment.client);
     tracing::Span::current().record("export", &*export);
-    let arriving = timeout(shared.limits.handshake_timeout, entered.attachment.arrive());
-    let why = match shared.unless_dropped(arriving).await {
-        Some(Ok(Ok(()))) => {
-            let (attachment, attendant) =
-                (entered.attachment.clone(), entered.attachment.attendant());
-            attachment.begin();
-            let transmission = connection::transmit(shared, entered, reader, writer);
-            let ended = shared.unless_dropped(transmission).await;
-            part(shared, attachment, ended).await;
-            shared.departures.tell();
-            if let Some(attendant) = attendant {
-                let _ = shared.unless_over(attendant.left(&peer)).await;
-            }
-            shared.left.raise();
-            return;
-        }
-        Some(Ok(Err(why))) => why.to_string(),
-        Some(Err(_)) => "its attendant took too long".to_owned(),
-        None => return,
-    };
-    tracing::warn!(%peer, export, why, "a client is turned away");
-    // It may be the last one, of which the others did all there was to do.
-    let _ = shared.unless_dropped(entered.attachment.leave(shared, false)).await;
+    // A connection enters one export.
+    let _ = client.export.set(export);
+    attachment.begin();
+    let transmission = connection::transmit(shared, entered, reader, writer);
+    let ended = shared.unless_dropped(transmission).await;
+    part(shared, attachment, ended).await;
     shared.departures.tell();
-    see_off(shared, &mut reader, &mut writer).await;
+    if let Some(attendant) = attendant {
+        let _ = shared.unless_over(attendant.left(&client.peer)).await;
+    }
+    shared.left.raise();
 }
 
 /// Gives back what the connection held, and only then lets the client know that it is over: who has seen its end finds

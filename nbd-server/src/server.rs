@@ -552,7 +552,8 @@ pub(crate) struct Visitor {
     client: Arc<Client>,
     protection: Protection,
     /// The export that was entered last.
-    pub(crate) entered: Option<Attachment>,
+    entered: Option<Attachment>,
+    arrival: Arrival,
     /// What keeps an export that was asked for last from being had, if that may pass.
     obstacle: Option<Obstacle>,
     watch: Watch,
@@ -565,6 +566,17 @@ pub(crate) struct Visitor {
 enum Obstacle {
     Sealing(Arc<Lease>),
     Others,
+    /// The attendant of the export that is entered is not told yet.
+    Attendant,
+}
+
+/// What an attendant has said of the client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Arrival {
+    #[default]
+    Untold,
+    LetIn,
+    TurnedAway,
 }
 
 impl Visitor {
@@ -576,6 +588,7 @@ impl Visitor {
             client,
             protection: Protection::Plain,
             entered: None,
+            arrival: Arrival::default(),
             obstacle: None,
             patience: Patience::default(),
             is_impatient: false,
@@ -609,9 +622,40 @@ impl Visitor {
             Some(Obstacle::Others) => {
                 self.watch.wait(&mut self.patience, limits.leaving_patience()).await
             }
+            Some(Obstacle::Attendant) => return self.arrive().await,
             None => true,
         };
         self.is_impatient |= !has_passed;
+    }
+
+    /// Tells the attendant of the export that is entered of the client, who is turned away or let in by what it says.
+    async fn arrive(&mut self) {
+        let Some(attachment) = &mut self.entered else { return };
+        match attachment.arrive().await {
+            Ok(()) => self.arrival = Arrival::LetIn,
+            Err(why) => {
+                let export = attachment.export.facts.name.clone();
+                tracing::warn!(peer = %self.peer(), export, %why, "a client is turned away");
+                self.arrival = Arrival::TurnedAway;
+                self.leave().await;
+            }
+        }
+    }
+
+    /// The export that is entered, for the requests of the client.
+    pub(crate) fn begin(&mut self) -> Option<Attachment> {
+        self.entered.take()
+    }
+
+    /// Gives back the export that is entered and not begun with: it may be the last that the end of others waited for.
+    pub(crate) async fn leave(&mut self) {
+        let Some(attachment) = self.entered.take() else { return };
+        let attendant = attachment.attendant().filter(|_| self.arrival == Arrival::LetIn);
+        let _ = self.shared.unless_dropped(attachment.leave(&self.shared, false)).await;
+        self.shared.departures.tell();
+        if let Some(attendant) = attendant {
+            let _ = self.shared.unless_over(attendant.left(self.peer())).await;
+        }
     }
 
     /// Why the client may not have the export, for itself and for the log; `None` where it may.
@@ -700,14 +744,27 @@ impl ExportDirectory for Visitor {
     }
 
     fn enter(&mut self, name: &str) -> Result<ExportFacts, Unavailable> {
+        match (std::mem::take(&mut self.arrival), &self.entered) {
+            (Arrival::TurnedAway, _) => return Err(Unavailable::TurnedAway),
+            // Asked again for the same, because nothing was answered.
+            (Arrival::LetIn, Some(attachment)) => {
+                self.arrival = Arrival::LetIn;
+                return Ok(attachment.facts());
+            }
+            _ => {}
+        }
         self.watch.look();
         let (attached, lease) = self.find(name, |served| {
             let attached = served.attach(&self.client, &self.protection);
             (attached, Arc::clone(served.lease()))
         })?;
         let attachment = self.or_wait(name, lease, attached)?;
-        let facts = attachment.facts();
+        let (facts, attendant) = (attachment.facts(), attachment.attendant());
         self.entered = Some(attachment);
+        if attendant.is_some() {
+            self.obstacle = Some(Obstacle::Attendant);
+            return Err(Unavailable::NotYet);
+        }
         Ok(facts)
     }
 

@@ -112,6 +112,8 @@ pub enum Unavailable {
     Sealing,
     /// Not now, for a reason that may pass soon: ask again in a while. A directory answers this for a bounded time.
     NotYet,
+    /// What is to be done before a client is let in has failed.
+    TurnedAway,
     /// The server is stopping.
     ShuttingDown,
     /// Not without TLS; or there is none of that name, which is nobody's business without TLS.
@@ -132,6 +134,10 @@ impl Unavailable {
                 (wire::reply::ERR_POLICY, "the export is being sealed behind its writer; try again")
             }
             Self::NotYet => (wire::reply::ERR_POLICY, "the export cannot be had now; try again"),
+            Self::TurnedAway => (
+                wire::reply::ERR_POLICY,
+                "the server failed to prepare the export; its log tells why",
+            ),
             Self::ShuttingDown => (wire::reply::ERR_SHUTDOWN, "the server is stopping"),
             Self::TlsRequired => (
                 wire::reply::ERR_TLS_REQD,

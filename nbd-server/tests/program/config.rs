@@ -227,8 +227,12 @@ fn commands_are_run_before_and_after_each_client_and_can_turn_it_away() {
     server.address();
     assert!(qemu_io(dir, "write -P 9 0 4k", URI));
     write(dir, "closed", "");
-    assert!(!qemu_io(dir, "write -P 8 0 4k", URI));
-    server.log_until("turned away");
+    let read = ["40", "qemu-io", "-r", "-f", "raw", "-c", "read 0 512", URI];
+    let refused = Command::new("timeout").args(read).current_dir(dir).output().unwrap();
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(told.contains("the server failed to prepare the export; its log tells why"), "{told}");
+    let log = server.log_until("turned away").concat();
+    assert!(log.contains("test ! -e closed") && log.contains("exit status: 1"), "{log}");
     std::fs::remove_file(dir.join("closed")).unwrap();
     assert!(qemu_io(dir, "read -P 9 0 4k", URI));
     assert!(server.stop());

@@ -345,6 +345,23 @@ async fn an_attendant_hears_once_of_each_client_that_left_or_was_dropped() {
     assert_eq!(stopped_with_a_porter(Duration::from_secs(1)).await, [2, 2, 2]);
 }
 
+#[tokio::test]
+async fn an_attendant_hears_of_whoever_was_let_in_and_hung_up_before_the_answer() {
+    let porter = Arc::new(Porter::default());
+    let server = Server::new(ServerConfig::default());
+    let export =
+        Export::new("disk", TestDevice::new(SIZE) as _).attendant(Arc::clone(&porter) as _);
+    server.add_export(export).unwrap();
+    let mut raw = Raw::new(&server);
+    raw.greet(wire::client_flag::FIXED_NEWSTYLE | wire::client_flag::NO_ZEROES).await;
+    raw.send_option(wire::option::GO, b"\0\0\0\x04disk\0\0").await;
+    drop(raw);
+    while server.connections() > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(porter.counts(), [1, 1, 1]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_attendant_that_hangs_does_not_keep_the_server_from_stopping() {
     assert_eq!(stopped_with_a_porter(Duration::MAX).await, [2, 2, 0]);

@@ -293,6 +293,27 @@ impl Attendant for Closed {
     async fn left(&self, _: &Peer) {}
 }
 
+fn turned_away(replies: &[(u32, Vec<u8>)]) {
+    let [(kind, text)] = replies else { panic!("{replies:?}") };
+    assert_eq!(*kind, wire::reply::ERR_POLICY);
+    assert_eq!(text, b"the server failed to prepare the export; its log tells why");
+}
+
+#[tokio::test]
+async fn whoever_was_turned_away_holds_no_place_and_may_choose_again() {
+    let closed = Arc::new(Closed::default());
+    let (server, _) =
+        server(|export| export.max_connections(1).attendant(Arc::clone(&closed) as _));
+    *closed.is_closed.lock() = true;
+    let mut raw = user(&server, 1).await;
+    closed.answer.notify_one();
+    turned_away(&raw.option(option::GO, &go("disk")).await);
+    assert_eq!(server.exports()[0].connections, 0);
+    *closed.is_closed.lock() = false;
+    raw.go("disk").await;
+    assert_eq!(server.exports()[0].connections, 1);
+}
+
 #[tokio::test]
 async fn a_connection_that_was_turned_away_keeps_no_export_from_being_sealed() {
     for is_last in [false, true] {
@@ -301,20 +322,20 @@ async fn a_connection_that_was_turned_away_keeps_no_export_from_being_sealed() {
             server(|export| export.seal_on_disconnect(true).attendant(Arc::clone(&closed) as _));
         let (mut writer, _) = enter(&server, 1).await;
         *closed.is_closed.lock() = true;
-        let (mut other, _) = enter(&server, 1).await;
+        let mut other = user(&server, 1).await;
+        let going = tokio::spawn(async move {
+            let replies = other.option(option::GO, &go("disk")).await;
+            (other, replies)
+        });
         closed.waits.notified().await;
         flush(&mut writer).await;
         if is_last {
             disconnect(&server, writer).await;
             closed.answer.notify_one();
-            assert!(other.rest().await.is_empty());
+            turned_away(&going.await.unwrap().1);
         } else {
             closed.answer.notify_one();
-            assert!(other.rest().await.is_empty());
-            drop(other);
-            while server.exports()[0].connections > 1 {
-                tokio::task::yield_now().await;
-            }
+            turned_away(&going.await.unwrap().1);
             disconnect(&server, writer).await;
         }
         assert!(server.exports()[0].is_sealed, "{is_last}");

@@ -71,6 +71,7 @@ where
     tracing::Span::current().record("export", &*export);
     // A connection enters one export.
     let _ = client.export.set(export);
+    tracing::debug!("a client uses the export");
     attachment.begin();
     let transmission = connection::transmit(shared, entered, reader, writer);
     let ended = shared.unless_dropped(transmission).await;

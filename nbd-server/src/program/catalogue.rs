@@ -352,8 +352,8 @@ impl Catalogue {
         match self.images.get(key) {
             Some(shown) if shown.writable || !writable => {}
             Some(_) => bail!(
-                "the image is served read-only and would have to be opened again for writing: remove its exports, \
-                 reload, and add them again"
+                "the image is served read-only and would have to be opened again for writing: remove all its exports, \
+                 reload, and add them again; until then, nothing of the configuration is taken"
             ),
             None => {
                 let image = if used.seals && writable {

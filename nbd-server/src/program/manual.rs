@@ -28,7 +28,8 @@ here is a warning. Both tell file and line.";
 const RELOADING: &str = "Reads the configuration again. Exports are added, changed and removed at one stroke, or, where \
 anything is wrong, not at all: then what is wrong is told by file and line, and everything goes on as before. Images of \
 exports that stay are not opened again. Open connections stay with an export that changed; removal says what becomes of \
-those to one that is gone. Addresses, limits, user and group change with the next start.";
+those to one that is gone. Addresses, limits, user and group change with the next start. An image that is served read-only is not opened again for writing: such a change is \
+refused, and passes --check-config, which does not know what is served.";
 
 const STOPPING: &str = "Answers what is in flight, and what clients ask until they hear of it with ESHUTDOWN, closes the \
 connections, flushes and closes the images, and ends with 0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal, half a \

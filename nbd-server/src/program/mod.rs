@@ -178,6 +178,7 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
             () = server.used_and_left(), if options.once => {}
         }
     }
+    tracing::info!("stopping: clients are let go, images flushed and closed");
     let ended = tokio::select! {
         ended = end(&server, catalogue, grace) => ended,
         () = stop.again() => bail!("stopped by a second signal; images may need a check"),

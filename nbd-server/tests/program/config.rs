@@ -358,6 +358,50 @@ fn a_refused_reload_takes_the_images_away_that_it_made() {
 }
 
 #[test]
+fn a_change_to_writable_is_refused_by_a_reload_alone_and_the_next_file_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    image(dir);
+    let text = |more: &str| {
+        format!(
+            "[generic]\nunixsock = socket\nallowlist = true\n[one]\nexportname = disk.img\n{more}"
+        )
+    };
+    write(dir, "config", &text("readonly = true\n"));
+    let mut server = Running::start(dir, &["--config=config"]);
+    server.address();
+    write(dir, "config", &text(""));
+    let program = env!("CARGO_BIN_EXE_nbd-server");
+    let told = run(dir, program, &["--config=config", "--check-config"]);
+    assert!(told.ends_with("all is well\n"), "{told}");
+    for _ in 0..2 {
+        server.signal("-HUP");
+        let log = server.log_until("not reloaded").concat();
+        assert!(
+            log.contains("config:4: cannot open") && log.contains("remove all its exports"),
+            "{log}"
+        );
+        assert_eq!(names(dir), ["one"]);
+    }
+    // A file without that change is taken, and so are the steps that were told.
+    let other = "[two]\nexportname = new.img\nfilesize = 1M\n";
+    for (text, expected) in [
+        (text(&format!("readonly = true\n{other}")), r#"added=["two"]"#),
+        (format!("[generic]\nunixsock = socket\nallowlist = true\n{other}"), r#"removed=["one"]"#),
+        (text(other), r#"added=["one"]"#),
+    ] {
+        write(dir, "config", &text);
+        server.signal("-HUP");
+        let log = server.log_until("reloaded").concat();
+        assert!(log.contains(expected), "{log}");
+    }
+    assert!(qemu_io(dir, "write -P 9 0 4k", URI));
+    server.signal("-TERM");
+    server.log_until("stopping");
+    assert!(server.ended());
+}
+
+#[test]
 fn a_hangup_before_anything_is_served_reloads_what_is_served_then() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

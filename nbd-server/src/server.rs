@@ -687,7 +687,9 @@ impl Visitor {
             Err(Unavailable::Full) => {
                 (Obstacle::Others, "it has as many connections as it may have")
             }
-            Err(Unavailable::Leased) => (Obstacle::Others, "another client is writing to it"),
+            Err(Unavailable::Leased) => {
+                (Obstacle::Others, "another client or connection is writing to it")
+            }
             _ => return outcome,
         };
         if !self.is_impatient {

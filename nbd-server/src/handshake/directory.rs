@@ -129,7 +129,9 @@ impl Unavailable {
             Self::Full => {
                 (wire::reply::ERR_POLICY, "the export has as many connections as it may have")
             }
-            Self::Leased => (wire::reply::ERR_POLICY, "another client is writing to the export"),
+            Self::Leased => {
+                (wire::reply::ERR_POLICY, "another client or connection is writing to the export")
+            }
             Self::Sealing => {
                 (wire::reply::ERR_POLICY, "the export is being sealed behind its writer; try again")
             }

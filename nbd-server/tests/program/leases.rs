@@ -16,7 +16,7 @@ async fn connect(dir: &Path, name: &str) -> Result<Arc<NbdDevice>, ClientError> 
 
 async fn is_taken(dir: &Path, name: &str) {
     let Err(error) = connect(dir, name).await else { panic!("{name} has two writers") };
-    assert!(error.to_string().contains("another client is writing"), "{error}");
+    assert!(error.to_string().contains("another client or connection is writing"), "{error}");
 }
 
 /// Serves these sections from now on; what the log says of it.

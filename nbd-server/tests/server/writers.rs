@@ -51,7 +51,7 @@ async fn is_refused_as(server: &Server, uid: u32, name: &str) {
         let replies = raw.option(option, &go(name)).await;
         let [(kind, text)] = &replies[..] else { panic!("{replies:?}") };
         assert_eq!(*kind, wire::reply::ERR_POLICY);
-        assert_eq!(text, b"another client is writing to the export");
+        assert_eq!(text, b"another client or connection is writing to the export");
     }
 }
 

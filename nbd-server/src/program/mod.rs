@@ -177,8 +177,8 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
             () = stop.requested() => {}
             () = server.used_and_left(), if options.once => {}
         }
+        tracing::info!("stopping: clients are let go, images flushed and closed");
     }
-    tracing::info!("stopping: clients are let go, images flushed and closed");
     let ended = tokio::select! {
         ended = end(&server, catalogue, grace) => ended,
         () = stop.again() => bail!("stopped by a second signal; images may need a check"),

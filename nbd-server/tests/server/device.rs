@@ -116,6 +116,7 @@ impl TestDevice {
     }
 
     /// Later calls succeed again.
+    #[cfg(feature = "client")]
     pub(crate) fn mend(&self) {
         self.state.lock().failure = None;
     }

@@ -3,9 +3,13 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 
+#[cfg(feature = "client")]
 use block::{BlockDevice, ByteRange};
+#[cfg(feature = "client")]
 use nbd_server::client::{ClientOptions, NbdDevice};
-use nbd_server::wire::{Headers, chunk, command, command_flag, error};
+#[cfg(feature = "client")]
+use nbd_server::wire::Headers;
+use nbd_server::wire::{chunk, command, command_flag, error};
 use nbd_server::{Export, Limits, Server, ServerConfig};
 use tokio::time::{Duration, Instant};
 
@@ -132,6 +136,7 @@ async fn a_read_without_memory_waits_for_nobody_and_gives_the_same_bytes() {
     assert_eq!(server.connections(), 2, "nobody had to go, but those who left");
 }
 
+#[cfg(feature = "client")]
 #[tokio::test]
 async fn our_client_reads_the_same_in_parts_by_every_kind_of_headers() {
     let (server, device, _deaf) = full().await;

@@ -145,7 +145,8 @@ impl BlockDevice for Joined {
     ) -> Result<(), DeviceError> {
         let range = self.limits.write_range(offset, data.len())?;
         all(self.pieces(range).map(|piece| {
-            let len = usize::try_from(piece.range.len()).map_or(data.len(), |len| len.min(data.len()));
+            let len =
+                usize::try_from(piece.range.len()).map_or(data.len(), |len| len.min(data.len()));
             piece.part.device.write(piece.inner().start(), data.split_to(len), durability)
         }))
         .await
@@ -186,7 +187,9 @@ impl BlockDevice for Joined {
             for extent in piece.part.device.extents(piece.inner()).await? {
                 known = start + extent.range.end();
                 match extents.last_mut() {
-                    Some(last) if (last.allocated, last.zero) == (extent.allocated, extent.zero) => {
+                    Some(last)
+                        if (last.allocated, last.zero) == (extent.allocated, extent.zero) =>
+                    {
                         last.range = ByteRange::between(last.range.start(), known);
                     }
                     _ => {

@@ -130,7 +130,8 @@ async fn extents(device: &dyn BlockDevice, range: ByteRange) -> Vec<Extent> {
     let (mut all, mut at): (Vec<Extent>, _) = (Vec::new(), range.start());
     while at < range.end() {
         let some = device.extents(ByteRange::between(at, range.end())).await.unwrap();
-        let alike = |two: &[Extent]| (two[0].allocated, two[0].zero) == (two[1].allocated, two[1].zero);
+        let alike =
+            |two: &[Extent]| (two[0].allocated, two[0].zero) == (two[1].allocated, two[1].zero);
         assert!(!some.windows(2).any(alike), "{some:?}");
         for extent in some {
             assert_eq!(extent.range.start(), at, "without gaps");
@@ -243,14 +244,14 @@ async fn extents_have_a_bound_over_all_parts() {
 
 #[tokio::test]
 async fn all_parts_are_flushed_and_closed_and_a_failure_of_one_is_told() {
-    let (parts, joined) = probes([0, 1, 2].map(|part| Probe {
-        flush_fails: part == 1,
-        ..Probe::over(MemoryDevice::new(512))
-    }));
+    let (parts, joined) = probes(
+        [0, 1, 2]
+            .map(|part| Probe { flush_fails: part == 1, ..Probe::over(MemoryDevice::new(512)) }),
+    );
     assert!(matches!(joined.flush().await, Err(DeviceError::NotSupported { .. })));
-    assert!(parts.iter().all(|part| part.settled() == 1), "the third, too");
+    assert!(parts.iter().all(|part| part.settled() == 1), "the others, too");
     assert!(joined.close().await.is_err());
-    assert!(parts.iter().all(|part| part.settled() == 2), "the third, too");
+    assert!(parts.iter().all(|part| part.settled() == 2), "the others, too");
 }
 
 #[tokio::test]

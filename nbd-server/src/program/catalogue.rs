@@ -16,6 +16,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::attendant::Doorkeeper;
+use super::awaited::{Absent, Awaited};
+use super::errors::text_of;
 use super::images::{FileId, ImageKey, Opened, Opening, Sources, folder_of};
 use super::made::Made;
 use super::options::{AllowReferences, ExportSpec, Writes};
@@ -63,6 +65,29 @@ pub(super) struct Catalogue {
     /// As long as an export or an open image has them.
     leases: HashMap<Written, Weak<Lease>>,
     leaving: JoinSet<ImageKey>,
+    awaited: Awaited,
+}
+
+/// Exports that cannot be served now.
+#[derive(Default)]
+struct Lost {
+    refused: Vec<anyhow::Error>,
+    absent: Vec<Absent>,
+    /// Those whose images are there, and that would be waited for where that is not enough.
+    patient: HashMap<String, Absent>,
+}
+
+impl Lost {
+    fn fail(&mut self, one: &Wanted, error: anyhow::Error) {
+        let error = one.blame(error);
+        match self.patient.remove(&one.spec.name) {
+            Some(mut absent) => {
+                absent.fail(text_of(&error));
+                self.absent.push(absent);
+            }
+            None => self.refused.push(error),
+        }
+    }
 }
 
 /// In which way it is.
@@ -104,7 +129,8 @@ impl Shown {
 impl Catalogue {
     pub(super) fn new(server: Server, how: Opening) -> Self {
         let (images, placed, leases) = (HashMap::new(), BTreeMap::new(), HashMap::new());
-        Self { server, how, images, placed, leases, leaving: JoinSet::new() }
+        let (leaving, awaited) = (JoinSet::new(), Awaited::default());
+        Self { server, how, images, placed, leases, leaving, awaited }
     }
 
     /// Serves what is wanted and nothing else, and with it what changes beside the exports. Where that cannot be,
@@ -120,16 +146,16 @@ impl Catalogue {
     ) -> Result<Replaced, Refused> {
         let mut made = if self.how.only_looks { Made::rehearsed() } else { Made::default() };
         let applied = match self.prepare(wanted, references, &mut made).await {
-            Ok(placed) => {
+            Ok((placed, absent)) => {
                 let exports = placed.values().map(|placed| placed.export.clone());
                 self.server
                     .replace(beside(Replacement::of(exports)))
-                    .map(|replaced| (placed, replaced))
+                    .map(|replaced| (placed, absent, replaced))
                     .map_err(|error| Refused::by_server(wanted, error))
             }
             Err(refused) => Err(refused),
         };
-        let (placed, mut replaced) = match applied {
+        let (placed, absent, mut replaced) = match applied {
             Ok(applied) => applied,
             Err(refused) => {
                 // Nobody was told that they are open.
@@ -138,6 +164,7 @@ impl Catalogue {
             }
         };
         made.keep();
+        self.awaited.become_these(absent, self.opening(references));
         let before = std::mem::replace(&mut self.placed, placed);
         for retired in std::mem::take(&mut replaced.retired) {
             let Some(key) = before.get(retired.name()).and_then(|placed| placed.key.clone()) else {
@@ -154,17 +181,73 @@ impl Catalogue {
         Ok(replaced)
     }
 
-    /// Waits until the last connection of an export that was removed or changed is gone, and closes its image where
-    /// nothing else shows it. Waits for ever where there is none. Nothing is lost where the future is dropped.
+    /// Waits until the last connection of an export that was removed or changed is gone, so that its image may be
+    /// closed, or until an image is there that was waited for. Waits for ever where there is nothing of that. Nothing is
+    /// lost where the future is dropped.
     pub(super) async fn settle(&mut self) {
-        let Some(left) = self.leaving.join_next().await else {
-            return std::future::pending().await;
-        };
-        if let Ok(key) = left
-            && let Some(shown) = self.images.get_mut(&key)
-        {
-            shown.retired -= 1;
+        tokio::select! {
+            Some(left) = self.leaving.join_next() => {
+                if let Ok(key) = left
+                    && let Some(shown) = self.images.get_mut(&key)
+                {
+                    shown.retired -= 1;
+                }
+            }
+            () = self.awaited.appeared() => {}
         }
+    }
+
+    /// Looks for images that are waited for at once.
+    pub(super) fn hurry(&mut self) {
+        self.awaited.hurry();
+    }
+
+    /// Serves exports whose images were waited for and are there. What cannot be served is waited for.
+    pub(super) async fn admit(&mut self) {
+        let (how, mut made) = (self.awaited.how().clone(), Made::default());
+        let mut found = Vec::new();
+        for one in self.awaited.take_ready() {
+            match find(&one.spec, &how, &mut made).await {
+                Ok(key) => found.push((one, key)),
+                Err(error) => self.refuse(&one, one.blame(error)),
+            }
+        }
+        for (one, key) in &found {
+            match self.admit_one(one, key.as_ref(), &found).await {
+                Ok(()) => self.awaited.served(&one.spec),
+                Err(error) => self.refuse(one, error),
+            }
+        }
+    }
+
+    fn refuse(&mut self, one: &Wanted, error: anyhow::Error) {
+        self.awaited.failed(&one.spec.name, text_of(&error));
+    }
+
+    /// Serves an export beside those that are served, and with `others` that may come with it.
+    async fn admit_one(
+        &mut self,
+        one: &Wanted,
+        key: Option<&ImageKey>,
+        others: &[(Wanted, Option<ImageKey>)],
+    ) -> anyhow::Result<()> {
+        let placed = |placed: &Placed| {
+            (Wanted { spec: placed.spec.clone(), place: None }, placed.key.clone())
+        };
+        let all: Vec<_> = self.placed.values().map(placed).collect();
+        let all = all.iter().map(|(one, key)| (one, key.clone()));
+        let beside: Vec<_> = all.clone().chain([(one, key.cloned())]).collect();
+        if let Some(clash) = clashes(&beside).into_iter().next() {
+            return Err(clash);
+        }
+        let all: Vec<_> = all.chain(others.iter().map(|(one, key)| (one, key.clone()))).collect();
+        let used = key.and_then(|key| uses(&all).get(key.file()).copied());
+        let served = self.export(&one.spec, key, used.unwrap_or_default()).await;
+        let (export, partition) = served.map_err(|error| one.blame(error))?;
+        self.server.add_export(export.clone()).map_err(|error| one.refuse(error.into()))?;
+        let next = Placed { spec: one.spec.clone(), key: key.cloned(), partition, export };
+        self.placed.insert(one.spec.name.clone(), next);
+        Ok(())
     }
 
     /// Closes the images that nothing shows, and tells that.
@@ -216,17 +299,27 @@ impl Catalogue {
         wanted: &[Wanted],
         references: Option<&AllowReferences>,
         made: &mut Made,
-    ) -> Result<BTreeMap<String, Placed>, Refused> {
-        let references = references.or(self.how.references.as_ref()).cloned();
-        let how = Opening { references, ..self.how.clone() };
-        let (mut found, mut refused) = (Vec::new(), Vec::new());
+    ) -> Result<(BTreeMap<String, Placed>, Vec<Absent>), Refused> {
+        let how = self.opening(references);
+        let (mut found, mut missing, mut lost) = (Vec::new(), Vec::new(), Lost::default());
         for one in wanted {
+            if self.may_wait(&one.spec) {
+                let absent = Absent::look(one).await;
+                if absent.is_missing() || self.awaited.knows(&one.spec.name) {
+                    missing.push((one, None));
+                    lost.absent.push(absent);
+                    continue;
+                }
+                // Who only looks tells what is wrong.
+                let patient = (!self.how.only_looks).then_some(absent);
+                lost.patient.extend(patient.map(|absent| (one.spec.name.clone(), absent)));
+            }
             match find(&one.spec, &how, made).await {
                 Ok(key) => found.push((one, key)),
-                Err(error) => refused.push(one.blame(error)),
+                Err(error) => lost.fail(one, error),
             }
         }
-        refused.extend(clashes(&found));
+        lost.refused.extend(clashes(&[&found[..], &missing[..]].concat()));
         let uses = uses(&found);
         let mut placed = BTreeMap::new();
         for (one, key) in found {
@@ -236,10 +329,22 @@ impl Catalogue {
                     let next = Placed { spec: one.spec.clone(), key, partition, export };
                     placed.insert(one.spec.name.clone(), next);
                 }
-                Err(error) => refused.push(one.blame(error)),
+                Err(error) => lost.fail(one, error),
             }
         }
-        if refused.is_empty() { Ok(placed) } else { Err(Refused(refused)) }
+        if lost.refused.is_empty() { Ok((placed, lost.absent)) } else { Err(Refused(lost.refused)) }
+    }
+
+    /// How images are opened, where references may lead there.
+    fn opening(&self, references: Option<&AllowReferences>) -> Opening {
+        let references = references.or(self.how.references.as_ref()).cloned();
+        Opening { references, ..self.how.clone() }
+    }
+
+    /// Whether the image of an export need not be there: not where it is served, because then it would be taken away.
+    fn may_wait(&self, spec: &ExportSpec) -> bool {
+        let served = self.placed.get(&spec.name);
+        spec.waits && served.is_none_or(|served| served.spec.path != spec.path)
     }
 
     /// An image that nothing shows any more, and that is to be closed.
@@ -276,13 +381,29 @@ impl Catalogue {
             return Ok((known.export.clone(), known.partition));
         }
         match key {
-            Some(key) => self.export_of(spec, key, used).await,
+            Some(key) => {
+                self.refuse_regrouped(spec, key, used)?;
+                self.export_of(spec, key, used).await
+            }
             None => {
                 let folder = folder_of(&spec.path);
                 let disk = Overlay::empty(spec.size.unwrap_or(0), folder);
                 Ok((self.apart(spec, disk, folder)?, None))
             }
         }
+    }
+
+    /// Refuses files of an export that has some of them open for writing, joined with others: the locks are its own.
+    fn refuse_regrouped(&self, spec: &ExportSpec, key: &ImageKey, used: Use) -> anyhow::Result<()> {
+        let old = self.placed.get(&spec.name).and_then(|known| known.key.as_ref());
+        let old = old.filter(|old| old.file() != key.file() && old.file().overlaps(key.file()));
+        let is_written = |old| self.images.get(old).is_some_and(|shown| shown.writable);
+        if old.is_some_and(|old| used.writable || is_written(old)) {
+            bail!(
+                "other files are joined than those that it has open: remove the export, reload, and add it again"
+            );
+        }
+        Ok(())
     }
 
     /// Where the partition of an export lies by now, in an image that is open.

@@ -12,11 +12,12 @@ use block::{
     BlockDevice, ByteRange, DeviceError, Holder, HostError, HostFile, ImageLocked,
     OpenOptions as HostOptions, RawDevice,
 };
-use nbd_server::{DIRTY, ExtentSource, FlaggedExtent};
+use nbd_server::{DIRTY, ExtentSource, FlaggedExtent, Joined};
 use qcow2::{BitmapError, Corruption, DirtyExtent, Image, OpenOptions, Passphrase, References};
 
 use super::depth::{self, AllocationDepth};
 use super::first_bytes::FirstBytes;
+use super::numbered;
 use super::options::{AllowReferences, ExportSpec, Format};
 
 /// How images are opened that do not say otherwise.
@@ -37,6 +38,8 @@ pub(super) enum FileId {
     File(u64, u64),
     /// The number of a block device.
     Device(u64),
+    /// Several that are joined, in their order.
+    Joined(Vec<FileId>),
 }
 
 impl FileId {
@@ -51,12 +54,24 @@ impl FileId {
             None
         }
     }
+
+    /// Whether it is one of those that the other is joined of, or has one in common with it.
+    pub(super) fn overlaps(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Joined(ids), other) => ids.iter().any(|id| other.overlaps(id)),
+            (one, Self::Joined(ids)) => ids.contains(one),
+            (one, other) => one == other,
+        }
+    }
 }
 
 /// What makes two exports show one image: which file it is, and as what it is opened.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ImageKey {
+    /// Of the first file, where several are joined.
     path: PathBuf,
+    /// The files behind it, in their order.
+    more: Vec<PathBuf>,
     file: FileId,
     format: Format,
     snapshot: Option<String>,
@@ -88,17 +103,17 @@ impl ImageKey {
         nameless: Option<PathBuf>,
         how: &Opening,
     ) -> anyhow::Result<Self> {
-        let path = match nameless {
-            Some(path) => path,
-            None => std::fs::canonicalize(&spec.path)?,
+        let (path, more, file) = match nameless {
+            _ if spec.joins => joined(spec)?,
+            Some(path) => single(path)?,
+            None => single(std::fs::canonicalize(&spec.path)?)?,
         };
-        let file = FileId::of(&std::fs::metadata(&path)?)
-            .context("it is neither a regular file nor a block device")?;
         let format = format_of(spec, &path)?;
         // A raw image refers to nothing: it stays what it is where others may refer to something else.
         let references = spec.references.as_ref().or(how.references.as_ref());
         Ok(Self {
             references: references.filter(|_| format == Format::Qcow2).cloned(),
+            more,
             file,
             format,
             snapshot: spec.snapshot.clone(),
@@ -106,6 +121,21 @@ impl ImageKey {
             path,
         })
     }
+}
+
+/// One file.
+fn single(path: PathBuf) -> anyhow::Result<(PathBuf, Vec<PathBuf>, FileId)> {
+    let file = FileId::of(&std::fs::metadata(&path)?)
+        .context("it is neither a regular file nor a block device")?;
+    Ok((path, Vec::new(), file))
+}
+
+/// The first file, those behind it, and all of them; where one is all there is, it is like any other.
+fn joined(spec: &ExportSpec) -> anyhow::Result<(PathBuf, Vec<PathBuf>, FileId)> {
+    let (mut paths, mut ids): (Vec<_>, Vec<_>) = numbered::files(spec)?.into_iter().unzip();
+    let first = paths.remove(0);
+    let file = if paths.is_empty() { ids.remove(0) } else { FileId::Joined(ids) };
+    Ok((first, paths, file))
 }
 
 /// The folder that a file lies in.
@@ -149,8 +179,7 @@ impl Opened {
             Format::Raw => {
                 let options =
                     HostOptions { read_only: !writable, rehearse, ..HostOptions::writing() };
-                let file = HostFile::open(&key.path, options).await.map_err(in_use)?;
-                (RawDevice::new(file), None)
+                (raw(key, options).await?, None)
             }
             Format::Qcow2 => {
                 let mut options = qcow2_options(key, writable);
@@ -183,6 +212,25 @@ impl Opened {
         }
         Ok(sources)
     }
+}
+
+/// A raw file, or several as one device.
+async fn raw(key: &ImageKey, options: HostOptions) -> anyhow::Result<Arc<dyn BlockDevice>> {
+    let file = HostFile::open(&key.path, options.clone()).await.map_err(in_use)?;
+    let first: Arc<dyn BlockDevice> = RawDevice::new(file);
+    if key.more.is_empty() {
+        return Ok(first);
+    }
+    let mut parts = vec![first];
+    for path in &key.more {
+        let file = HostFile::open(path, options.clone()).await.map_err(in_use)?;
+        parts.push(RawDevice::new(file));
+    }
+    let files = parts.len();
+    let device = Joined::new(parts).context("its files are too long together")?;
+    let bytes = device.limits().size_bytes;
+    tracing::info!(first = %key.path.display(), files, bytes, "joined files");
+    Ok(device)
 }
 
 /// The format that was said, or that may be taken for granted. Nothing but a qcow2 header is recognised, and only where

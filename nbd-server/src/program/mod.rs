@@ -2,6 +2,7 @@
 //! files in `config`, what is served in `catalogue`.
 
 mod attendant;
+mod awaited;
 mod catalogue;
 mod check;
 mod config;
@@ -17,6 +18,7 @@ mod limits;
 mod made;
 mod manual;
 mod nameless;
+mod numbered;
 mod options;
 mod overlay;
 mod places;
@@ -158,6 +160,7 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
     let Start { options, mut reloading, config, server_config, sockets, grace } = start;
     // Before anything is opened, so that a signal during the start leaves images clean, too.
     let mut stop = Stop::new()?;
+    let mut look = signal(SignalKind::user_defined1())?;
     let server = Server::new(server_config);
     let mut catalogue = Catalogue::new(server.clone(), opening(&options));
     #[cfg(feature = "metrics")]
@@ -171,7 +174,7 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
         () = stop.requested() => Ok(()),
     };
     if started.is_ok() {
-        let tended = tend(&server, &mut catalogue, &mut reloading, &mut hangup);
+        let tended = tend(&server, &mut catalogue, &mut reloading, [&mut hangup, &mut look]);
         tokio::select! {
             () = tended => {}
             () = stop.requested() => {}
@@ -186,18 +189,22 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
     started.and(ended)
 }
 
-/// Reloads what is to be reloaded and closes what nobody uses, for ever. Whoever drops the future lets the rest of it to
+/// Reloads what is to be reloaded, serves what was waited for and closes what nobody uses, for ever. Whoever drops the future lets the rest of it to
 /// the end.
 async fn tend(
     server: &Server,
     catalogue: &mut Catalogue,
     reloading: &mut Reloading,
-    hangup: &mut Signal,
+    [hangup, look]: [&mut Signal; 2],
 ) {
     loop {
         tokio::select! {
             _ = hangup.recv() => reloading.reload(server, catalogue).await,
-            () = catalogue.settle() => catalogue.sweep().await,
+            _ = look.recv() => catalogue.hurry(),
+            () = catalogue.settle() => {
+                catalogue.admit().await;
+                catalogue.sweep().await;
+            }
         }
     }
 }
@@ -213,6 +220,8 @@ async fn begin(
     let references = config.and_then(|config| config.generic.references.as_ref());
     let beside = |exports| reloading.with_policy(exports, config);
     catalogue.apply(&reloading.wanted(config), references, beside).await?;
+    // What was opened for an export that is waited for all the same.
+    catalogue.sweep().await;
     let mut out = std::io::stdout();
     for socket in sockets {
         let address = socket.to_string();
@@ -355,8 +364,9 @@ mod tests {
         let options = Options::parse_from(["nbd-server", "--listen=unix:x", "--export=a=b"]);
         let mut reloading = Reloading::new(&options, None).unwrap();
         let mut hangup = signal(SignalKind::hangup()).unwrap();
+        let mut look = signal(SignalKind::user_defined1()).unwrap();
         tokio::select! {
-            () = tend(&server, &mut catalogue, &mut reloading, &mut hangup) => {}
+            () = tend(&server, &mut catalogue, &mut reloading, [&mut hangup, &mut look]) => {}
             () = stuck.closing.notified() => {}
         }
         let told = catalogue.end(Duration::from_millis(1)).await;

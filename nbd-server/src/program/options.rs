@@ -25,11 +25,13 @@ pub(crate) struct Options {
     pub(crate) listen: Vec<Listen>,
 
     /// What to serve:
-    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,offset=BYTES][,size=BYTES][,partition=N][,max-connections=N][,idle-timeout=SECONDS][,writers=any|client|connection][,seal][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
+    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,multifile][,waitfile][,offset=BYTES][,size=BYTES][,partition=N][,max-connections=N][,idle-timeout=SECONDS][,writers=any|client|connection][,seal][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
     /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
     /// layer of the chain that holds each part of the disk as qemu:allocation-depth. The passphrase of an
     /// encrypted image, and of those below it, is what the file holds without its last newline.
+    /// With multifile, raw images PATH.0, PATH.1 and so on are one disk. With waitfile, an image that is not there is waited
+    /// for, and until then the export is not known.
     /// One client at a time may have it with writers=client; with seal, the image is closed and read-only once that client
     /// has disconnected. With tls-only, clients need TLS; where clients are named, a certificate with such a common or DNS name. A comma is
     /// written twice, and so is an = in NAME
@@ -379,13 +381,15 @@ const fn switch(name: &'static str) -> Field {
     Field { name, value: None }
 }
 
-const FIELDS: [Field; 16] = [
+const FIELDS: [Field; 18] = [
     field("format", "qcow2|raw"),
     switch("read-only"),
     field("snapshot", "NAME"),
     field("bitmap", "NAME"),
     switch("allocation-depth"),
     field("passphrase-file", "FILE"),
+    switch("multifile"),
+    switch("waitfile"),
     field("offset", "BYTES"),
     field("size", "BYTES"),
     field("partition", "N"),
@@ -425,6 +429,10 @@ fn not_a_field(text: &str) -> String {
 pub(crate) struct ExportSpec {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
+    /// Whether the path is that of several files without their numbers, of which one comes behind the other.
+    pub(crate) joins: bool,
+    /// Whether it is served once there is something to serve, and not looked for by clients before.
+    pub(crate) waits: bool,
     pub(crate) format: Option<Format>,
     /// Whether an image whose format is not said is a raw one; otherwise it has to be a qcow2 image.
     pub(crate) raw_unless_said: bool,
@@ -523,6 +531,8 @@ impl ExportSpec {
             None if field == "read-only" => self.read_only = true,
             None if field == "seal" => self.seals = true,
             None if field == "tls-only" => self.tls_only = true,
+            None if field == "multifile" => (self.joins, self.raw_unless_said) = (true, true),
+            None if field == "waitfile" => self.waits = true,
             None if field == "allocation-depth" => self.allocation_depth = true,
             _ => return Err(not_a_field(field)),
         }
@@ -563,8 +573,27 @@ impl ExportSpec {
         }
     }
 
+    /// What goes with files that are joined or waited for.
+    fn check_files(&self) -> Result<(), String> {
+        let of_qcow2 = self.snapshot.is_some()
+            || !self.bitmaps.is_empty()
+            || self.allocation_depth
+            || !self.passphrase_files.is_empty();
+        let wrong = if self.joins && (of_qcow2 || !self.is_raw()) {
+            "multifile joins raw images alone; convert a qcow2 image to one file"
+        } else if self.joins && self.seals {
+            "one image is sealed, and not several that multifile joins"
+        } else if (self.joins || self.waits) && self.writes == Writes::Temporary {
+            "a temporary disk is empty: there are no files to join (multifile) or to wait for (waitfile)"
+        } else {
+            return Ok(());
+        };
+        Err(wrong.to_owned())
+    }
+
     /// What goes together.
     pub(crate) fn check(&self) -> Result<(), String> {
+        self.check_files()?;
         self.check_format()?;
         let told = !self.bitmaps.is_empty() || self.allocation_depth;
         let is_part = self.offset != 0 || self.size.is_some() || self.partition.is_some();
@@ -653,6 +682,20 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Options::command().debug_assert();
+    }
+
+    #[test]
+    fn raw_images_are_joined_and_any_is_waited_for() {
+        let spec: ExportSpec = "a=b,multifile,waitfile".parse().unwrap();
+        assert!(spec.joins && spec.waits && spec.raw_unless_said);
+        let spec: ExportSpec = "a=b,waitfile".parse().unwrap();
+        assert!(!spec.joins && spec.waits && !spec.raw_unless_said);
+        for wrong in
+            ["format=qcow2", "snapshot=s", "bitmap=b", "allocation-depth", "passphrase-file=p"]
+        {
+            let error = format!("a=b,multifile,{wrong}").parse::<ExportSpec>().unwrap_err();
+            assert!(error.contains("multifile joins raw images alone"), "{wrong}: {error}");
+        }
     }
 
     #[test]

@@ -33,7 +33,7 @@ impl Wanted {
     }
 
     /// The same where it is not the image that keeps it.
-    fn refuse(&self, error: anyhow::Error) -> anyhow::Error {
+    pub(super) fn refuse(&self, error: anyhow::Error) -> anyhow::Error {
         self.locate(error.context(format!("cannot serve the export {:?}", self.spec.name)))
     }
 

@@ -11,7 +11,7 @@ fn refusal(dir: &Path, arguments: &[&str]) -> String {
     server.errors()
 }
 
-fn is_refused(dir: &Path, text: &str, expected: &[&str]) {
+pub(super) fn is_refused(dir: &Path, text: &str, expected: &[&str]) {
     std::fs::write(dir.join("config"), text).unwrap();
     let before = names(dir);
     for arguments in [&["--config=config", "--check-config"][..], &["--config=config"]] {

@@ -7,7 +7,7 @@ use super::{Running, create_qcow2, image, run};
 
 const URI: &str = "nbd+unix:///one?socket=socket";
 
-fn write(dir: &Path, name: &str, text: &str) {
+pub(super) fn write(dir: &Path, name: &str, text: &str) {
     let path = dir.join(name);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, text).unwrap();
@@ -19,7 +19,7 @@ fn two_files(dir: &Path) {
     write(dir, "conf.d/one.conf", "[one]\nexportname = ../disk.img\ndescription = the first\n");
 }
 
-fn qemu_io(dir: &Path, command: &str, uri: &str) -> bool {
+pub(super) fn qemu_io(dir: &Path, command: &str, uri: &str) -> bool {
     // What only reads can be done to a read-only export, too.
     let mode = if command.starts_with("read") { &["-r"][..] } else { &[] };
     let arguments = [&["40", "qemu-io", "-f", "raw", "-c", command], mode, &[uri]].concat();
@@ -28,7 +28,7 @@ fn qemu_io(dir: &Path, command: &str, uri: &str) -> bool {
     qemu.status().unwrap().success()
 }
 
-fn names(dir: &Path) -> Vec<String> {
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let list = run(dir, "nbdinfo", &["--list", "nbd+unix:///?socket=socket"]);
     let names = list.lines().filter_map(|line| line.strip_prefix("export=\""));
     names.map(|line| line.split('"').next().unwrap().to_owned()).collect()

@@ -1,5 +1,6 @@
 //! The program as a process: what it prints, what it serves, how it ends.
 
+mod awaited;
 mod bitmaps;
 #[cfg(all(feature = "client", feature = "tls"))]
 #[path = "../certificates/mod.rs"]
@@ -8,6 +9,7 @@ mod checks;
 mod config;
 mod depth;
 mod encrypted;
+mod joined;
 #[cfg(feature = "client")]
 mod kills;
 mod leaks;

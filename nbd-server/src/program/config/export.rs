@@ -35,6 +35,8 @@ pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option
     let mut spec = ExportSpec {
         name: section.name.clone(),
         path: path.clone().unwrap_or_default(),
+        joins: keys.flag("multifile").unwrap_or(false),
+        waits: waits(&mut keys),
         raw_unless_said: true,
         read_only: keys.flag("readonly").unwrap_or(false),
         is_default: keys.flag("default").unwrap_or(false),
@@ -65,12 +67,10 @@ pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option
 
 /// Keys that would promise what is not kept.
 fn refuse(keys: &mut Keys<'_>) {
-    keys.refuse("multifile", "files are not joined here; convert them to one image");
     keys.refuse(
         "treefiles",
         "disks are not kept in trees of files here; a qcow2 image grows as it is filled, too",
     );
-    keys.refuse("waitfile", "there is no writing before the image exists");
     keys.refuse("sdp", "the protocol left the kernel");
     #[cfg(not(feature = "tls"))]
     for key in ["force_tls", "tlsonly", "client"] {
@@ -107,6 +107,18 @@ fn styles(keys: &mut Keys<'_>) {
     }
 }
 
+/// `waitfile`, with what the reference does besides.
+fn waits(keys: &mut Keys<'_>) -> bool {
+    let waits = keys.flag("waitfile").unwrap_or(false);
+    if waits {
+        let line = keys.entry("waitfile").map_or(0, |entry| entry.line);
+        let text = "waitfile takes no writes before the image is there: until then the export is not known, and an \
+                    image that is there is served without SIGUSR1, too";
+        keys.log.remark(keys.file, line, text);
+    }
+    waits
+}
+
 fn description(keys: &mut Keys<'_>) -> Option<String> {
     let entry = keys.entry("description")?;
     if entry.value.len() > MAX_STRING_BYTES {
@@ -136,7 +148,8 @@ fn image(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     spec.offset = keys.bytes("offset").unwrap_or(0);
     spec.partition = keys.value("partition", "it is a number from 1 on");
     let (filesize, size) = (keys.bytes("filesize"), keys.bytes("size"));
-    spec.makes_bytes = filesize;
+    // What is there in parts, or comes from elsewhere, is not made.
+    spec.makes_bytes = filesize.filter(|_| !spec.joins && !spec.waits);
     spec.size = filesize.or(size);
     if let (Some(_), Some(_), Some(entry)) = (filesize, size, keys.entry("size")) {
         keys.wrong("size", entry, "filesize says it already");

@@ -156,7 +156,7 @@ pub(crate) const EXPORT: &[Key] = &[
     key(
         "filesize",
         "BYTES",
-        "Serve that much of the image. A raw image that does not exist is made",
+        "Serve that much of the image. A raw image that does not exist is made, unless multifile or waitfile is on",
     ),
     key("size", "BYTES", "The same as filesize, but makes nothing"),
     key("offset", "BYTES", "Serve what lies behind this part of the image"),
@@ -231,9 +231,21 @@ pub(crate) const EXPORT: &[Key] = &[
         "STYLE",
         "none: %s in exportname means itself. Other styles are refused where exportname holds %s",
     ),
-    key("multifile", "true|false", "true is refused: join the files, or convert them to one image"),
+    key(
+        "multifile",
+        "true|false",
+        "Serve raw files as one disk: exportname with .0 behind it, .1 and so on, up to the first that is missing. They may \
+         have any length, and filesize makes none of them. Files that are added later are served once the export was \
+         removed, and added again",
+    ),
     key("treefiles", "true|false", "true is refused: a qcow2 image grows as it is filled, too"),
-    key("waitfile", "true|false", "true is refused: there is no writing before the image exists"),
+    key(
+        "waitfile",
+        "true|false",
+        "Where the image is missing, empty or cannot be opened, go on without the export, look for it each second, and serve \
+         it once it has not changed from one look to the next. Before that clients do not find it, and nothing is \
+         written; filesize makes no image",
+    ),
     key("sparse_cow", "true|false", "No effect: files of copyonwrite are sparse"),
     key("sdp", "true|false", "true is refused: the protocol left the kernel"),
     key("splice", "true|false", "No effect, as in [generic]"),

@@ -255,7 +255,25 @@ fn what_cannot_be_is_refused_with_file_and_line() {
             &format!("{export}[a]\nexportname = /b\n"),
             "config:4: the section [a] is at config:2 already",
         ),
-        (&format!("{export}multifile = true\n"), "config:4: multifile: "),
+        (&format!("{export}treefiles = true\n"), "config:4: treefiles: "),
+        (&format!("{export}multifile = maybe\n"), "config:4: multifile = \"maybe\""),
+        (
+            &format!("{export}multifile = true\nformat = qcow2\n"),
+            "config:2: [a]: multifile joins raw images alone",
+        ),
+        (
+            &format!("{export}multifile = true\npassphrase_file = /p\n"),
+            "config:2: [a]: multifile joins raw images alone",
+        ),
+        (&format!("{export}multifile = true\nseal = true\n"), "config:2: [a]: one image is sealed"),
+        (
+            &format!("{export}filesize = 1M\ntemporary = true\nmultifile = true\n"),
+            "config:2: [a]: a temporary disk is empty",
+        ),
+        (
+            &format!("{export}filesize = 1M\ntemporary = true\nwaitfile = true\n"),
+            "config:2: [a]: a temporary disk is empty",
+        ),
         (&format!("{export}maxconnections = -3\n"), "config:4: maxconnections = \"-3\""),
         (&format!("{export}writers = two\n"), "config:4: writers = \"two\""),
         (&format!("{export}seal = true\nreadonly = true\n"), "config:2: [a]: what is read-only"),
@@ -288,6 +306,17 @@ fn what_cannot_be_is_refused_with_file_and_line() {
     }
     let faults = Files::new(&[]).faults();
     assert!(faults[0].contains("cannot read"), "{faults:?}");
+}
+
+#[test]
+fn files_that_are_joined_or_waited_for_are_not_made() {
+    for (keys, joins, waits) in [("multifile = true", true, false), ("waitfile = 1", false, true)] {
+        let read = config(&format!("[generic]\n[a]\nexportname = /a\nfilesize = 4K\n{keys}\n"));
+        let (_, spec) = &read.exports[0];
+        assert_eq!((spec.joins, spec.waits), (joins, waits));
+        assert_eq!((spec.makes_bytes, spec.size), (None, Some(4096)), "it is how much is served");
+        assert_eq!(read.remarks.len(), usize::from(waits), "{:?}", read.remarks);
+    }
 }
 
 #[test]

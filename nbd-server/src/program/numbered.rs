@@ -1,0 +1,76 @@
+//! The files of which an export is joined: those whose names are its path with numbers from 0 on. Nothing is opened here.
+
+use std::ffi::OsString;
+use std::fs::Metadata;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+use super::images::FileId;
+use super::options::ExportSpec;
+
+/// The most files that are joined.
+const MAX_FILES: usize = 1000;
+
+/// The path of the file of this number.
+fn path_of(spec: &ExportSpec, number: usize) -> PathBuf {
+    let mut path = OsString::from(&spec.path);
+    path.push(format!(".{number}"));
+    path.into()
+}
+
+/// The files of an export by their paths: one, or all that are joined. Ends behind the first that cannot be looked at.
+/// Blocks.
+pub(super) fn looked_at(
+    spec: &ExportSpec,
+) -> impl Iterator<Item = (PathBuf, io::Result<Metadata>)> {
+    let numbers = if spec.joins { 0..MAX_FILES + 1 } else { 0..1 };
+    let paths =
+        numbers.map(|number| if spec.joins { path_of(spec, number) } else { spec.path.clone() });
+    let mut over = false;
+    paths.map_while(move |path| {
+        let looked = std::fs::metadata(&path);
+        let before = std::mem::replace(&mut over, looked.is_err());
+        (!before).then_some((path, looked))
+    })
+}
+
+/// The files that are joined, in their order: from number 0 to the last before one that is missing. Blocks.
+///
+/// # Errors
+/// Where there is none, where one is not what can be served, or the same as another.
+pub(super) fn files(spec: &ExportSpec) -> anyhow::Result<Vec<(PathBuf, FileId)>> {
+    let mut files: Vec<(PathBuf, FileId)> = Vec::new();
+    for (path, looked) in looked_at(spec) {
+        if files.len() == MAX_FILES {
+            bail!("{} is one too many: {MAX_FILES} files are joined at most", path.display());
+        }
+        let behind = !files.is_empty();
+        let metadata = match looked {
+            Err(error) if behind && error.kind() == io::ErrorKind::NotFound && !is_there(&path) => {
+                break;
+            }
+            looked => looked.with_context(|| path.display().to_string())?,
+        };
+        let id = FileId::of(&metadata);
+        let id = id.with_context(|| {
+            format!("{} is neither a regular file nor a block device", path.display())
+        })?;
+        if let Some((first, _)) = files.iter().find(|(_, other)| *other == id) {
+            bail!("{} is the same as {}", path.display(), first.display());
+        }
+        files.push((std::fs::canonicalize(&path)?, id));
+    }
+    let next = path_of(spec, files.len() + 1);
+    if is_there(&next) {
+        let missing = path_of(spec, files.len());
+        tracing::warn!("{} is left out, because there is no {}", next.display(), missing.display());
+    }
+    Ok(files)
+}
+
+/// Whether something has this name, be it a link to nowhere.
+fn is_there(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok()
+}

@@ -229,7 +229,8 @@ fn prepare(file: &File, options: &OpenOptions) -> io::Result<StorageFacts> {
     }
     let fixed_len = kind.is_block_device();
     // Rounding the odd tail of an existing file up and cutting it again could, in a power cut, leave it longer.
-    let odd_tail = |align: u64| !options.read_only && !metadata.len().is_multiple_of(align);
+    let keeps_len = !options.read_only && !options.can_lengthen;
+    let odd_tail = |align: u64| keeps_len && !metadata.len().is_multiple_of(align);
     let align = match direct_alignment(file, fixed_len) {
         Some((memory, offset)) if options.direct && !odd_tail(offset) => {
             match rustix::fs::fcntl_setfl(file, OFlags::DIRECT) {

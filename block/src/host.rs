@@ -45,6 +45,10 @@ pub struct OpenOptions {
     pub create: Create,
     /// Bypass the page cache where the host can; otherwise go through it.
     pub direct: bool,
+    /// Whether bytes of zero behind the end of the file harm nobody. Bypassing the page cache needs whole blocks, also at
+    /// the end: a power cut in the middle of a write there may leave the file longer, by less than one of them. Without
+    /// this, a file that is written, and that ends within a block when it is opened, is written through the page cache.
+    pub can_lengthen: bool,
     /// Take the locks by which QEMU recognises an image in use.
     pub lock: bool,
     /// Find out whether it could be opened so, beside all that this process rehearses: a file that would be written is

@@ -59,17 +59,23 @@ impl Place {
     ///
     /// # Errors
     /// [`ReferenceError::Replaced`], [`Error::Host`].
-    pub(crate) async fn open(&self, options: &OpenOptions) -> Result<HostFile, Error> {
+    pub(crate) async fn open(
+        &self,
+        options: &OpenOptions,
+        format: BackingFormat,
+    ) -> Result<HostFile, Error> {
         // Files in memory lie in no folder.
         let in_memory = options.engine.as_ref().is_some_and(|engine| engine.name() == "memory");
         let confined = self.confined.as_ref().filter(|_| !in_memory);
-        let Some((root, allowed)) = confined else { return options.open_file(&self.path).await };
+        let Some((root, allowed)) = confined else {
+            return options.open_file(&self.path, format).await;
+        };
         let replaced = || {
             let name = self.path.display().to_string();
             let reason = ReferenceError::Replaced;
             Error::Reference { file: self.path.clone(), name, reason }
         };
-        match HostFile::open_beneath(root, &self.path, options.host()).await {
+        match HostFile::open_beneath(root, &self.path, options.host(format)).await {
             Ok(file) if file.id() == Some(*allowed) => Ok(file),
             Ok(_) => Err(replaced()),
             Err(error) if error.op == HostOp::Open && leads_away(&error.source) => Err(replaced()),
@@ -81,7 +87,7 @@ impl Place {
 impl Found {
     /// As [`Place::open`].
     pub(crate) async fn open(&self, options: &OpenOptions) -> Result<HostFile, Error> {
-        self.place.open(options).await
+        self.place.open(options, self.format).await
     }
 }
 

@@ -52,7 +52,10 @@ impl ChainFiles {
     pub async fn next(&mut self) -> Result<Option<ChainFile>, Error> {
         let (file, format) = match std::mem::replace(&mut self.next, Next::End) {
             Next::End => return Ok(None),
-            Next::Top(path) => (self.options.open_file(&path).await?, BackingFormat::Qcow2),
+            Next::Top(path) => {
+                let format = BackingFormat::Qcow2;
+                (self.options.open_file(&path, format).await?, format)
+            }
             Next::Below { file, name, format } => {
                 let found = self.trail.resolve(&file, &name, format.as_deref())?;
                 (found.open(&self.options).await?, found.format)

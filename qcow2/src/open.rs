@@ -104,10 +104,14 @@ impl OpenOptions {
         Self { read_only: true, snapshot: None, data_file: None, ..self.clone() }
     }
 
-    /// Opens a file of the host, for reading or writing as `read_only` says.
-    pub(crate) async fn open_file(&self, path: &Path) -> Result<HostFile, Error> {
+    /// Opens a file of the host that holds this format, for reading or writing as `read_only` says.
+    pub(crate) async fn open_file(
+        &self,
+        path: &Path,
+        format: BackingFormat,
+    ) -> Result<HostFile, Error> {
         let engine = self.engine.as_ref().unwrap_or_else(|| Engine::shared());
-        Ok(HostFile::open_with(engine, path, self.host()).await?)
+        Ok(HostFile::open_with(engine, path, self.host(format)).await?)
     }
 
     /// The same for reading alone.
@@ -120,10 +124,13 @@ impl OpenOptions {
         Self { read_only: false, ..self.clone() }
     }
 
-    pub(crate) fn host(&self) -> block::OpenOptions {
+    /// How a file with this format is opened. What counts in an image is where its tables say that it lies: a few zeros
+    /// behind the end are nothing, as they are not for a raw disk.
+    pub(crate) fn host(&self, format: BackingFormat) -> block::OpenOptions {
         block::OpenOptions {
             read_only: self.read_only,
             direct: self.direct,
+            can_lengthen: format == BackingFormat::Qcow2,
             lock: self.lock,
             rehearse: self.rehearse,
             ..block::OpenOptions::default()
@@ -154,7 +161,7 @@ impl Image {
         backing: Option<Arc<dyn BlockDevice>>,
         options: OpenOptions,
     ) -> Result<Self, Error> {
-        let file = options.open_file(path).await?;
+        let file = options.open_file(path, BackingFormat::Qcow2).await?;
         Self::open_on(file, backing, options).await
     }
 
@@ -238,7 +245,7 @@ pub(crate) async fn open_chain(
     let (mut top, mut lower) = loop {
         let file = match &place {
             Some(place) => place.open(&options).await?,
-            None => options.open_file(&path).await?,
+            None => options.open_file(&path, BackingFormat::Qcow2).await?,
         };
         trail = trail.enter(&path, file.id())?;
         let header = read_header(&file).await?;
@@ -356,13 +363,13 @@ async fn open_data(
             return refused(&given.display().to_string(), ReferenceError::UnexpectedDataFile);
         }
         _ if !header.has_data_file() => return Ok(None),
-        (Some(given), _) => options.open_file(given).await?,
+        (Some(given), _) => options.open_file(given, BackingFormat::Raw).await?,
         (None, None) => return refused("", ReferenceError::NoDataFileName),
         (None, Some(name)) => {
             let place = trail.place(path, name)?;
             // Before it is opened: our own lock on the image would refuse it with a less clear reason.
             trail.check_new(&place)?;
-            place.open(options).await?
+            place.open(options, BackingFormat::Raw).await?
         }
     };
     trail.clone().beside(file.path(), file.id())?;

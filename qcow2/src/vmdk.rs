@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 use self::descriptor::{Content, ExtentLine, NO_PARENT};
 use self::sparse::Sparse;
 use crate::backing::{Found, Trail};
+use crate::create::BackingFormat;
 use crate::error::{Error, VmdkError};
 use crate::open::OpenOptions;
 
@@ -110,7 +111,7 @@ impl Vmdk {
         let cached = OpenOptions { direct: false, ..options.clone() };
         let file = match found {
             Some(found) => found.open(&cached).await?,
-            None => cached.open_file(path).await?,
+            None => cached.open_file(path, BackingFormat::Vmdk).await?,
         };
         let trail = trail.enter(path, file.id())?;
         let (parts, size_bytes) = match told(&file).await? {
@@ -309,7 +310,7 @@ async fn open_extent(
     trail.check_new(&place)?;
     // Files with grains are read at any offset.
     let options = OpenOptions { direct: options.direct && !cached, ..options.clone() };
-    let file = place.open(&options).await?;
+    let file = place.open(&options, BackingFormat::Vmdk).await?;
     let (holds, has) = match &line.content {
         Content::Flat { at, .. } => {
             let has = file.len().saturating_sub(*at);

@@ -218,6 +218,45 @@ proptest! {
     }
 }
 
+#[tokio::test]
+async fn a_file_that_ends_within_a_block_bypasses_the_cache_where_it_may_become_longer() {
+    let directory = disk_directory();
+    for engine in engines() {
+        let path = directory.path().join(engine.name());
+        std::fs::write(&path, [1; 8192]).unwrap();
+        let open = async |can_lengthen| {
+            let options = OpenOptions { can_lengthen, lock: false, ..OpenOptions::writing() };
+            HostFile::open_with(&engine, &path, options).await.unwrap()
+        };
+        let whole_blocks = open(false).await.alignment_bytes();
+        for len in [10_001_u64, 20_007, 4095] {
+            for can_lengthen in [false, true] {
+                let mut expected = vec![1; places(0, len).end];
+                std::fs::write(&path, &expected).unwrap();
+                let file = open(can_lengthen).await;
+                let align = if can_lengthen { whole_blocks } else { 1 };
+                assert_eq!((file.alignment_bytes(), file.len()), (align, len));
+                for (at, count) in
+                    [(len - 30, 10), (3, 600), (len - 1, 1), (len - 5, 25), (len + 40, 7)]
+                {
+                    file.write(at, Bytes::from(vec![2; places(0, count).end]), None).await.unwrap();
+                    let end = places(0, at + count).end;
+                    expected.resize(expected.len().max(end), 0);
+                    expected[places(0, at).end..end].fill(2);
+                    assert_eq!(file.len(), expected.len() as u64);
+                    assert!(
+                        file.read(ByteRange::between(0, file.len())).await.unwrap() == expected
+                    );
+                }
+                file.sync().await.unwrap();
+                file.give_back().await.unwrap();
+                drop(file);
+                assert!(std::fs::read(&path).unwrap() == expected, "{len}, {can_lengthen}");
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn neighbours_in_one_block_never_lose_bytes() {
     const WRITERS: u64 = 32;

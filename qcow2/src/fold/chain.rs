@@ -97,7 +97,7 @@ impl Chain {
             }
             let file = match layers.last().and_then(|layer| layer.found.as_ref()) {
                 Some(found) => found.open(&reading).await?,
-                None => reading.open_file(&path).await?,
+                None => reading.open_file(&path, format).await?,
             };
             trail = trail.enter(&path, file.id())?;
             let header = read_header(&file).await?;
@@ -160,7 +160,7 @@ impl Chain {
             let options = if number == 0 && writes.top { &writing } else { &reading };
             let file = match &layer.found {
                 Some(found) => found.open(options).await?,
-                None => options.open_file(&layer.path).await?,
+                None => options.open_file(&layer.path, layer.format).await?,
             };
             if file.id() != layer.id {
                 return Err(FoldError::Moved { file: layer.path.clone() });
@@ -220,7 +220,7 @@ impl Layer {
         }
         let file = match &self.found {
             Some(found) => found.open(writing).await?,
-            None => writing.open_file(&self.path).await?,
+            None => writing.open_file(&self.path, self.format).await?,
         };
         if file.len() < needed_bytes && !file.is_fixed_len() {
             file.set_len(needed_bytes).await.map_err(Error::Host)?;
@@ -243,7 +243,7 @@ async fn open_base(
         (BackingFormat::Raw, found) if !options.read_only => {
             let file = match found {
                 Some(found) => found.open(options).await?,
-                None => options.open_file(&path).await?,
+                None => options.open_file(&path, layer.format).await?,
             };
             let device = RawDevice::new(file);
             Ok((Arc::clone(&device) as _, Some(Taker::Raw(device))))

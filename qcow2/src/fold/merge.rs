@@ -48,7 +48,7 @@ pub async fn merge(
     let writes = Writes { top: false, base: true };
     // Held from here on: nobody changes the layer that waits for its new backing file.
     let over = match chain.layers.get(above) {
-        Some(layer) => options.copy.open.to_write().open_file(&layer.path).await?,
+        Some(layer) => options.copy.open.to_write().open_file(&layer.path, layer.format).await?,
         None => return Err(FoldError::NoBacking { file: top.to_owned() }),
     };
     let stack = chain.open(above + 1, base, writes, &options.copy.open).await?;

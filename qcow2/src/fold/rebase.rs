@@ -13,7 +13,7 @@ use super::plan::{FoldPlan, LayerPlan};
 use super::{FoldError, FoldOptions, Folded};
 use crate::backing::Trail;
 use crate::convert::ConvertError;
-use crate::create::BackingName;
+use crate::create::{BackingFormat, BackingName};
 use crate::error::Error;
 use crate::image::Image;
 use crate::open::{OpenOptions, open_found, read_header};
@@ -52,7 +52,7 @@ pub async fn rebase(
 ) -> Result<Folded, FoldError> {
     check(top, options.backing.as_ref())?;
     let writing = OpenOptions { read_only: false, snapshot: None, ..options.copy.open.clone() };
-    let file = writing.open_file(top).await?;
+    let file = writing.open_file(top, BackingFormat::Qcow2).await?;
     let mut folded = Folded::default();
     if !options.unchecked {
         let work = Rebase::open(top, &file, &writing, options).await?;
@@ -78,7 +78,7 @@ pub async fn plan_rebase(
     check(top, options.backing.as_ref())?;
     let reading = OpenOptions { read_only: true, snapshot: None, ..options.copy.open.clone() };
     let mut layers = Vec::new();
-    let file = reading.open_file(top).await?;
+    let file = reading.open_file(top, BackingFormat::Qcow2).await?;
     let snapshots = read_header(&file).await?.snapshots;
     if !options.unchecked {
         let work = Rebase::open(top, &file, &reading, options).await?;

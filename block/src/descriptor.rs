@@ -108,6 +108,17 @@ impl Descriptor {
         Ok(self.file.metadata()?.len())
     }
 
+    /// Whether its file system lives in memory.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        !self.facts.fixed_len && is_in_memory(&self.file)
+    }
+
+    /// How much its file system could take, in bytes.
+    pub(crate) fn room(&self) -> io::Result<u64> {
+        let system = rustix::fs::fstatvfs(&self.file)?;
+        Ok(system.f_bavail.saturating_mul(system.f_frsize))
+    }
+
     /// Carries out an operation on the calling thread, which it blocks.
     pub(crate) fn execute(&self, op: Op) -> io::Result<Outcome> {
         match op {
@@ -284,19 +295,19 @@ fn direct_alignment(file: &File, is_device: bool) -> Option<(usize, u64)> {
             let sector = rustix::fs::ioctl_blksszget(file).unwrap_or(ASSUMED_ALIGN_BYTES);
             (sector, sector)
         }
-        None => {
-            let system = rustix::fs::fstatfs(file).ok()?;
-            if MEMORY_FILE_SYSTEMS.contains(&system.f_type) {
-                return None;
-            }
-            (ASSUMED_ALIGN_BYTES, ASSUMED_ALIGN_BYTES)
-        }
+        None if is_in_memory(file) => return None,
+        None => (ASSUMED_ALIGN_BYTES, ASSUMED_ALIGN_BYTES),
     };
     let usable = memory.is_power_of_two()
         && offset.is_power_of_two()
         && usize::try_from(memory).is_ok_and(|memory| memory <= BUFFER_ALIGN_BYTES)
         && offset <= MAX_OFFSET_ALIGN_BYTES;
     usable.then(|| (usize::try_from(memory).unwrap_or(BUFFER_ALIGN_BYTES), u64::from(offset)))
+}
+
+/// Whether the file lies in a file system that lives in memory.
+fn is_in_memory(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|system| MEMORY_FILE_SYSTEMS.contains(&system.f_type))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::thread;
 use crate::blocking::{BLOCKING_THREADS, BlockingEngine};
 use crate::descriptor::Descriptor;
 use crate::holders::holders;
+use crate::inline::InlineStorage;
 use crate::patience::{is_conflict, wait_for_lock};
 use crate::storage::Storage;
 use crate::uring::{URING_THREADS, UringEngine};
@@ -149,6 +150,7 @@ impl Engine {
             Err(error) => return Err(self.tell_holders(error).await),
         };
         Ok(match &self.rings {
+            _ if descriptor.is_in_memory() => Arc::new(InlineStorage::new(descriptor, &self.pool)),
             Some(rings) => rings.attach(descriptor, &self.pool),
             None => self.pool.attach(descriptor),
         })

@@ -42,6 +42,7 @@ mod engine;
 mod error;
 mod holders;
 mod host;
+mod inline;
 mod join;
 mod lock;
 mod memory;

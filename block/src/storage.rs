@@ -277,6 +277,12 @@ pub trait Storage: Send + Sync {
     /// What the file demands and is. Constant.
     fn facts(&self) -> StorageFacts;
 
+    /// Whether there is so much room for so many bytes more that reserving some is not worth its time. `false` is never
+    /// wrong.
+    fn has_ample_room(&self, _bytes: u64) -> bool {
+        false
+    }
+
     /// The length of the file now, in bytes; the size of a block device.
     ///
     /// # Errors

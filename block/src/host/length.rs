@@ -63,7 +63,7 @@ impl HostFile {
                 || inner.facts.fixed_len
                 || !inner.can_allocate.load(Ordering::Relaxed)
         };
-        if enough() {
+        if enough() || inner.storage.has_ample_room(end.saturating_sub(inner.physical_len())) {
             return Ok(());
         }
         inner.check_change(HostOp::Allocate, ByteRange::between(end, end))?;

@@ -257,6 +257,27 @@ async fn a_file_that_ends_within_a_block_bypasses_the_cache_where_it_may_become_
     }
 }
 
+#[tokio::test]
+async fn a_file_in_memory_takes_what_is_long_and_reserves_nothing_ahead() {
+    let directory = memory_directory();
+    for engine in engines() {
+        let path = directory.path().join(engine.name());
+        let options = OpenOptions { lock: false, ..OpenOptions::creating() };
+        let file = HostFile::open_with(&engine, &path, options).await.unwrap();
+        // Longer than what is copied on the caller's thread.
+        let long = pattern(9 << 20, 0, 3);
+        file.write(100, long.clone(), None).await.unwrap();
+        let room = rustix::fs::statvfs(&path).unwrap();
+        let is_ample = room.f_bavail * room.f_frsize > 2 << 30;
+        file.ensure_capacity(20 << 20).await.unwrap();
+        assert_eq!(file.len(), 100 + (9 << 20));
+        assert_eq!(file.host_len().unwrap() == file.len(), is_ample);
+        assert!(file.read(ByteRange::between(100, file.len())).await.unwrap() == long);
+        file.grow(10 << 20).await.unwrap();
+        assert_eq!(file.host_len().unwrap(), 10 << 20);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn neighbours_in_one_block_never_lose_bytes() {
     const WRITERS: u64 = 32;

@@ -96,7 +96,7 @@ fn a_configuration_limits_connections_and_idle_time() {
     let dir = dir.path();
     image(dir);
     let export = "exportname = disk.img\nreadonly = true\n";
-    let generic = "[generic]\nunixsock = socket\nmaxconnections = 1\nmax_connections_per_client = 2\ntimeout = 1\n";
+    let generic = "[generic]\nunixsock = socket\nmaxconnections = 1\nmax_connections_per_client = 2\ntimeout = 3\n";
     let text = format!("{generic}[one]\n{export}[two]\n{export}maxconnections = 2\ntimeout = 0\n");
     std::fs::write(dir.join("config"), text).unwrap();
     let mut server = Running::start(dir, &["--config=config"]);

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use crate::block_status::Descriptors;
 use crate::export::Attachment;
 use crate::handshake::{MetaContext, SelectedContext};
+use crate::refusal::Refusal;
 use crate::reply::Answer;
 use crate::request::Command;
 use crate::wire::error;
@@ -111,7 +112,8 @@ pub(crate) fn broken(text: &'static str) -> Answer {
     Answer::Failed { error: error::EIO, text: text.to_owned() }
 }
 
-/// The answer for a device's error. Its own words may name files of the host, so they go to the log only.
+/// The answer for a device's error. Its own words may name files of the host, so they go to the log only, unless it says
+/// that they are for clients.
 fn failed(error: &DeviceError, command: Command) -> Answer {
     let fast_only = matches!(command, Command::WriteZeroes { mode, .. } if mode.fast_only);
     let (value, text) = match error.kind() {
@@ -126,7 +128,9 @@ fn failed(error: &DeviceError, command: Command) -> Answer {
         ErrorKind::ShuttingDown => (error::ESHUTDOWN, "the device is closing"),
         _ => (error::EIO, "the device failed"),
     };
-    if value == error::ENOTSUP {
+    let refusal = Refusal::of(error);
+    let text = refusal.map_or(text, |refusal| refusal.0);
+    if value == error::ENOTSUP || refusal.is_some() {
         tracing::debug!(%error, ?command, "a request was refused");
     } else {
         tracing::warn!(%error, ?command, "a request failed");

@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let hangups = program::catch_signals();
+    let wishes = program::catch_signals();
     let options = program::Options::of_process();
     let filter =
         tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         program::LogFormat::Json => log.json().init(),
     }
     let format = options.log_format;
-    let done = hangups.map_err(Into::into).and_then(|hangups| program::run(options, hangups));
+    let done = wishes.map_err(Into::into).and_then(|wishes| program::run(options, wishes));
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

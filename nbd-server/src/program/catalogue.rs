@@ -16,14 +16,14 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::attendant::Doorkeeper;
-use super::awaited::{Absent, Awaited};
 use super::errors::text_of;
 use super::images::{FileId, ImageKey, Opened, Opening, Sources, folder_of};
 use super::made::Made;
 use super::options::{AllowReferences, ExportSpec, Writes};
 use super::overlay::Overlay;
 use super::sealable::Sealable;
-use super::wanted::{Refused, Use, Wanted, clashes, uses};
+use super::waiting::{Waiting, diff};
+use super::wanted::{Refused, Use, Wanted, clashes, refuse_meeting, uses};
 
 /// How long an image may take to close that nothing shows any more.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -65,29 +65,6 @@ pub(super) struct Catalogue {
     /// As long as an export or an open image has them.
     leases: HashMap<Written, Weak<Lease>>,
     leaving: JoinSet<ImageKey>,
-    awaited: Awaited,
-}
-
-/// Exports that cannot be served now.
-#[derive(Default)]
-struct Lost {
-    refused: Vec<anyhow::Error>,
-    absent: Vec<Absent>,
-    /// Those whose images are there, and that would be waited for where that is not enough.
-    patient: HashMap<String, Absent>,
-}
-
-impl Lost {
-    fn fail(&mut self, one: &Wanted, error: anyhow::Error) {
-        let error = one.blame(error);
-        match self.patient.remove(&one.spec.name) {
-            Some(mut absent) => {
-                absent.fail(text_of(&error));
-                self.absent.push(absent);
-            }
-            None => self.refused.push(error),
-        }
-    }
 }
 
 /// In which way it is.
@@ -96,6 +73,8 @@ enum Openness {
     Fixed(Opened),
     /// Until it is sealed.
     Sealable(Arc<Sealable>),
+    /// Until its image has come.
+    Waiting(Arc<Waiting>),
 }
 
 impl Shown {
@@ -104,13 +83,21 @@ impl Shown {
         match &self.image {
             Openness::Fixed(opened) => opened.device(),
             Openness::Sealable(sealable) => Arc::clone(sealable) as _,
+            Openness::Waiting(waiting) => Arc::clone(waiting) as _,
         }
     }
 
     fn sealable(&self) -> Option<&Arc<Sealable>> {
         match &self.image {
-            Openness::Fixed(_) => None,
             Openness::Sealable(sealable) => Some(sealable),
+            _ => None,
+        }
+    }
+
+    fn waiting(&self) -> Option<&Arc<Waiting>> {
+        match &self.image {
+            Openness::Waiting(waiting) => Some(waiting),
+            _ => None,
         }
     }
 
@@ -122,6 +109,10 @@ impl Shown {
                 bail!("an image that is sealed while it is served tells neither bitmaps nor layers")
             }
             Openness::Sealable(_) => Ok(Sources::new()),
+            Openness::Waiting(_) if !spec.bitmaps.is_empty() || spec.allocation_depth => {
+                bail!("a raw image has neither bitmaps nor layers")
+            }
+            Openness::Waiting(_) => Ok(Sources::new()),
         }
     }
 }
@@ -129,8 +120,7 @@ impl Shown {
 impl Catalogue {
     pub(super) fn new(server: Server, how: Opening) -> Self {
         let (images, placed, leases) = (HashMap::new(), BTreeMap::new(), HashMap::new());
-        let (leaving, awaited) = (JoinSet::new(), Awaited::default());
-        Self { server, how, images, placed, leases, leaving, awaited }
+        Self { server, how, images, placed, leases, leaving: JoinSet::new() }
     }
 
     /// Serves what is wanted and nothing else, and with it what changes beside the exports. Where that cannot be,
@@ -146,16 +136,16 @@ impl Catalogue {
     ) -> Result<Replaced, Refused> {
         let mut made = if self.how.only_looks { Made::rehearsed() } else { Made::default() };
         let applied = match self.prepare(wanted, references, &mut made).await {
-            Ok((placed, absent)) => {
+            Ok(placed) => {
                 let exports = placed.values().map(|placed| placed.export.clone());
                 self.server
                     .replace(beside(Replacement::of(exports)))
-                    .map(|replaced| (placed, absent, replaced))
+                    .map(|replaced| (placed, replaced))
                     .map_err(|error| Refused::by_server(wanted, error))
             }
             Err(refused) => Err(refused),
         };
-        let (placed, absent, mut replaced) = match applied {
+        let (placed, mut replaced) = match applied {
             Ok(applied) => applied,
             Err(refused) => {
                 // Nobody was told that they are open.
@@ -164,7 +154,6 @@ impl Catalogue {
             }
         };
         made.keep();
-        self.awaited.become_these(absent, self.opening(references));
         let before = std::mem::replace(&mut self.placed, placed);
         for retired in std::mem::take(&mut replaced.retired) {
             let Some(key) = before.get(retired.name()).and_then(|placed| placed.key.clone()) else {
@@ -181,73 +170,17 @@ impl Catalogue {
         Ok(replaced)
     }
 
-    /// Waits until the last connection of an export that was removed or changed is gone, so that its image may be
-    /// closed, or until an image is there that was waited for. Waits for ever where there is nothing of that. Nothing is
-    /// lost where the future is dropped.
+    /// Waits until the last connection of an export that was removed or changed is gone, and closes its image where
+    /// nothing else shows it. Waits for ever where there is none. Nothing is lost where the future is dropped.
     pub(super) async fn settle(&mut self) {
-        tokio::select! {
-            Some(left) = self.leaving.join_next() => {
-                if let Ok(key) = left
-                    && let Some(shown) = self.images.get_mut(&key)
-                {
-                    shown.retired -= 1;
-                }
-            }
-            () = self.awaited.appeared() => {}
-        }
-    }
-
-    /// Looks for images that are waited for at once.
-    pub(super) fn hurry(&mut self) {
-        self.awaited.hurry();
-    }
-
-    /// Serves exports whose images were waited for and are there. What cannot be served is waited for.
-    pub(super) async fn admit(&mut self) {
-        let (how, mut made) = (self.awaited.how().clone(), Made::default());
-        let mut found = Vec::new();
-        for one in self.awaited.take_ready() {
-            match find(&one.spec, &how, &mut made).await {
-                Ok(key) => found.push((one, key)),
-                Err(error) => self.refuse(&one, one.blame(error)),
-            }
-        }
-        for (one, key) in &found {
-            match self.admit_one(one, key.as_ref(), &found).await {
-                Ok(()) => self.awaited.served(&one.spec),
-                Err(error) => self.refuse(one, error),
-            }
-        }
-    }
-
-    fn refuse(&mut self, one: &Wanted, error: anyhow::Error) {
-        self.awaited.failed(&one.spec.name, text_of(&error));
-    }
-
-    /// Serves an export beside those that are served, and with `others` that may come with it.
-    async fn admit_one(
-        &mut self,
-        one: &Wanted,
-        key: Option<&ImageKey>,
-        others: &[(Wanted, Option<ImageKey>)],
-    ) -> anyhow::Result<()> {
-        let placed = |placed: &Placed| {
-            (Wanted { spec: placed.spec.clone(), place: None }, placed.key.clone())
+        let Some(left) = self.leaving.join_next().await else {
+            return std::future::pending().await;
         };
-        let all: Vec<_> = self.placed.values().map(placed).collect();
-        let all = all.iter().map(|(one, key)| (one, key.clone()));
-        let beside: Vec<_> = all.clone().chain([(one, key.cloned())]).collect();
-        if let Some(clash) = clashes(&beside).into_iter().next() {
-            return Err(clash);
+        if let Ok(key) = left
+            && let Some(shown) = self.images.get_mut(&key)
+        {
+            shown.retired -= 1;
         }
-        let all: Vec<_> = all.chain(others.iter().map(|(one, key)| (one, key.clone()))).collect();
-        let used = key.and_then(|key| uses(&all).get(key.file()).copied());
-        let served = self.export(&one.spec, key, used.unwrap_or_default()).await;
-        let (export, partition) = served.map_err(|error| one.blame(error))?;
-        self.server.add_export(export.clone()).map_err(|error| one.refuse(error.into()))?;
-        let next = Placed { spec: one.spec.clone(), key: key.cloned(), partition, export };
-        self.placed.insert(one.spec.name.clone(), next);
-        Ok(())
     }
 
     /// Closes the images that nothing shows, and tells that.
@@ -299,27 +232,21 @@ impl Catalogue {
         wanted: &[Wanted],
         references: Option<&AllowReferences>,
         made: &mut Made,
-    ) -> Result<(BTreeMap<String, Placed>, Vec<Absent>), Refused> {
-        let how = self.opening(references);
-        let (mut found, mut missing, mut lost) = (Vec::new(), Vec::new(), Lost::default());
+    ) -> Result<BTreeMap<String, Placed>, Refused> {
+        let references = references.or(self.how.references.as_ref()).cloned();
+        let how = Opening { references, ..self.how.clone() };
+        let (mut found, mut refused) = (Vec::new(), Vec::new());
         for one in wanted {
-            if self.may_wait(&one.spec) {
-                let absent = Absent::look(one).await;
-                if absent.is_missing() || self.awaited.knows(&one.spec.name) {
-                    missing.push((one, None));
-                    lost.absent.push(absent);
-                    continue;
-                }
-                // Who only looks tells what is wrong.
-                let patient = (!self.how.only_looks).then_some(absent);
-                lost.patient.extend(patient.map(|absent| (one.spec.name.clone(), absent)));
+            if let Err(error) = refuse_meeting(one, wanted) {
+                refused.push(error);
+                continue;
             }
-            match find(&one.spec, &how, made).await {
+            match self.find(&one.spec, &how, made).await {
                 Ok(key) => found.push((one, key)),
-                Err(error) => lost.fail(one, error),
+                Err(error) => refused.push(one.blame(error)),
             }
         }
-        lost.refused.extend(clashes(&[&found[..], &missing[..]].concat()));
+        refused.extend(clashes(&found));
         let uses = uses(&found);
         let mut placed = BTreeMap::new();
         for (one, key) in found {
@@ -329,22 +256,90 @@ impl Catalogue {
                     let next = Placed { spec: one.spec.clone(), key, partition, export };
                     placed.insert(one.spec.name.clone(), next);
                 }
-                Err(error) => lost.fail(one, error),
+                Err(error) => refused.push(one.blame(error)),
             }
         }
-        if lost.refused.is_empty() { Ok((placed, lost.absent)) } else { Err(Refused(lost.refused)) }
+        if refused.is_empty() { Ok(placed) } else { Err(Refused(refused)) }
     }
 
-    /// How images are opened, where references may lead there.
-    fn opening(&self, references: Option<&AllowReferences>) -> Opening {
-        let references = references.or(self.how.references.as_ref()).cloned();
-        Opening { references, ..self.how.clone() }
+    /// Finds the image of an export, or what stands for it until it has come, and makes it where that is to be done; `None`
+    /// for one that has none. It is looked for on a thread that may block.
+    async fn find(
+        &self,
+        spec: &ExportSpec,
+        how: &Opening,
+        made: &mut Made,
+    ) -> anyhow::Result<Option<ImageKey>> {
+        if let Some(key) = self.awaited(spec) {
+            return Ok(Some(key));
+        }
+        if spec.writes == Writes::Temporary {
+            return Ok(None);
+        }
+        if spec.waits {
+            self.refuse_served(spec)?;
+            return diff::find(spec, how, made).await;
+        }
+        let nameless = made.make(spec).await?;
+        let (spec, how) = (spec.clone(), how.clone());
+        let find = move || {
+            let key = ImageKey::of(&spec, nameless, &how)?;
+            diff::refuse_beside(&spec, &key)?;
+            Ok(Some(key))
+        };
+        tokio::task::spawn_blocking(find).await?
     }
 
-    /// Whether the image of an export need not be there: not where it is served, because then it would be taken away.
-    fn may_wait(&self, spec: &ExportSpec) -> bool {
-        let served = self.placed.get(&spec.name);
-        spec.waits && served.is_none_or(|served| served.spec.path != spec.path)
+    /// What an export shows that waits for its image, or whose image has come, and shall be served as any other.
+    fn awaited(&self, spec: &ExportSpec) -> Option<ImageKey> {
+        let placed = self.placed.get(&spec.name).filter(|placed| placed.spec.path == spec.path)?;
+        let key = placed.key.as_ref()?;
+        let waiting = self.images.get(key)?.waiting()?;
+        let is_same = match spec.waits {
+            true => spec.diff_folder == placed.spec.diff_folder,
+            false => waiting.has_come() && spec.is_raw() && !spec.joins,
+        };
+        is_same.then(|| key.clone())
+    }
+
+    /// Refuses to wait for an image that is open.
+    fn refuse_served(&self, spec: &ExportSpec) -> anyhow::Result<()> {
+        let Ok(path) = std::fs::canonicalize(&spec.path) else { return Ok(()) };
+        if self.images.keys().any(|key| key.path() == path) {
+            bail!(
+                "the image is open, so that there is nothing to wait for: leave out waitfile, or remove the export, reload, \
+                 and add it again"
+            );
+        }
+        Ok(())
+    }
+
+    /// Merges what was written into the images of exports that wait, and shows these from then on. Where that cannot be,
+    /// the export goes on waiting.
+    pub(super) async fn merge(&self) {
+        let placed = self.placed.values().filter_map(|placed| {
+            let shown = self.images.get(placed.key.as_ref()?)?;
+            let waiting = shown.waiting().filter(|waiting| !waiting.has_come())?;
+            Some((&placed.spec, waiting))
+        });
+        let mut waits = false;
+        for (spec, waiting) in placed {
+            waits = true;
+            let (export, image) = (&spec.name, spec.path.display());
+            match waiting.merge(&self.how).await {
+                Ok(bytes) => tracing::info!(
+                    export, %image, bytes,
+                    "the image has come, with what was written merged into it: it is served"
+                ),
+                Err(error) => tracing::error!(
+                    "{}; the export {export:?} goes on waiting for its image, until SIGUSR1 tells again that it is whole",
+                    text_of(&error)
+                ),
+            }
+        }
+        if !waits {
+            tracing::warn!("SIGUSR1 has no effect: no export waits for its image");
+        }
     }
 
     /// An image that nothing shows any more, and that is to be closed.
@@ -385,8 +380,9 @@ impl Catalogue {
                 self.refuse_regrouped(spec, key, used)?;
                 self.export_of(spec, key, used).await
             }
+            // It has none, or is looked at where what would be its image is not made.
             None => {
-                let folder = folder_of(&spec.path);
+                let folder = if spec.waits { diff::folder_of(spec) } else { folder_of(&spec.path) };
                 let disk = Overlay::empty(spec.size.unwrap_or(0), folder);
                 Ok((self.apart(spec, disk, folder)?, None))
             }
@@ -477,7 +473,9 @@ impl Catalogue {
                  reload, and add them again; until then, nothing of the configuration is taken"
             ),
             None => {
-                let image = if used.seals && writable {
+                let image = if spec.waits {
+                    Openness::Waiting(Waiting::open(spec, key, &self.how).await?)
+                } else if used.seals && writable {
                     Openness::Sealable(Sealable::open(key, &self.how).await?)
                 } else {
                     Openness::Fixed(Opened::open(key, writable, &self.how).await?)
@@ -488,6 +486,9 @@ impl Catalogue {
             }
         }
         let shown = self.images.get(key).context("the image is gone")?;
+        if spec.waits && spec.size != Some(shown.device().limits().size_bytes) {
+            bail!("filesize stays as it is while the image is waited for or served");
+        }
         if spec.seals && shown.sealable().is_none() && !lease.is_sealed() {
             bail!(
                 "the image is open already, and not so that it can be sealed: remove its exports, reload, and add them"
@@ -531,21 +532,6 @@ fn shape(
         Some(doorkeeper) => export.attendant(doorkeeper),
         None => export,
     }
-}
-
-/// Finds the image of an export, and makes it where that is to be done; `None` for one that has none. It is looked for on
-/// a thread that may block.
-async fn find(
-    spec: &ExportSpec,
-    how: &Opening,
-    made: &mut Made,
-) -> anyhow::Result<Option<ImageKey>> {
-    if spec.writes == Writes::Temporary {
-        return Ok(None);
-    }
-    let nameless = made.make(spec).await?;
-    let (spec, how) = (spec.clone(), how.clone());
-    tokio::task::spawn_blocking(move || ImageKey::of(&spec, nameless, &how).map(Some)).await?
 }
 
 /// The part of an image that an export shows, and where it lies.

@@ -373,7 +373,7 @@ fn explained(error: qcow2::Error, key: &ImageKey) -> anyhow::Error {
 }
 
 /// An error, with who it is that has the image where that is this server.
-fn in_use(error: impl Into<anyhow::Error>) -> anyhow::Error {
+pub(super) fn in_use(error: impl Into<anyhow::Error>) -> anyhow::Error {
     let error = error.into();
     let host = match error.downcast_ref::<qcow2::Error>() {
         // It is no cause of its own.

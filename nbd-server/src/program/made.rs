@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use block::{BlockDevice, RawDevice};
+use block::{BlockDevice, HostFile, OpenOptions, RawDevice};
 use parking_lot::Mutex;
+use qcow2::{CreateOptions, Image};
 
 use super::images::{FileId, folder_of};
 use super::nameless;
@@ -49,6 +50,35 @@ impl Made {
         device.close().await?;
         tracing::info!(image = %spec.path.display(), bytes, "made an image");
         Ok(None)
+    }
+
+    /// Makes a qcow2 image, in the place of a file that is empty if there is one.
+    pub(super) async fn make_image(
+        &mut self,
+        path: &Path,
+        options: &CreateOptions,
+    ) -> anyhow::Result<()> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        Image::create(path, options).await?;
+        if let Some(file) = id(std::fs::symlink_metadata(path)) {
+            self.files.push((path.to_owned(), file));
+        }
+        Ok(())
+    }
+
+    /// Makes a qcow2 image without a name.
+    pub(super) async fn rehearse_image(
+        &self,
+        folder: &Path,
+        options: &CreateOptions,
+    ) -> anyhow::Result<()> {
+        let file = nameless::file(folder)?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let file = HostFile::open(&path, OpenOptions::writing()).await?;
+        Ok(Image::create_on(&file, options).await?)
     }
 
     /// They stay.

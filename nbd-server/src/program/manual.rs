@@ -31,8 +31,10 @@ exports that stay are not opened again. Open connections stay with an export tha
 those to one that is gone. Addresses, limits, user and group change with the next start. An image that is served read-only is not opened again for writing: such a change is \
 refused, and passes --check-config, which does not know what is served.";
 
-const LOOKING: &str = "Looks at once for images that waitfile waits for, and serves those that are there as they are, without \
-a second look.";
+const MERGING: &str = "Tells that the images are whole for which exports with waitfile wait. Each is opened, what was written \
+is merged into it and made durable, NAME.waiting is removed, and the image is served. Requests to the export wait meanwhile, and \
+so do reloads. Where an image is missing, has not filesize bytes or cannot be written, the log says so, and the export goes \
+on waiting until the next SIGUSR1. Has no effect where none waits.";
 
 const STOPPING: &str = "Answers what is in flight, and what clients ask until they hear of it with ESHUTDOWN, closes the \
 connections, flushes and closes the images, and ends with 0. Takes as long as --shutdown-timeout says for clients, and as much again for images. A second signal, half a \
@@ -69,7 +71,7 @@ pub(super) fn print() -> anyhow::Result<()> {
     keys(&mut more, "Keys of exports", EXPORT);
     more.control("SH", ["SIGNALS"]);
     for (signal, text) in
-        [("SIGHUP", RELOADING), ("SIGUSR1", LOOKING), ("SIGTERM, SIGINT", STOPPING)]
+        [("SIGHUP", RELOADING), ("SIGUSR1", MERGING), ("SIGTERM, SIGINT", STOPPING)]
     {
         more.control("TP", []);
         more.text([bold(signal)]);

@@ -2,7 +2,6 @@
 //! files in `config`, what is served in `catalogue`.
 
 mod attendant;
-mod awaited;
 mod catalogue;
 mod check;
 mod config;
@@ -29,6 +28,7 @@ mod spelling;
 mod taken;
 #[cfg(feature = "tls")]
 mod tls;
+mod waiting;
 mod wanted;
 
 use std::io::{self, Write};
@@ -58,18 +58,34 @@ type NewTls = nbd_server::tls::ServerTls;
 #[cfg(not(feature = "tls"))]
 type NewTls = std::convert::Infallible;
 
-/// From now on SIGHUP does not end the process, but is kept for [`run`], and SIGXFSZ does nothing. To be called first of
-/// all: signals come at any moment.
-pub(crate) fn catch_signals() -> io::Result<Signal> {
+/// Signals that ask for something while exports are served.
+pub(crate) struct Wishes {
+    reload: Signal,
+    /// Images that were waited for are whole.
+    merge: Signal,
+}
+
+impl Wishes {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            reload: signal(SignalKind::hangup())?,
+            merge: signal(SignalKind::user_defined1())?,
+        })
+    }
+}
+
+/// From now on SIGHUP and SIGUSR1 do not end the process, but are kept for [`run`], and SIGXFSZ does nothing. To be called
+/// first of all: signals come at any moment.
+pub(crate) fn catch_signals() -> io::Result<Wishes> {
     block::survive_size_limit()?;
     // It outlives this runtime, which has no thread; there may be one only, until the process is the user it is to be.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let _entered = runtime.enter();
-    signal(SignalKind::hangup())
+    Wishes::new()
 }
 
 /// Does what the options say. An error is everything that kept an image from being served or from ending clean.
-pub(crate) fn run(options: Options, hangup: Signal) -> anyhow::Result<()> {
+pub(crate) fn run(options: Options, wishes: Wishes) -> anyhow::Result<()> {
     if options.man {
         return manual::print();
     }
@@ -109,7 +125,7 @@ pub(crate) fn run(options: Options, hangup: Signal) -> anyhow::Result<()> {
     let runtime = runtime.enable_all().build()?;
     let grace = limits.shutdown_grace();
     let start = Start { options, reloading, config, server_config, sockets, grace };
-    let done = runtime.block_on(serve(start, hangup));
+    let done = runtime.block_on(serve(start, wishes));
     // What hangs in a device is not waited for.
     runtime.shutdown_background();
     // What is in flight keeps its file locked: whoever comes next must find it free.
@@ -156,11 +172,10 @@ struct Start {
     grace: Duration,
 }
 
-async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
+async fn serve(start: Start, mut wishes: Wishes) -> anyhow::Result<()> {
     let Start { options, mut reloading, config, server_config, sockets, grace } = start;
     // Before anything is opened, so that a signal during the start leaves images clean, too.
     let mut stop = Stop::new()?;
-    let mut look = signal(SignalKind::user_defined1())?;
     let server = Server::new(server_config);
     let mut catalogue = Catalogue::new(server.clone(), opening(&options));
     #[cfg(feature = "metrics")]
@@ -174,7 +189,7 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
         () = stop.requested() => Ok(()),
     };
     if started.is_ok() {
-        let tended = tend(&server, &mut catalogue, &mut reloading, [&mut hangup, &mut look]);
+        let tended = tend(&server, &mut catalogue, &mut reloading, &mut wishes);
         tokio::select! {
             () = tended => {}
             () = stop.requested() => {}
@@ -189,22 +204,19 @@ async fn serve(start: Start, mut hangup: Signal) -> anyhow::Result<()> {
     started.and(ended)
 }
 
-/// Reloads what is to be reloaded, serves what was waited for and closes what nobody uses, for ever. Whoever drops the future lets the rest of it to
-/// the end.
+/// Reloads what is to be reloaded, merges into what was waited for and closes what nobody uses, for ever. Whoever drops
+/// the future lets the rest of it to the end.
 async fn tend(
     server: &Server,
     catalogue: &mut Catalogue,
     reloading: &mut Reloading,
-    [hangup, look]: [&mut Signal; 2],
+    wishes: &mut Wishes,
 ) {
     loop {
         tokio::select! {
-            _ = hangup.recv() => reloading.reload(server, catalogue).await,
-            _ = look.recv() => catalogue.hurry(),
-            () = catalogue.settle() => {
-                catalogue.admit().await;
-                catalogue.sweep().await;
-            }
+            _ = wishes.reload.recv() => reloading.reload(server, catalogue).await,
+            _ = wishes.merge.recv() => catalogue.merge().await,
+            () = catalogue.settle() => catalogue.sweep().await,
         }
     }
 }
@@ -220,8 +232,6 @@ async fn begin(
     let references = config.and_then(|config| config.generic.references.as_ref());
     let beside = |exports| reloading.with_policy(exports, config);
     catalogue.apply(&reloading.wanted(config), references, beside).await?;
-    // What was opened for an export that is waited for all the same.
-    catalogue.sweep().await;
     let mut out = std::io::stdout();
     for socket in sockets {
         let address = socket.to_string();
@@ -363,10 +373,9 @@ mod tests {
         catalogue.leave(key, Arc::clone(&stuck) as _);
         let options = Options::parse_from(["nbd-server", "--listen=unix:x", "--export=a=b"]);
         let mut reloading = Reloading::new(&options, None).unwrap();
-        let mut hangup = signal(SignalKind::hangup()).unwrap();
-        let mut look = signal(SignalKind::user_defined1()).unwrap();
+        let mut wishes = Wishes::new().unwrap();
         tokio::select! {
-            () = tend(&server, &mut catalogue, &mut reloading, [&mut hangup, &mut look]) => {}
+            () = tend(&server, &mut catalogue, &mut reloading, &mut wishes) => {}
             () = stuck.closing.notified() => {}
         }
         let told = catalogue.end(Duration::from_millis(1)).await;

@@ -1,7 +1,6 @@
 //! The files of which an export is joined: those whose names are its path with numbers from 0 on. Nothing is opened here.
 
 use std::ffi::OsString;
-use std::fs::Metadata;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -20,34 +19,19 @@ fn path_of(spec: &ExportSpec, number: usize) -> PathBuf {
     path.into()
 }
 
-/// The files of an export by their paths: one, or all that are joined. Ends behind the first that cannot be looked at.
-/// Blocks.
-pub(super) fn looked_at(
-    spec: &ExportSpec,
-) -> impl Iterator<Item = (PathBuf, io::Result<Metadata>)> {
-    let numbers = if spec.joins { 0..MAX_FILES + 1 } else { 0..1 };
-    let paths =
-        numbers.map(|number| if spec.joins { path_of(spec, number) } else { spec.path.clone() });
-    let mut over = false;
-    paths.map_while(move |path| {
-        let looked = std::fs::metadata(&path);
-        let before = std::mem::replace(&mut over, looked.is_err());
-        (!before).then_some((path, looked))
-    })
-}
-
 /// The files that are joined, in their order: from number 0 to the last before one that is missing. Blocks.
 ///
 /// # Errors
 /// Where there is none, where one is not what can be served, or the same as another.
 pub(super) fn files(spec: &ExportSpec) -> anyhow::Result<Vec<(PathBuf, FileId)>> {
     let mut files: Vec<(PathBuf, FileId)> = Vec::new();
-    for (path, looked) in looked_at(spec) {
+    for number in 0..=MAX_FILES {
+        let path = path_of(spec, number);
         if files.len() == MAX_FILES {
             bail!("{} is one too many: {MAX_FILES} files are joined at most", path.display());
         }
         let behind = !files.is_empty();
-        let metadata = match looked {
+        let metadata = match std::fs::metadata(&path) {
             Err(error) if behind && error.kind() == io::ErrorKind::NotFound && !is_there(&path) => {
                 break;
             }

@@ -25,13 +25,12 @@ pub(crate) struct Options {
     pub(crate) listen: Vec<Listen>,
 
     /// What to serve:
-    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,multifile][,waitfile][,offset=BYTES][,size=BYTES][,partition=N][,max-connections=N][,idle-timeout=SECONDS][,writers=any|client|connection][,seal][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
+    /// NAME=PATH[,format=qcow2|raw][,read-only][,snapshot=NAME][,bitmap=NAME]...[,allocation-depth][,passphrase-file=FILE]...[,multifile][,offset=BYTES][,size=BYTES][,partition=N][,max-connections=N][,idle-timeout=SECONDS][,writers=any|client|connection][,seal][,tls-only][,client=cn:NAME|dns:NAME]...[,description=TEXT].
     /// Repeatable; the first is also what clients get that name none. A qcow2 image is recognised, raw must be said. A
     /// snapshot is served read-only. A bitmap is offered as the metadata context qemu:dirty-bitmap:NAME, the
     /// layer of the chain that holds each part of the disk as qemu:allocation-depth. The passphrase of an
     /// encrypted image, and of those below it, is what the file holds without its last newline.
-    /// With multifile, raw images PATH.0, PATH.1 and so on are one disk. With waitfile, an image that is not there is waited
-    /// for, and until then the export is not known.
+    /// With multifile, raw images PATH.0, PATH.1 and so on are one disk.
     /// One client at a time may have it with writers=client; with seal, the image is closed and read-only once that client
     /// has disconnected. With tls-only, clients need TLS; where clients are named, a certificate with such a common or DNS name. A comma is
     /// written twice, and so is an = in NAME
@@ -381,7 +380,7 @@ const fn switch(name: &'static str) -> Field {
     Field { name, value: None }
 }
 
-const FIELDS: [Field; 18] = [
+const FIELDS: [Field; 17] = [
     field("format", "qcow2|raw"),
     switch("read-only"),
     field("snapshot", "NAME"),
@@ -389,7 +388,6 @@ const FIELDS: [Field; 18] = [
     switch("allocation-depth"),
     field("passphrase-file", "FILE"),
     switch("multifile"),
-    switch("waitfile"),
     field("offset", "BYTES"),
     field("size", "BYTES"),
     field("partition", "N"),
@@ -431,8 +429,10 @@ pub(crate) struct ExportSpec {
     pub(crate) path: PathBuf,
     /// Whether the path is that of several files without their numbers, of which one comes behind the other.
     pub(crate) joins: bool,
-    /// Whether it is served once there is something to serve, and not looked for by clients before.
+    /// Whether it takes writes before its image is there.
     pub(crate) waits: bool,
+    /// The folder that keeps them; `None` for that of the image.
+    pub(crate) diff_folder: Option<PathBuf>,
     pub(crate) format: Option<Format>,
     /// Whether an image whose format is not said is a raw one; otherwise it has to be a qcow2 image.
     pub(crate) raw_unless_said: bool,
@@ -532,7 +532,6 @@ impl ExportSpec {
             None if field == "seal" => self.seals = true,
             None if field == "tls-only" => self.tls_only = true,
             None if field == "multifile" => (self.joins, self.raw_unless_said) = (true, true),
-            None if field == "waitfile" => self.waits = true,
             None if field == "allocation-depth" => self.allocation_depth = true,
             _ => return Err(not_a_field(field)),
         }
@@ -545,7 +544,7 @@ impl ExportSpec {
     }
 
     /// Whether the image is raw, by what is said.
-    fn is_raw(&self) -> bool {
+    pub(crate) fn is_raw(&self) -> bool {
         self.format == Some(Format::Raw) || (self.raw_unless_said && self.format.is_none())
     }
 
@@ -573,7 +572,35 @@ impl ExportSpec {
         }
     }
 
-    /// What goes with files that are joined or waited for.
+    /// What goes with an image that is waited for.
+    fn check_waits(&self) -> Result<(), String> {
+        if !self.waits {
+            return Ok(());
+        }
+        let wrong = if self.writes == Writes::Temporary {
+            "a temporary disk has no image to wait for"
+        } else if self.writes != Writes::Image {
+            "with waitfile, writes are kept until the image is there and then are in it, and so cannot be the client's own \
+             (copyonwrite)"
+        } else if self.joins {
+            "one image is waited for, and not several that multifile joins"
+        } else if self.makes_bytes.is_none() {
+            "waitfile needs filesize: the size of the disk is told to clients before the image is there"
+        } else if self.read_only {
+            "waitfile keeps writes, and with readonly there are none"
+        } else if self.seals {
+            "an image that is waited for is not sealed: seal it under an export of its own once it is there"
+        } else if !self.is_raw() || self.check_format().is_err() {
+            "an image that is waited for is a raw one"
+        } else if self.offset != 0 || self.partition.is_some() {
+            "an image that is waited for is served as a whole, neither from an offset on nor by its partitions"
+        } else {
+            return Ok(());
+        };
+        Err(wrong.to_owned())
+    }
+
+    /// What goes with files that are joined.
     fn check_files(&self) -> Result<(), String> {
         let of_qcow2 = self.snapshot.is_some()
             || !self.bitmaps.is_empty()
@@ -583,8 +610,8 @@ impl ExportSpec {
             "multifile joins raw images alone; convert a qcow2 image to one file"
         } else if self.joins && self.seals {
             "one image is sealed, and not several that multifile joins"
-        } else if (self.joins || self.waits) && self.writes == Writes::Temporary {
-            "a temporary disk is empty: there are no files to join (multifile) or to wait for (waitfile)"
+        } else if self.joins && self.writes == Writes::Temporary {
+            "a temporary disk is empty: there are no files to join"
         } else {
             return Ok(());
         };
@@ -593,6 +620,7 @@ impl ExportSpec {
 
     /// What goes together.
     pub(crate) fn check(&self) -> Result<(), String> {
+        self.check_waits()?;
         self.check_files()?;
         self.check_format()?;
         let told = !self.bitmaps.is_empty() || self.allocation_depth;
@@ -685,11 +713,9 @@ mod tests {
     }
 
     #[test]
-    fn raw_images_are_joined_and_any_is_waited_for() {
-        let spec: ExportSpec = "a=b,multifile,waitfile".parse().unwrap();
-        assert!(spec.joins && spec.waits && spec.raw_unless_said);
-        let spec: ExportSpec = "a=b,waitfile".parse().unwrap();
-        assert!(!spec.joins && spec.waits && !spec.raw_unless_said);
+    fn raw_images_are_joined() {
+        let spec: ExportSpec = "a=b,multifile".parse().unwrap();
+        assert!(spec.joins && spec.raw_unless_said);
         for wrong in
             ["format=qcow2", "snapshot=s", "bitmap=b", "allocation-depth", "passphrase-file=p"]
         {

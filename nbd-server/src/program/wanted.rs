@@ -11,6 +11,7 @@ use super::errors::text_of;
 use super::hint;
 use super::images::{FileId, ImageKey};
 use super::options::{ExportSpec, Writes};
+use super::waiting::diff;
 
 /// An export that is asked for, and where.
 #[derive(Clone, Debug)]
@@ -33,7 +34,7 @@ impl Wanted {
     }
 
     /// The same where it is not the image that keeps it.
-    pub(super) fn refuse(&self, error: anyhow::Error) -> anyhow::Error {
+    fn refuse(&self, error: anyhow::Error) -> anyhow::Error {
         self.locate(error.context(format!("cannot serve the export {:?}", self.spec.name)))
     }
 
@@ -133,6 +134,24 @@ pub(super) fn clashes(found: &[(&Wanted, Option<ImageKey>)]) -> Vec<anyhow::Erro
         }
     }
     clashes
+}
+
+/// Refuses what waits for an image that another export has: before it is made, so that the other one does not find it.
+pub(super) fn refuse_meeting(one: &Wanted, all: &[Wanted]) -> anyhow::Result<()> {
+    match all.iter().find(|other| meets(one, other)) {
+        Some(other) => Err(one.refuse(anyhow!(
+            "it waits for an image that the export {:?} shows, too, or would keep writes in the same file",
+            other.spec.name
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Whether one waits for an image that another export has, or that has the same name and the same folder for writes.
+fn meets(one: &Wanted, other: &Wanted) -> bool {
+    let (one, other) = (&one.spec, &other.spec);
+    let same_diff = || other.waits && diff::path_of(one) == diff::path_of(other);
+    one.waits && one.name != other.name && (one.path == other.path || same_diff())
 }
 
 /// Another export that writes to the same file.

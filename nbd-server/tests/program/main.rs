@@ -1,6 +1,5 @@
 //! The program as a process: what it prints, what it serves, how it ends.
 
-mod awaited;
 mod bitmaps;
 #[cfg(all(feature = "client", feature = "tls"))]
 #[path = "../certificates/mod.rs"]
@@ -29,6 +28,7 @@ mod storm;
 #[cfg(all(feature = "client", feature = "tls"))]
 mod tls;
 mod vanish;
+mod waiting;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;

@@ -36,7 +36,7 @@ pub(super) fn read(file: &Arc<Path>, section: &Section, log: &mut Log) -> Option
         name: section.name.clone(),
         path: path.clone().unwrap_or_default(),
         joins: keys.flag("multifile").unwrap_or(false),
-        waits: waits(&mut keys),
+        waits: keys.flag("waitfile").unwrap_or(false),
         raw_unless_said: true,
         read_only: keys.flag("readonly").unwrap_or(false),
         is_default: keys.flag("default").unwrap_or(false),
@@ -107,18 +107,6 @@ fn styles(keys: &mut Keys<'_>) {
     }
 }
 
-/// `waitfile`, with what the reference does besides.
-fn waits(keys: &mut Keys<'_>) -> bool {
-    let waits = keys.flag("waitfile").unwrap_or(false);
-    if waits {
-        let line = keys.entry("waitfile").map_or(0, |entry| entry.line);
-        let text = "waitfile takes no writes before the image is there: until then the export is not known, and an \
-                    image that is there is served without SIGUSR1, too";
-        keys.log.remark(keys.file, line, text);
-    }
-    waits
-}
-
 fn description(keys: &mut Keys<'_>) -> Option<String> {
     let entry = keys.entry("description")?;
     if entry.value.len() > MAX_STRING_BYTES {
@@ -148,8 +136,8 @@ fn image(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     spec.offset = keys.bytes("offset").unwrap_or(0);
     spec.partition = keys.value("partition", "it is a number from 1 on");
     let (filesize, size) = (keys.bytes("filesize"), keys.bytes("size"));
-    // What is there in parts, or comes from elsewhere, is not made.
-    spec.makes_bytes = filesize.filter(|_| !spec.joins && !spec.waits);
+    // What is there in parts is not made.
+    spec.makes_bytes = filesize.filter(|_| !spec.joins);
     spec.size = filesize.or(size);
     if let (Some(_), Some(_), Some(entry)) = (filesize, size, keys.entry("size")) {
         keys.wrong("size", entry, "filesize says it already");
@@ -199,13 +187,16 @@ fn writes(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     let apart = keys.flag("copyonwrite").unwrap_or(false);
     let temporary = keys.flag("temporary").unwrap_or(false);
     let folder = keys.path("cowdir");
-    if folder.is_some() && !apart {
-        keys.without_effect("cowdir", "copyonwrite is not on");
+    if folder.is_some() && !apart && !spec.waits {
+        keys.without_effect("cowdir", "neither copyonwrite nor waitfile is on");
     }
     if apart && spec.read_only {
         let line = keys.entry("copyonwrite").map_or(0, |entry| entry.line);
         let text = "copyonwrite has no effect: the export is read-only, so that nothing is written";
         keys.log.remark(keys.file, line, text);
+    }
+    if !apart {
+        spec.diff_folder.clone_from(&folder);
     }
     spec.writes = match (apart, temporary) {
         (false, false) => Writes::Image,

@@ -208,7 +208,11 @@ pub(crate) const EXPORT: &[Key] = &[
         "true|false",
         "Keep what a client writes in a file of its connection, gone when it leaves",
     ),
-    key("cowdir", "DIR", "Where copyonwrite keeps these files [default: beside the image]"),
+    key(
+        "cowdir",
+        "DIR",
+        "Where copyonwrite and waitfile keep what is written [default: beside the image]",
+    ),
     key(
         "temporary",
         "true|false",
@@ -242,9 +246,10 @@ pub(crate) const EXPORT: &[Key] = &[
     key(
         "waitfile",
         "true|false",
-        "Where the image is missing, empty or cannot be opened, go on without the export, look for it each second, and serve \
-         it once it has not changed from one look to the next. Before that clients do not find it, and nothing is \
-         written; filesize makes no image",
+        "Take writes before the image is there, or whole, and keep them in NAME.waiting beside it, or in cowdir, until \
+         SIGUSR1 merges them into it: a disk is moved while it is written. Until then reads of what was not written fail, \
+         and so do writes of parts of its blocks of 4096 bytes. Needs filesize, which the image then has, a raw one. What \
+         was flushed stays over a crash, and a server that starts again goes on waiting",
     ),
     key("sparse_cow", "true|false", "No effect: files of copyonwrite are sparse"),
     key("sdp", "true|false", "true is refused: the protocol left the kernel"),

@@ -210,6 +210,7 @@ fn our_own_keys_are_read() {
 #[test]
 fn what_cannot_be_is_refused_with_file_and_line() {
     let export = "[generic]\n[a]\nexportname = /a\n";
+    let waits = format!("{export}waitfile = true\nfilesize = 1M\n");
     for (text, expected) in [
         ("", "config:1: the file is empty"),
         ("# nothing\n", "config:1: the first section must be [generic]"),
@@ -270,9 +271,34 @@ fn what_cannot_be_is_refused_with_file_and_line() {
             &format!("{export}filesize = 1M\ntemporary = true\nmultifile = true\n"),
             "config:2: [a]: a temporary disk is empty",
         ),
+        (&format!("{export}waitfile = true\n"), "config:2: [a]: waitfile needs filesize"),
         (
-            &format!("{export}filesize = 1M\ntemporary = true\nwaitfile = true\n"),
-            "config:2: [a]: a temporary disk is empty",
+            &format!("{export}waitfile = true\nsize = 1M\n"),
+            "config:2: [a]: waitfile needs filesize",
+        ),
+        (&format!("{waits}temporary = true\n"), "config:2: [a]: a temporary disk has no image"),
+        (&format!("{waits}copyonwrite = true\n"), "config:2: [a]: with waitfile, writes are kept"),
+        (&format!("{waits}readonly = true\n"), "config:2: [a]: waitfile keeps writes, and"),
+        (
+            &format!("{waits}seal = true\n"),
+            "config:2: [a]: an image that is waited for is not sealed",
+        ),
+        (&format!("{waits}multifile = true\n"), "config:2: [a]: one image is waited for"),
+        (
+            &format!("{waits}format = qcow2\n"),
+            "config:2: [a]: an image that is waited for is a raw one",
+        ),
+        (
+            &format!("{waits}passphrase_file = /p\n"),
+            "config:2: [a]: an image that is waited for is a raw one",
+        ),
+        (
+            &format!("{waits}offset = 4K\n"),
+            "config:2: [a]: an image that is waited for is served as a whole",
+        ),
+        (
+            &format!("{waits}partition = 1\n"),
+            "config:2: [a]: an image that is waited for is served as a whole",
         ),
         (&format!("{export}maxconnections = -3\n"), "config:4: maxconnections = \"-3\""),
         (&format!("{export}writers = two\n"), "config:4: writers = \"two\""),
@@ -309,13 +335,21 @@ fn what_cannot_be_is_refused_with_file_and_line() {
 }
 
 #[test]
-fn files_that_are_joined_or_waited_for_are_not_made() {
-    for (keys, joins, waits) in [("multifile = true", true, false), ("waitfile = 1", false, true)] {
-        let read = config(&format!("[generic]\n[a]\nexportname = /a\nfilesize = 4K\n{keys}\n"));
+fn files_that_are_joined_are_not_made() {
+    let read = config("[generic]\n[a]\nexportname = /a\nfilesize = 4K\nmultifile = true\n");
+    let (_, spec) = &read.exports[0];
+    assert!(spec.joins);
+    assert_eq!((spec.makes_bytes, spec.size), (None, Some(4096)), "it is how much is served");
+}
+
+#[test]
+fn what_is_waited_for_keeps_writes_in_a_folder_that_may_be_named() {
+    for (key, folder) in [("", None), ("cowdir = /c\n", Some("/c"))] {
+        let text = format!("[generic]\n[a]\nexportname = /a\nfilesize = 4K\nwaitfile = 1\n{key}");
+        let read = config(&text);
         let (_, spec) = &read.exports[0];
-        assert_eq!((spec.joins, spec.waits), (joins, waits));
-        assert_eq!((spec.makes_bytes, spec.size), (None, Some(4096)), "it is how much is served");
-        assert_eq!(read.remarks.len(), usize::from(waits), "{:?}", read.remarks);
+        assert!(spec.waits && read.remarks.is_empty(), "{:?}", read.remarks);
+        assert_eq!((spec.size, spec.diff_folder.as_deref()), (Some(4096), folder.map(Path::new)));
     }
 }
 

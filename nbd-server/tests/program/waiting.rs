@@ -258,6 +258,11 @@ fn an_image_to_which_writes_are_kept_is_served_with_them_or_not_at_all() {
     std::fs::write(dir.join("late.img.waiting"), "something else").unwrap();
     let keys = section("waitfile = true\n");
     is_refused(dir, &format!("{GENERIC}{keys}"), &["config:6: ", "late.img.waiting", "remove it"]);
+    // What a merge emptied and could not remove keeps nothing.
+    std::fs::write(dir.join("late.img.waiting"), "").unwrap();
+    for keys in ["", "waitfile = true\n"] {
+        assert!(start_with(dir, &section(keys)).stop());
+    }
 }
 
 #[test]

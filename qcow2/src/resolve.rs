@@ -76,6 +76,9 @@ impl Inner {
         let (mut open, mut end) = (vec![range], range.end());
         let mut next = Some(Arc::clone(self));
         while let Some(image) = next.take() {
+            // The clusters of a layer that is below and not written stay as they are; the top one is closed before it.
+            let is_fixed = !layers.is_empty() && image.limits().read_only;
+            let clusters = if is_fixed { Clusters::Free } else { clusters };
             let layer = Layer::enter(image, &open, clusters).await?;
             let mut left = Vec::new();
             let stopped = layer.ask(layers.len(), &open, most, &mut parts, &mut left).await?;

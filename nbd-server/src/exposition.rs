@@ -40,7 +40,16 @@ impl Server {
     /// # Errors
     /// What the host says, for instance that the address is in use.
     pub async fn listen_metrics(&self, address: SocketAddr) -> io::Result<SocketAddr> {
-        let listener = TcpListener::bind(address).await?;
+        self.serve_metrics(TcpListener::bind(address).await?.into_std()?)
+    }
+
+    /// The same on a socket that listens already. Within a tokio runtime.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn serve_metrics(&self, listener: std::net::TcpListener) -> io::Result<SocketAddr> {
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
         let actual = listener.local_addr()?;
         let server = self.clone();
         tokio::spawn(async move {

@@ -33,6 +33,9 @@ pub(super) fn check(
     how: Opening,
 ) -> anyhow::Result<()> {
     let mut wrong: Vec<String> = Vec::new();
+    // A start goes on behind it; who checks a file may be about to reload it.
+    let unfinished = config.into_iter().flat_map(|config| &config.remarks);
+    wrong.extend(unfinished.filter(|remark| remark.unfinished).map(ToString::to_string));
     let server_config = reloading.server_config(config);
     wrong.extend(server_config.as_ref().err().map(text_of));
     let mut places = Places::default();
@@ -40,8 +43,8 @@ pub(super) fn check(
     wrong.extend(refused.0.iter().map(text_of));
     let made = sockets::make(&mut places, addresses, &socket_options(options, config));
     wrong.extend(made.err().map(|refused| refused.to_string()));
-    wrong.extend(become_user(config).err().map(|error| text_of(&error)));
     wrong.extend(metrics(&mut places, options, config).err().map(|error| text_of(&error)));
+    wrong.extend(become_user(config).err().map(|error| text_of(&error)));
     let references = config.and_then(|config| config.generic.references.as_ref());
     let wanted = reloading.wanted(config);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -72,7 +75,8 @@ pub(super) fn check(
 fn metrics(places: &mut Places, options: &Options, config: Option<&Config>) -> anyhow::Result<()> {
     match super::metrics_address(options, config) {
         Some(address) => {
-            places.tcp(address, false).with_context(|| format!("cannot tell counters on {address}"))
+            let cannot = || super::cannot_tell_counters(address, options, config);
+            places.tcp(address, false).with_context(cannot)
         }
         None => Ok(()),
     }

@@ -116,6 +116,8 @@ pub(crate) fn run(options: Options, wishes: Wishes) -> anyhow::Result<()> {
         return Err(refused.into());
     }
     let sockets = sockets::open(addresses, &socket_options(&options, config.as_ref()))?;
+    #[cfg(feature = "metrics")]
+    let metrics = metrics_listener(&options, config.as_ref())?;
     // While there is one thread, after the sockets and before the images are opened.
     become_user(config.as_ref())?;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -124,7 +126,16 @@ pub(crate) fn run(options: Options, wishes: Wishes) -> anyhow::Result<()> {
     }
     let runtime = runtime.enable_all().build()?;
     let grace = limits.shutdown_grace();
-    let start = Start { options, reloading, config, server_config, sockets, grace };
+    let start = Start {
+        options,
+        reloading,
+        config,
+        server_config,
+        sockets,
+        #[cfg(feature = "metrics")]
+        metrics,
+        grace,
+    };
     let done = runtime.block_on(serve(start, wishes));
     // What hangs in a device is not waited for.
     runtime.shutdown_background();
@@ -144,6 +155,33 @@ fn become_user(config: Option<&Config>) -> anyhow::Result<()> {
 #[cfg(feature = "metrics")]
 fn metrics_address(options: &Options, config: Option<&Config>) -> Option<std::net::SocketAddr> {
     options.metrics.or(config.and_then(|config| config.generic.metrics))
+}
+
+/// Takes the port for counters.
+#[cfg(feature = "metrics")]
+fn metrics_listener(
+    options: &Options,
+    config: Option<&Config>,
+) -> anyhow::Result<Option<std::net::TcpListener>> {
+    let listen = |address| {
+        let listener = std::net::TcpListener::bind(address);
+        listener.with_context(|| cannot_tell_counters(address, options, config))
+    };
+    metrics_address(options, config).map(listen).transpose()
+}
+
+/// That, and who asked for it.
+#[cfg(feature = "metrics")]
+fn cannot_tell_counters(
+    address: std::net::SocketAddr,
+    options: &Options,
+    config: Option<&Config>,
+) -> String {
+    let asked = match (options.metrics, config.and_then(|config| config.files.first())) {
+        (None, Some(file)) => format!("`metrics` of [generic] in {}", file.display()),
+        _ => "--metrics".to_owned(),
+    };
+    format!("cannot tell counters on {address}, as {asked} says")
 }
 
 fn socket_options(options: &Options, config: Option<&Config>) -> SocketFileOptions {
@@ -169,19 +207,20 @@ struct Start {
     config: Option<Config>,
     server_config: ServerConfig,
     sockets: Vec<ListeningSocket>,
+    #[cfg(feature = "metrics")]
+    metrics: Option<std::net::TcpListener>,
     grace: Duration,
 }
 
 async fn serve(start: Start, mut wishes: Wishes) -> anyhow::Result<()> {
-    let Start { options, mut reloading, config, server_config, sockets, grace } = start;
+    let Start { options, mut reloading, config, server_config, sockets, grace, .. } = start;
     // Before anything is opened, so that a signal during the start leaves images clean, too.
     let mut stop = Stop::new()?;
     let server = Server::new(server_config);
     let mut catalogue = Catalogue::new(server.clone(), opening(&options));
     #[cfg(feature = "metrics")]
-    if let Some(address) = metrics_address(&options, config.as_ref()) {
-        let told = server.listen_metrics(address).await;
-        let address = told.with_context(|| format!("cannot tell counters on {address}"))?;
+    if let Some(listener) = start.metrics {
+        let address = server.serve_metrics(listener).context("cannot tell counters")?;
         tracing::info!("counters are told on http://{address}/metrics");
     }
     let started = tokio::select! {

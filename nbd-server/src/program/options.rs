@@ -514,7 +514,11 @@ impl ExportSpec {
             Some(("passphrase-file", file)) => self.passphrase_files.push(file.into()),
             Some(("description", text)) => self.description = Some(text.to_owned()),
             Some(("offset", text)) => self.offset = bytes(text).map_err(with)?,
-            Some(("size", text)) => self.size = Some(bytes(text).map_err(with)?),
+            Some(("size", text)) => {
+                let none = || with("it is a number of bytes from 1 on".to_owned());
+                let size = bytes(text).map_err(with)?;
+                self.size = Some(Some(size).filter(|size| *size > 0).ok_or_else(none)?);
+            }
             Some(("partition", text)) => {
                 let number = text.parse().map_err(|_| with("it is a number from 1 on".to_owned()));
                 self.partition = Some(number?);

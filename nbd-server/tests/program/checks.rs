@@ -42,6 +42,47 @@ fn images() -> tempfile::TempDir {
 }
 
 #[test]
+fn a_check_refuses_what_a_reload_would() {
+    let dir = images();
+    let text = "[generic]\nunixsock = socket\n[one]\nexportname = disk.img";
+    std::fs::write(dir.path().join("config"), text).unwrap();
+    let said = refusal(dir.path(), &["--config=config", "--check-config"]);
+    assert!(said.contains("config:4: the line has no end"), "{said}");
+    let mut server = Running::start(dir.path(), &["--config=config"]);
+    server.address();
+    assert!(server.stop());
+}
+
+#[test]
+fn a_filesize_of_nothing_says_nothing_and_a_size_of_nothing_is_refused() {
+    let dir = images();
+    let text = "[generic]\nunixsock = socket\n[one]\nexportname = disk.img\nfilesize = 0\n";
+    std::fs::write(dir.path().join("config"), text).unwrap();
+    let mut server = Running::start(dir.path(), &["--config=config"]);
+    server.address();
+    let size = run(dir.path(), "nbdinfo", &["--size", "nbd+unix:///one?socket=socket"]);
+    assert_eq!(size.trim(), "2097152");
+    assert!(server.stop());
+    let expected = "it is a number of bytes from 1 on";
+    is_refused(dir.path(), &text.replace("filesize", "size"), &["config:5", expected]);
+    let said =
+        refusal(dir.path(), &["--listen=unix:socket", "--export=a=disk.img,format=raw,size=0"]);
+    assert!(said.contains(expected), "{said}");
+}
+
+#[test]
+fn counters_that_cannot_be_told_are_blamed_on_who_asked_for_them() {
+    let dir = images();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let text =
+        format!("[generic]\nunixsock = socket\nmetrics = {port}\n[one]\nexportname = disk.img\n");
+    std::fs::write(dir.path().join("config"), text).unwrap();
+    let said = refusal(dir.path(), &["--config=config"]);
+    assert!(said.contains(&format!("127.0.0.1:{port}, as `metrics` of [generic] in")), "{said}");
+}
+
+#[test]
 fn the_check_finds_what_keeps_exports_from_being_served_where_the_start_does() {
     let dir = images();
     let raw = "exportname = disk.img\n";

@@ -224,6 +224,11 @@ fn another_user_is_become_before_images_are_opened() {
     assert!(!server.status().success());
     assert!(server.errors().contains("ermission denied"));
     run(path, "chown", &["nobody", "disk.img", "."]);
+    // A port that only root may take, as that of the metrics is before.
+    let free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let port = (700..1000).find(free).unwrap();
+    std::fs::write(path.join("config"), config.replace("user", &format!("metrics = {port}\nuser")))
+        .unwrap();
     let mut server = Running::start(path, &["--config=config"]);
     server.address();
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();

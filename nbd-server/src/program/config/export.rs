@@ -135,7 +135,11 @@ fn image(keys: &mut Keys<'_>, spec: &mut ExportSpec) {
     spec.passphrase_files = keys.path("passphrase_file").into_iter().collect();
     spec.offset = keys.bytes("offset").unwrap_or(0);
     spec.partition = keys.value("partition", "it is a number from 1 on");
-    let (filesize, size) = (keys.bytes("filesize"), keys.bytes("size"));
+    // As with the reference server, 0 says nothing.
+    let (filesize, size) = (keys.bytes("filesize").filter(|bytes| *bytes > 0), keys.bytes("size"));
+    if let (Some(0), Some(entry)) = (size, keys.entry("size")) {
+        keys.wrong("size", entry, "it is a number of bytes from 1 on");
+    }
     // What is there in parts is not made.
     spec.makes_bytes = filesize.filter(|_| !spec.joins);
     spec.size = filesize.or(size);

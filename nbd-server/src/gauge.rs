@@ -39,15 +39,6 @@ impl Gauge {
         Some(Held(Arc::clone(self)))
     }
 
-    /// Whether fewer than `limit` are open; who needs one more is told of where they are not.
-    pub(crate) fn has_place(&self, limit: usize) -> bool {
-        let has_place = self.count() < limit;
-        if !has_place {
-            self.refuse();
-        }
-        has_place
-    }
-
     /// Tells whoever is [`Self::refused`].
     pub(crate) fn refuse(&self) {
         self.refused.notify_waiters();

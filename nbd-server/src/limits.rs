@@ -13,8 +13,8 @@ use crate::wire;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Connections at once over all listeners; one more is closed, a second after it was accepted if none of the others
-    /// ends until then. Default 1024.
+    /// Connections at once over all listeners. One more is closed without a greeting, after it has waited for a place for a
+    /// second; as many may wait as may be served. Default 1024.
     pub connections: usize,
     /// Connections at once to each export that has no limit of its own
     /// ([`Export::max_connections`](crate::Export::max_connections)); who asks for one more is answered `ERR_POLICY`, with

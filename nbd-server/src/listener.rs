@@ -10,7 +10,6 @@ use socket2::{SockRef, Socket, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix};
 
-use crate::departures::Patience;
 use crate::failures::Failures;
 use crate::peer::Peer;
 use crate::server::Server;
@@ -32,17 +31,13 @@ pub(crate) trait Listener: Send + Sync + 'static {
 /// Accepts until the server stops, then closes the listener.
 pub(crate) async fn accept<L: Listener>(server: Server, listener: L) {
     let mut failures = Failures::of("cannot accept a connection");
-    let mut patience = Patience::default();
     loop {
         let accepted = tokio::select! {
             () = server.stopping() => return,
             accepted = listener.next() => accepted,
         };
         match accepted {
-            Ok((reader, writer, peer)) => {
-                server.wait_for_a_place(&mut patience).await;
-                server.serve_halves(reader, writer, peer);
-            }
+            Ok((reader, writer, peer)) => server.serve_halves(reader, writer, peer),
             Err(error) => failures.rest(&error).await,
         }
     }

@@ -106,6 +106,8 @@ pub(crate) struct Shared {
     /// Nobody is waited for any more, neither clients nor attendants.
     over: Signal,
     pub(crate) connections: Arc<Gauge>,
+    /// Those who wait for a place, and have no greeting yet.
+    waiting: Arc<Gauge>,
     pub(crate) departures: Arc<Departures>,
     census: Arc<Census>,
     clients: Arc<Clients>,
@@ -176,6 +178,7 @@ impl Server {
             forced: Signal::default(),
             over: Signal::default(),
             connections: Arc::default(),
+            waiting: Arc::default(),
             departures: Arc::default(),
             census: Arc::default(),
             clients: Arc::default(),
@@ -258,36 +261,38 @@ impl Server {
             tracing::warn!(%peer, "a client that may not connect is refused");
             return;
         }
-        let limit = self.shared.limits.connections;
-        let Some(held) = self.shared.connections.try_hold(limit) else {
-            tracing::warn!(%peer, limit, "too many connections");
-            return;
+        let full = match self.shared.place(&peer) {
+            Ok(place) => return self.serve_at(place, reader, writer, peer),
+            Err(full) => full,
         };
+        // As many may wait as may be served.
+        let Some(waiting) = self.shared.waiting.try_hold(self.shared.limits.connections) else {
+            return full.tell(&peer, &self.shared.limits);
+        };
+        let server = self.clone();
+        tokio::spawn(async move {
+            let place = server.shared.wait_for_place(&peer).await;
+            drop(waiting);
+            if let Some(place) = place {
+                server.serve_at(place, reader, writer, peer);
+            }
+        });
+    }
+
+    fn serve_at<R, W>(&self, place: (Counted, Held), reader: R, writer: W, peer: Peer)
+    where
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
         let (shared, client) = (Arc::clone(&self.shared), self.shared.clients.add(peer));
         let span = client.span();
         let serving = async move {
-            // Dropped in this order: whoever hears of the departure finds the place.
+            // Dropped behind the place: whoever hears of the departure finds it.
             let _leaving = shared.departures.someone();
-            let _held: Held = held;
-            if let Some(_counted) = shared.count(&client.peer).await {
-                serve(&shared, reader, writer, &client).await;
-            }
+            let _place = place;
+            serve(&shared, reader, writer, &client).await;
         };
         tokio::spawn(serving.instrument(span));
-    }
-
-    /// Where there are as many connections as there may be, waits for one to end; not for long, and not for each of many
-    /// clients anew.
-    pub(crate) async fn wait_for_a_place(&self, patience: &mut Patience) {
-        let Shared { limits, connections, departures, stopping, .. } = &*self.shared;
-        let mut watch = departures.watch();
-        while !connections.has_place(limits.connections) {
-            let wait = watch.wait(patience, limits.leaving_patience());
-            if stopping.bounds(wait).await != Some(true) {
-                return;
-            }
-        }
-        patience.renew();
     }
 
     /// Uses another certificate, and other demands on clients', for TLS that begins from now on. Connections that are
@@ -490,21 +495,50 @@ fn check_access(served: &Served, mode: TlsMode, identifies: bool) -> Result<(), 
     Ok(())
 }
 
+/// Which limit leaves no place for a connection.
+#[derive(Clone, Copy, Debug)]
+enum Full {
+    Client,
+    Server,
+}
+
+impl Full {
+    fn tell(self, peer: &Peer, limits: &Limits) {
+        match self {
+            Self::Client => {
+                let limit = limits.connections_per_client;
+                tracing::warn!(%peer, limit, "too many connections of one client");
+            }
+            Self::Server => {
+                tracing::warn!(%peer, limit = limits.connections, "too many connections");
+            }
+        }
+    }
+}
+
 impl Shared {
-    /// Counts one more connection of a client, once it has fewer than it may have; `None` where that takes too long.
-    async fn count(&self, peer: &Peer) -> Option<Counted> {
-        let limit = self.limits.connections_per_client;
+    /// A place for one more connection of a client.
+    fn place(&self, peer: &Peer) -> Result<(Counted, Held), Full> {
+        let limits = &self.limits;
+        let counted = self.census.admit(peer, limits.connections_per_client).ok_or(Full::Client)?;
+        let held = self.connections.try_hold(limits.connections).ok_or(Full::Server)?;
+        Ok((counted, held))
+    }
+
+    /// The same once there is one; `None` where that takes too long.
+    async fn wait_for_place(&self, peer: &Peer) -> Option<(Counted, Held)> {
         let (mut watch, mut patience) = (self.departures.watch(), Patience::default());
         loop {
             watch.look();
-            if let Some(counted) = self.census.admit(peer, limit) {
-                return Some(counted);
-            }
+            let full = match self.place(peer) {
+                Ok(place) => return Some(place),
+                Err(full) => full,
+            };
             // Those who were sent away are in the way of others now.
             self.connections.refuse();
             let wait = watch.wait(&mut patience, self.limits.leaving_patience());
             if self.stopping.bounds(wait).await != Some(true) {
-                tracing::warn!(%peer, limit, "too many connections of one client");
+                full.tell(peer, &self.limits);
                 return None;
             }
         }
@@ -614,6 +648,12 @@ impl Visitor {
 
     /// Waits until what kept an export from being had may have passed, or for so long that the client is to be told.
     pub(crate) async fn wait(&mut self) {
+        let stopping = self.shared.stopping.clone();
+        // Whoever is told that the server stops waits for nothing.
+        let _ = stopping.bounds(self.wait_for_obstacle()).await;
+    }
+
+    async fn wait_for_obstacle(&mut self) {
         let limits = &self.shared.limits;
         let has_passed = match self.obstacle.take() {
             Some(Obstacle::Sealing(lease)) => {
@@ -689,6 +729,11 @@ impl Visitor {
             }
             Err(Unavailable::Leased) => {
                 (Obstacle::Others, "another client or connection is writing to it")
+            }
+            Ok(_) => {
+                self.patience.renew();
+                self.is_impatient = false;
+                return outcome;
             }
             _ => return outcome,
         };
@@ -772,49 +817,5 @@ impl ExportDirectory for Visitor {
 
     fn is_shutting_down(&self) -> bool {
         self.shared.stopping.is_raised()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::time::Instant;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_listener_waits_for_the_place_of_one_that_ends_and_in_vain_not_for_each_anew() {
-        let limits = Limits { connections: 1, ..Limits::default() };
-        let server = Server::new(ServerConfig::with_limits(limits));
-        let mut patience = Patience::default();
-        let begun = Instant::now();
-        server.wait_for_a_place(&mut patience).await;
-        let (client, theirs) = tokio::io::duplex(64);
-        server.serve_stream(theirs);
-        for _ in 0..10 {
-            server.wait_for_a_place(&mut patience).await;
-            assert_eq!(begun.elapsed(), Duration::from_secs(1));
-        }
-        drop(client);
-        while server.connections() > 0 {
-            tokio::task::yield_now().await;
-        }
-        server.wait_for_a_place(&mut patience).await;
-        let (client, theirs) = tokio::io::duplex(64);
-        server.serve_stream(theirs);
-        let gone = async { drop(client) };
-        tokio::join!(server.wait_for_a_place(&mut patience), gone);
-        assert_eq!(server.connections(), 0);
-        assert_eq!(begun.elapsed(), Duration::from_secs(1), "it waited no longer than it had to");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_waits_for_a_place_does_not_keep_a_server_from_stopping() {
-        let limits = Limits { connections: 1, ..Limits::default() };
-        let server = Server::new(ServerConfig::with_limits(limits));
-        let (_client, theirs) = tokio::io::duplex(64);
-        server.serve_stream(theirs);
-        let (mut patience, begun) = (Patience::default(), Instant::now());
-        let stop = async { server.shared.stopping.raise() };
-        tokio::join!(server.wait_for_a_place(&mut patience), stop);
-        assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 }

@@ -27,9 +27,6 @@ pub(super) fn files(spec: &ExportSpec) -> anyhow::Result<Vec<(PathBuf, FileId)>>
     let mut files: Vec<(PathBuf, FileId)> = Vec::new();
     for number in 0..=MAX_FILES {
         let path = path_of(spec, number);
-        if files.len() == MAX_FILES {
-            bail!("{} is one too many: {MAX_FILES} files are joined at most", path.display());
-        }
         let behind = !files.is_empty();
         let metadata = match std::fs::metadata(&path) {
             Err(error) if behind && error.kind() == io::ErrorKind::NotFound && !is_there(&path) => {
@@ -37,6 +34,9 @@ pub(super) fn files(spec: &ExportSpec) -> anyhow::Result<Vec<(PathBuf, FileId)>>
             }
             looked => looked.with_context(|| path.display().to_string())?,
         };
+        if files.len() == MAX_FILES {
+            bail!("{} is one too many: {MAX_FILES} files are joined at most", path.display());
+        }
         let id = FileId::of(&metadata);
         let id = id.with_context(|| {
             format!("{} is neither a regular file nor a block device", path.display())
@@ -57,4 +57,23 @@ pub(super) fn files(spec: &ExportSpec) -> anyhow::Result<Vec<(PathBuf, FileId)>>
 /// Whether something has this name, be it a link to nowhere.
 fn is_there(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_files_are_joined_as_may_be_and_no_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let prefix = folder.path().join("part");
+        let spec = format!("disk={},format=raw,multifile", prefix.display());
+        let spec: ExportSpec = spec.parse().unwrap();
+        for number in 0..MAX_FILES {
+            std::fs::write(path_of(&spec, number), [1]).unwrap();
+        }
+        assert_eq!(files(&spec).unwrap().len(), MAX_FILES);
+        std::fs::write(path_of(&spec, MAX_FILES), [1]).unwrap();
+        assert!(files(&spec).unwrap_err().to_string().contains("part.1000 is one too many"));
+    }
 }

@@ -140,6 +140,56 @@ async fn who_comes_before_the_server_knows_that_the_last_one_left_has_its_place(
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_finds_no_place_waits_for_a_second_and_for_nobody_who_waits_before_it() {
+    let (server, _) = with_limits(|limits| limits.connections = 2);
+    let (mut first, mut second) = (Raw::new(&server), Raw::new(&server));
+    first.greet(3).await;
+    second.greet(3).await;
+    for _ in 0..2 {
+        // The first that is refused uses up nobody else's patience.
+        let begun = Instant::now();
+        let crowd: Vec<_> = (0..2).map(|_| Raw::new(&server)).collect();
+        assert!(Raw::new(&server).rest().await.is_empty());
+        assert_eq!(begun.elapsed(), Duration::ZERO, "as many wait as are served");
+        for mut one in crowd {
+            assert!(one.rest().await.is_empty());
+        }
+        assert_eq!(begun.elapsed(), Duration::from_secs(1));
+    }
+    let (begun, mut next) = (Instant::now(), Raw::new(&server));
+    drop(first);
+    next.greet(3).await;
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    // Who waits does not keep the server from stopping.
+    let mut last = Raw::new(&server);
+    let stopped = server.shutdown(Duration::from_secs(20));
+    let (rest, _) = tokio::join!(last.rest(), stopped);
+    assert!(rest.is_empty());
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    drop((next, second));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_waits_for_itself_is_in_nobody_elses_way() {
+    let (server, _) = with_limits(|limits| {
+        limits.connections = 3;
+        limits.connections_per_client = Some(1);
+    });
+    let user = |uid| Raw::of(&server, Peer::Unix { uid });
+    let begun = Instant::now();
+    let mut first = user(7);
+    first.greet(3).await;
+    let crowd: Vec<_> = (0..10).map(|_| user(7)).collect();
+    for uid in [8, 9] {
+        let mut other = user(uid);
+        other.greet(3).await;
+        drop(other);
+    }
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    drop(crowd);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_client_that_is_idle_for_too_long_is_closed_and_a_busy_one_is_not() {
     let limit = Duration::from_secs(60);
     let (server, device) = with_limits(|limits| limits.idle_timeout = Some(limit));

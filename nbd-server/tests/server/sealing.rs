@@ -170,7 +170,9 @@ async fn a_server_that_stops_waits_for_the_seal_no_longer_than_it_may() {
         async move { server.shutdown(Duration::from_secs(20)).await }
     });
     sleep(Duration::from_secs(5)).await;
-    assert!(other.rest().await.is_empty(), "who waits for the seal is let go of");
+    // Who waits for the seal is told, and let go of.
+    assert_eq!(other.option_reply(option::GO).await.0, wire::reply::ERR_SHUTDOWN);
+    assert!(other.rest().await.is_empty());
     assert_eq!(server.connections(), 1);
     let report = stopping.await.unwrap();
     assert_eq!(report.dropped_connections, 1);

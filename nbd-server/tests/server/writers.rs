@@ -495,14 +495,23 @@ async fn who_comes_before_the_server_knows_that_the_writer_left_waits_for_its_pl
         assert_eq!(replies.last().unwrap().0, wire::reply::ACK, "{name}, {by_word}");
         // Not by the end of its patience, from which it would have got in as well.
         assert_eq!(begun.elapsed(), Duration::ZERO, "{name}, {by_word}");
-        // As long as it stays, the next one waits in vain, once for all it asks.
+        // As long as it stays, the next one waits in vain, once for all it asks until it succeeds in something.
         let mut third = user(&server, 3).await;
         for option in [option::INFO, option::GO] {
             let replies = third.option(option, &go(name)).await;
             assert_eq!(replies.last().unwrap().0, wire::reply::ERR_POLICY);
             assert_eq!(begun.elapsed(), Duration::from_secs(1), "{name}, {by_word}");
         }
-        drop((second, third));
+        drop(second);
+        while server.connections() > 1 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(third.option(option::INFO, &go(name)).await.last().unwrap().0, wire::reply::ACK);
+        let _fourth = enter_as(&server, 4, name).await;
+        let replies = third.option(option::GO, &go(name)).await;
+        assert_eq!(replies.last().unwrap().0, wire::reply::ERR_POLICY);
+        assert_eq!(begun.elapsed(), Duration::from_secs(2), "{name}, {by_word}");
+        drop((_fourth, third));
         while server.connections() > 0 {
             tokio::task::yield_now().await;
         }

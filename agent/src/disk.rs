@@ -184,12 +184,7 @@ impl DiskRun {
         disk_bytes: u64,
     ) -> Result<Result<DigestReader, FullReason>, AgentError> {
         let directory = self.options.state_dir.clone();
-        let alive = self.alive.clone();
-        let opened = self.blocking(move || {
-            let opened = DigestReader::open(&directory, state);
-            drop(alive);
-            opened
-        });
+        let opened = self.blocking(move || DigestReader::open(&directory, state));
         Ok(match opened.await? {
             Ok(reader) if reader.header().disk_bytes > disk_bytes => {
                 Err(FullReason::Shrunk { old_bytes: reader.header().disk_bytes, disk_bytes })
@@ -318,7 +313,10 @@ impl DiskRun {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, AgentError> {
-        let done = tokio::task::spawn_blocking(work).await;
+        // Where nobody takes what was done, a new file for instance, it is dropped before this is.
+        let alive = self.alive.clone();
+        let done = tokio::task::spawn_blocking(move || (work(), alive)).await;
+        let done = done.map(|(done, _alive)| done);
         done.map_err(|error| AgentError::Died { disk: self.id(), cause: error.into() })
     }
 

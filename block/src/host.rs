@@ -219,7 +219,13 @@ impl HostFile {
     /// # Errors
     /// [`HostError`] with [`HostOp::Read`] and [`io::ErrorKind::UnexpectedEof`].
     pub async fn check_uncut(&self, range: ByteRange) -> Result<(), HostError> {
-        let is_cut = || Ok(self.host_len()? < range.end().min(self.len()));
+        self.check_length(HostOp::Read, range, range.end()).await
+    }
+
+    /// Fails where somebody else has cut the file before `end`, or before [`HostFile::len`] where that comes first. Asked
+    /// for all of the file before each change: one behind the cut would make zeros of what is missing.
+    async fn check_length(&self, op: HostOp, range: ByteRange, end: u64) -> Result<(), HostError> {
+        let is_cut = || Ok(self.host_len()? < end.min(self.len()));
         if self.is_fixed_len() || !is_cut()? {
             return Ok(());
         }
@@ -231,8 +237,11 @@ impl HostFile {
         let (len, now) = (self.len(), self.host_len()?);
         let why = format!("somebody else has cut the file from {len} bytes to {now}");
         let source = io::Error::new(io::ErrorKind::UnexpectedEof, why);
-        let missing = ByteRange::between(range.start().max(now), range.end());
-        Err(self.inner.error(HostOp::Read, missing, source))
+        let place = match op {
+            HostOp::Read => ByteRange::between(range.start().max(now), range.end()),
+            _ => range,
+        };
+        Err(self.inner.error(op, place, source))
     }
 
     /// Reads `range`; bytes behind the end of the file are zeros. The result is one piece of memory: ask for large
@@ -274,6 +283,7 @@ impl HostFile {
             return Ok(());
         }
         inner.check_change(HostOp::Write, range)?;
+        self.check_length(HostOp::Write, range, u64::MAX).await?;
         let wide = inner.widen(range, HostOp::Write)?;
         if wide != range {
             return inner.write_unaligned(range, wide, data, hold).await;
@@ -314,6 +324,7 @@ impl HostFile {
             return Ok(true);
         }
         inner.check_change(HostOp::Copy, range)?;
+        self.check_length(HostOp::Copy, range, u64::MAX).await?;
         let aligned =
             inner.widen(range, HostOp::Copy)? == range && read.is_aligned(other.alignment_bytes());
         if !aligned || read.end() > other.len() {
@@ -356,6 +367,7 @@ impl HostFile {
     pub async fn try_zero_fast(&self, range: ByteRange, hold: Hold) -> Result<bool, HostError> {
         let inner = &self.inner;
         inner.check_change(HostOp::Punch, range)?;
+        self.check_length(HostOp::Punch, range, u64::MAX).await?;
         if !self.has_fast_zeroes() {
             return Ok(false);
         }
@@ -435,6 +447,7 @@ impl HostFile {
     pub async fn punch(&self, range: ByteRange, hold: Hold) -> Result<bool, HostError> {
         let inner = &self.inner;
         inner.check_change(HostOp::Punch, range)?;
+        self.check_length(HostOp::Punch, range, u64::MAX).await?;
         let range = range.intersection(ByteRange::between(0, self.len()));
         if range.is_empty() {
             return Ok(true);

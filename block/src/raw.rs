@@ -443,6 +443,20 @@ mod tests {
             assert!(read == content[places(range)], "{range}");
             assert!(device.extents(range).await.is_ok());
         }
+        // A change behind the cut would make zeros of what is missing.
+        let past = (4 << 20) - 4096;
+        let zeroes = [ZeroMode::default(), ZeroMode { keep_allocated: true, fast_only: false }];
+        let changes = [
+            device.write(past, Bytes::from(vec![1; 4096]), Durability::Deferred).await,
+            device.write(5, Bytes::from_static(b"x"), Durability::Deferred).await,
+            device.write_zeroes(range(past, 4 << 20), zeroes[0], Durability::Deferred).await,
+            device.write_zeroes(range(past, 4 << 20), zeroes[1], Durability::Deferred).await,
+            device.discard(range(0, 4096), Durability::Deferred).await,
+        ];
+        for changed in changes {
+            assert!(changed.unwrap_err().to_string().contains("somebody else has cut the file"));
+        }
+        assert_eq!(device.file().host_len().unwrap(), end);
         for range in cut {
             let failed = [device.read(range).await.err(), device.extents(range).await.err()];
             for error in failed.into_iter().map(Option::unwrap) {
@@ -452,5 +466,12 @@ mod tests {
                 assert!(text.contains("disk.raw") && text.contains(&wanted), "{text}");
             }
         }
+        // Whole again, it goes on.
+        std::fs::write(&path, &content).unwrap();
+        device.write(past, Bytes::from(vec![1; 4096]), Durability::Deferred).await.unwrap();
+        assert!(
+            device.read(range(0, past)).await.unwrap().to_vec()
+                == content[..places(range(0, past)).end]
+        );
     }
 }

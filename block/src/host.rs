@@ -9,7 +9,7 @@ mod tests;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::Mutex as AsyncMutex;
@@ -151,13 +151,12 @@ impl HostFile {
     /// [`HostError`] with [`HostOp::Stat`] if the storage cannot tell its length.
     pub fn from_storage(path: &Path, storage: Arc<dyn Storage>) -> Result<Self, HostError> {
         let len = storage.len().map_err(|source| HostError::whole(path, HostOp::Stat, source))?;
-        let lengths = Lengths { logical: AtomicU64::new(len), physical: AtomicU64::new(len) };
         Ok(Self {
             inner: Arc::new(Inner {
                 path: path.to_owned(),
                 facts: storage.facts(),
                 storage,
-                lengths: Arc::new(lengths),
+                lengths: Arc::new(Lengths::new(len)),
                 locks: RangeLock::new(),
                 resize: Arc::new(AsyncMutex::new(())),
                 pool: Arc::clone(BufferPool::shared()),

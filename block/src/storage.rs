@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::{Buffer, ByteRange, CopySource, RangeGuard};
@@ -144,6 +145,8 @@ pub(crate) struct Lengths {
     pub(crate) logical: AtomicU64,
     /// The length of the file on the host, with what was allocated ahead.
     pub(crate) physical: AtomicU64,
+    /// Held by who takes one for the other.
+    gate: Mutex<()>,
 }
 
 /// How a successful operation changes the lengths.
@@ -204,6 +207,30 @@ impl Finish {
 }
 
 impl Lengths {
+    /// Those of a file of this length.
+    pub(crate) fn new(len: u64) -> Self {
+        Self { logical: len.into(), physical: len.into(), gate: Mutex::default() }
+    }
+
+    /// Makes the file as long as this where the host's is; whether it is.
+    pub(crate) fn reach(&self, end: u64) -> bool {
+        let _gate = self.gate.lock();
+        let is_there = end <= self.physical.load(Ordering::Acquire);
+        if is_there {
+            self.logical.fetch_max(end, Ordering::AcqRel);
+        }
+        is_there
+    }
+
+    /// The host's file is to be cut to `len`, or to what the file has reached meanwhile: to which. From here on nobody
+    /// reaches into what goes.
+    pub(crate) fn begin_cut(&self, len: u64) -> u64 {
+        let _gate = self.gate.lock();
+        let len = len.max(self.logical.load(Ordering::Acquire));
+        self.physical.store(len, Ordering::Release);
+        len
+    }
+
     fn apply(&self, effect: &Effect) {
         match *effect {
             Effect::Grows { logical, physical } => {

@@ -44,7 +44,7 @@ impl Inner {
         if wide.end() <= host_len {
             return written;
         }
-        let len = host_len.max(range.end());
+        let len = self.lengths.begin_cut(host_len.max(range.end()));
         let mut keep = self.resize_keep(&resize, Effect::Physical(len));
         keep.guard = Some(guard);
         keep.hold = hold;

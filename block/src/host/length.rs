@@ -99,21 +99,14 @@ impl HostFile {
     /// [`HostError`] with [`HostOp::Resize`].
     pub async fn ensure_len(&self, end: u64) -> Result<(), HostError> {
         let inner = &self.inner;
-        let reaches = || {
-            let enough = end <= inner.physical_len();
-            if enough {
-                inner.lengths.logical.fetch_max(end, Ordering::AcqRel);
-            }
-            enough
-        };
-        if inner.facts.fixed_len || reaches() {
+        if inner.facts.fixed_len || inner.lengths.reach(end) {
             return Ok(());
         }
         inner.check_change(HostOp::Resize, ByteRange::between(end, end))?;
         let resize = inner.lock_resize().await;
         // A write that is in flight may lengthen the file further, which must not be undone.
         let guard = inner.lock_from(inner.physical_len()).await;
-        if reaches() {
+        if inner.lengths.reach(end) {
             return Ok(());
         }
         let mut keep = inner.resize_keep(&resize, Effect::Grows { logical: end, physical: end });
@@ -132,9 +125,8 @@ impl HostFile {
         }
         let resize = inner.lock_resize().await;
         let guard = inner.lock_from(self.len()).await;
-        let len = self.len();
+        let len = inner.lengths.begin_cut(self.len());
         if self.host_len()? == len {
-            inner.lengths.physical.store(len, Ordering::Release);
             return Ok(());
         }
         let mut keep = inner.resize_keep(&resize, Effect::Physical(len));

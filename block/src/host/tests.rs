@@ -590,6 +590,39 @@ async fn a_file_that_somebody_else_cuts_tells_its_length_on_the_host() {
 }
 
 #[test]
+fn what_is_to_be_cut_is_reached_by_nobody() {
+    let lengths = crate::storage::Lengths::new(8192);
+    lengths.physical.store(16_384, std::sync::atomic::Ordering::Release);
+    assert!(lengths.reach(12_000));
+    assert_eq!(lengths.begin_cut(9000), 12_000, "somebody has been told that it is so long");
+    assert!(lengths.reach(12_000) && !lengths.reach(12_001));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_is_never_shorter_than_somebody_was_told() {
+    for round in 0..300_u64 {
+        let storage = MemoryStorage::with_alignment(4096);
+        let file = over(&storage);
+        let end = 4096 * (round % 7 + 1);
+        let (writer, reacher) = (file.clone(), file.clone());
+        // Rounded up to its block, and cut again.
+        let writing = tokio::spawn(async move {
+            writer.write(end - 3000, pattern(512, 0, 1), None).await.unwrap();
+        });
+        let reaching = tokio::spawn(async move {
+            for _ in 0..round % 50 {
+                tokio::task::yield_now().await;
+            }
+            reacher.ensure_len(end).await.unwrap();
+        });
+        writing.await.unwrap();
+        reaching.await.unwrap();
+        assert_eq!((file.len(), file.host_len().unwrap()), (end, end), "round {round}");
+        file.check_uncut(ByteRange::between(0, end)).await.unwrap();
+    }
+}
+
+#[test]
 fn what_an_allocation_that_failed_has_taken_is_given_back() {
     for grows_ahead in [true, false] {
         let storage = MemoryStorage::with_alignment(512);
